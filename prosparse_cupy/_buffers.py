@@ -1,0 +1,311 @@
+"""What an operator does with its arguments before the launch: every check, then the addresses.
+
+`bind` is what an operator calls. All that is known of an array except its address goes into a `Meta`, and `check` is a pure,
+memoised function of them: a decoding loop pays for the checks once per shape, and after that for reading the addresses.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._families import HOST, NUMPY, Family, family_of
+from .launch import ITEMSIZE, VECTOR_BYTES, vector_length
+
+_MOST_TOKENS = 8
+_LARGEST_DIM = 2**31 - 1
+_LARGEST_THRESHOLD = float(np.finfo(np.float32).max)
+_TRANSPOSED = {
+    "w_down_t": "this is nn.Linear's layout, call pack_down(w_down) once",
+    "w_gate": "this is transposed, pass nn.Linear.weight as it is",
+    "w_up": "this is transposed, pass nn.Linear.weight as it is",
+}
+_MAKE_CONTIGUOUS = "pass a contiguous copy (cupy.ascontiguousarray(a), tensor.contiguous())"
+
+
+class Operand(NamedTuple):
+    """One array argument of an operator."""
+
+    name: str
+    dims: tuple[str, ...]
+    """One name for a vector, which may have a leading dim of tokens; two for a matrix, which may not."""
+    aligned: bool
+    """Whether the kernels read or write it in 16-byte vectors."""
+
+    @property
+    def is_vector(self) -> bool:
+        return len(self.dims) == 1
+
+    def nbytes(self, tokens: tuple[int, ...], dims: dict[str, int], dtype: str) -> int:
+        return math.prod(tokens if self.is_vector else ()) * math.prod(dims[d] for d in self.dims) * ITEMSIZE[dtype]
+
+
+def vector(name: str, dim: str) -> Operand:
+    """A (dim,) or (B, dim) argument."""
+    return Operand(name, (dim,), aligned=dim == "d_model")
+
+
+def weight(name: str) -> Operand:
+    """A (d_ff, d_model) argument."""
+    return Operand(name, ("d_ff", "d_model"), aligned=True)
+
+
+class Signature(NamedTuple):
+    """An operator's name, its array arguments in order, and its result."""
+
+    operator: str
+    inputs: tuple[Operand, ...]
+    output: Operand
+
+
+class Meta(NamedTuple):
+    """What `check` sees of an array."""
+
+    family: Family
+    shape: tuple[int, ...]
+    dtype: str
+    device: int
+    contiguous: bool
+
+
+class Checked(NamedTuple):
+    """What is known once the metadata of a call has passed."""
+
+    d_model: int
+    d_ff: int
+    dtype: str
+    device: int
+    out_shape: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    """Of the inputs, then of the output."""
+    aligned: tuple[bool, ...]
+    """Whether each of them must lie at a multiple of 16 bytes."""
+
+
+class Call:
+    """A checked call of an operator: dims, addresses, and the array that takes the result."""
+
+    __slots__ = ("_given", "_like", "checked", "family", "inputs", "out", "output")
+
+    def __init__(self, signature: Signature, arrays: tuple[Any, ...], given: Any) -> None:
+        family = _common_family(signature, arrays if given is None else (*arrays, given))
+        views = [family.bring_in(a) for a in arrays]
+        out = None if given is None else family.bring_in(given)
+        checked = check(
+            signature,
+            tuple([Meta(family, *family.describe(a)) for a in views]),
+            None if out is None else Meta(family, *family.describe(out)),
+        )
+        inputs = [family.address(a) for a in views]
+        if out is None:
+            out = family.empty(checked.out_shape, checked.dtype, checked.device)
+        output = family.address(out)
+        if checked.device != HOST:
+            _check_alignment(signature, checked, inputs, output)
+        if given is not None:
+            _check_overlap(signature, checked, inputs, output)
+        self.checked, self.family, self.inputs, self.out, self.output = checked, family, inputs, out, output
+        self._given, self._like = given, arrays[0]
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the arrays are NumPy's, so that the reference runs."""
+        return self.family is NUMPY
+
+    def result(self, value: np.ndarray | None = None) -> Any:
+        """The result in the caller's own type; on the host, `value` is stored in it first."""
+        if value is not None:
+            self.out[...] = value
+        return self.family.hand_out(self.out, self._like) if self._given is None else self._given
+
+
+def _common_family(signature: Signature, arrays: tuple[Any, ...]) -> Family:
+    try:
+        families = {family_of(type(a)) for a in arrays}
+    except TypeError as error:
+        names = _names(signature)
+        wrong = next(n for n, a in zip(names, arrays, strict=False) if _is_unknown(a))
+        raise TypeError(
+            f"{signature.operator}: {wrong} must be a CuPy array, a CUDA torch tensor, a NumPy array or a CUDA object with "
+            f"__dlpack__, got {error}"
+        ) from None
+    if len(families) > 1:
+        named = zip(_names(signature), arrays, strict=False)
+        named = zip(_names(signature), arrays, strict=False)
+        kinds = ", ".join(f"{n} is {type(a).__module__}.{type(a).__qualname__}" for n, a in named)
+        raise TypeError(
+            f"{signature.operator}: all arrays of a call must come from one library, got {kinds}: "
+            "convert them first, nothing is copied behind your back"
+        )
+    return families.pop()
+
+
+def _is_unknown(array: Any) -> bool:
+    try:
+        family_of(type(array))
+    except TypeError:
+        return True
+    return False
+
+
+def _names(signature: Signature) -> tuple[str, ...]:
+    return (*(o.name for o in signature.inputs), "out")
+
+
+@lru_cache(maxsize=4096)
+def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None) -> Checked:
+    """Check dtypes, devices, shapes and layout of a call; TypeError or ValueError says what is wrong and what to do."""
+    operator, operands, output = signature
+    given = [*zip(operands, metas, strict=True)] + ([] if out is None else [(output._replace(name="out"), out)])
+    _check_dtypes(operator, given)
+    _check_devices(operator, given)
+
+    dims: dict[str, int] = {}
+    tokens = _check_tokens(operator, given)
+    for operand, meta in given:
+        _check_shape(operator, operand, meta.shape, dims)
+    for operand, meta in given:
+        _check_contiguous(operator, operand, meta)
+    dtype = metas[0].dtype
+    _check_d_model(operator, dims["d_model"], dtype)
+
+    out_shape = (*(tokens if output.is_vector else ()), *(dims[d] for d in output.dims))
+    nbytes = tuple(o.nbytes(tokens, dims, dtype) for o in (*operands, output))
+    aligned = tuple(o.aligned for o in (*operands, output))
+    return Checked(dims["d_model"], dims["d_ff"], dtype, metas[0].device, out_shape, nbytes, aligned)
+
+
+_Given = list[tuple[Operand, Meta]]
+
+
+def _check_dtypes(operator: str, given: _Given) -> None:
+    for operand, meta in given:
+        if meta.dtype not in ITEMSIZE:
+            raise TypeError(f"{operator}: {operand.name} must be bfloat16, float16 or float32, got {meta.dtype}: cast it first")
+    first, dtype = given[0][0].name, given[0][1].dtype
+    for operand, meta in given:
+        if meta.dtype != dtype:
+            raise TypeError(
+                f"{operator}: {operand.name} must have the dtype of {first}, {dtype}, got {meta.dtype}: "
+                "one dtype per call, cast one of them"
+            )
+
+
+def _check_devices(operator: str, given: _Given) -> None:
+    for operand, meta in given:
+        if meta.device == HOST and meta.family is not NUMPY:
+            raise TypeError(
+                f"{operator}: {operand.name} must be on a GPU, got a {meta.family.name} array in host memory: move it with "
+                ".cuda(), or pass NumPy arrays, which run the reference"
+            )
+    first, device = given[0][0].name, given[0][1].device
+    for operand, meta in given:
+        if meta.device != device:
+            raise ValueError(
+                f"{operator}: {operand.name} must be on the GPU of {first}, {device}, got GPU {meta.device}: move one of them"
+            )
+
+
+def _check_tokens(operator: str, given: _Given) -> tuple[int, ...]:
+    """The leading dims of the vectors: () or (1,)."""
+    vectors = [(o.name, m.shape) for o, m in given if o.is_vector]
+    for name, shape in vectors:
+        if len(shape) not in (1, 2):
+            raise ValueError(f"{operator}: {name} must be 1-D, or 2-D with one token per row, got shape {shape}")
+    if not vectors:
+        return ()
+    first, tokens = vectors[0][0], tuple(vectors[0][1][:-1])
+    for name, shape in vectors:
+        if tuple(shape[:-1]) != tokens:
+            raise ValueError(
+                f"{operator}: {name} must have the leading dims of {first}, {tokens}, got {tuple(shape[:-1])}: "
+                "reshape one of them"
+            )
+    if tokens not in ((), (1,)):
+        soon = 2 <= tokens[0] <= _MOST_TOKENS
+        limit = f"batches of 2 to {_MOST_TOKENS} tokens are not supported yet" if soon else "this is for decoding"
+        raise ValueError(
+            f"{operator}: {first} must hold one token, (d,) or (1, d), got {tokens[0]} tokens: {limit}, call it per token"
+        )
+    return tokens
+
+
+def _check_shape(operator: str, operand: Operand, shape: tuple[int, ...], dims: dict[str, int]) -> None:
+    sizes = shape[1:] if operand.is_vector and len(shape) == 2 else shape
+    if len(sizes) == len(operand.dims) and _agree(operand.dims, sizes, dims):
+        for dim, size in zip(operand.dims, sizes, strict=True):
+            if not 1 <= size <= _LARGEST_DIM:
+                raise ValueError(f"{operator}: {operand.name} must have 1 <= {dim} < 2**31, got shape {tuple(shape)}")
+            dims[dim] = size
+        return
+    known, hint = dims, ""
+    if len(sizes) == 2 and _agree(operand.dims, sizes[::-1], dims):
+        known = {**dims, **dict(zip(operand.dims, sizes[::-1], strict=True))}
+        hint = f": {_TRANSPOSED.get(operand.name, 'this is transposed')}."
+    expected = _expected_shape(operand, known)
+    raise ValueError(f"{operator}: {operand.name} must have shape {expected}, got {tuple(shape)}{hint}")
+
+
+def _expected_shape(operand: Operand, known: dict[str, int]) -> str:
+    names = f"({', '.join(operand.dims)}{',' if operand.is_vector else ''})"
+    if all(dim in known for dim in operand.dims):
+        return f"{names} = {tuple(known[dim] for dim in operand.dims)}"
+    facts = [f"{dim} = {known[dim]}" for dim in operand.dims if dim in known]
+    return f"{names} with {', '.join(facts)}" if facts else names
+
+
+def _agree(names: tuple[str, ...], sizes: tuple[int, ...], dims: dict[str, int]) -> bool:
+    return all(dims.get(name, size) == size for name, size in zip(names, sizes, strict=True))
+
+
+def _check_contiguous(operator: str, operand: Operand, meta: Meta) -> None:
+    if not meta.contiguous:
+        packed = operand.name == "w_down_t"
+        fix = "a transposed view is not packed, call pack_down(w_down) once" if packed else _MAKE_CONTIGUOUS
+        raise ValueError(
+            f"{operator}: {operand.name} must be C-contiguous, got a strided view of shape {tuple(meta.shape)}: {fix}"
+        )
+
+
+def _check_d_model(operator: str, d_model: int, dtype: str) -> None:
+    multiple = vector_length(dtype)
+    if d_model % multiple:
+        raise ValueError(
+            f"{operator}: d_model must be a multiple of {multiple} for {dtype}, since rows are read {VECTOR_BYTES} bytes at a "
+            f"time, got {d_model}: pad x and the weights with zeros"
+        )
+
+
+def _check_alignment(signature: Signature, checked: Checked, inputs: list[int], output: int) -> None:
+    for address, aligned, name in zip((*inputs, output), checked.aligned, _names(signature), strict=True):
+        if aligned and address % VECTOR_BYTES:
+            raise ValueError(
+                f"{signature.operator}: {name} must start at a multiple of {VECTOR_BYTES} bytes, got address {address:#x}: "
+                "copy it, or slice the buffer at a multiple of 16 bytes"
+            )
+
+
+def _check_overlap(signature: Signature, checked: Checked, inputs: list[int], output: int) -> None:
+    end = output + checked.nbytes[-1]
+    for address, nbytes, operand in zip(inputs, checked.nbytes, signature.inputs, strict=False):
+        if address < end and output < address + nbytes:
+            raise ValueError(
+                f"{signature.operator}: out must not share memory with {operand.name}: kernels read it while out is written, "
+                "pass another array"
+            )
+
+
+def check_threshold(operator: str, threshold: float) -> float:
+    """FATReLU's T as a float that is finite as float32 and not negative (-0 becomes +0)."""
+    if not isinstance(threshold, (float, int, Real)):
+        raise TypeError(
+            f"{operator}: threshold must be a Python number, got {type(threshold).__name__}: reading it off a GPU array would "
+            "synchronise, call float() yourself"
+        )
+    if not 0.0 <= threshold <= _LARGEST_THRESHOLD:
+        raise ValueError(f"{operator}: threshold must be finite as float32 and >= 0, got {threshold}")
+    return float(threshold) + 0.0

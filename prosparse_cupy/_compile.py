@@ -1,0 +1,127 @@
+"""From a `.cu` file to a kernel that can be launched: source, NVRTC through `cupy.RawModule`, and a cache per GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from . import launch
+from ._gpu import cupy, gpu
+
+_PACKAGE = Path(__file__).resolve().parent
+_INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
+_SLOT = 8  # bytes of one kernel argument in the packed buffer
+_MOST_ARGUMENTS = 16
+
+
+class KernelCompileError(RuntimeError):
+    """NVRTC refused a kernel; the message carries the kernel, its defines, the architecture and the compiler's log."""
+
+
+def kernel_folder() -> Path:
+    """Where the `.cu` files are: in the installed package, or beside it in a checkout."""
+    for folder in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels"):
+        if (folder / "common.cuh").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"prosparse_cupy: no kernels found in {_PACKAGE / 'kernels'} or {_PACKAGE.parent / 'kernels'}: "
+        "the installation is incomplete, reinstall prosparse-cupy."
+    )
+
+
+@cache
+def source(kernel: str) -> str:
+    """The kernel as one self-contained text: CuPy's disk cache does not see a change inside an `#include`d file."""
+    return _expand(f"{kernel}.cu")
+
+
+def _expand(file: str) -> str:
+    text = (kernel_folder() / file).read_text(encoding="utf-8")
+
+    def include(match: re.Match[str]) -> str:
+        following = text.count("\n", 0, match.end()) + 1
+        return f'{_expand(match["file"])}#line {following} "{file}"\n'
+
+    return f'#line 1 "{file}"\n{_INCLUDE.sub(include, text)}'
+
+
+def compiler_options(plan: launch.Launch) -> tuple[str, ...]:
+    """NVRTC options of a launch; CuPy adds the architecture and `-ftz=true`."""
+    defines = tuple(f"-D{name}" if value is None else f"-D{name}={value}" for name, value in plan.defines)
+    return ("-std=c++17", *defines)
+
+
+class Kernel:
+    """A compiled kernel on one GPU, with the shape it is launched in."""
+
+    def __init__(self, plan: launch.Launch, device: int) -> None:
+        self.plan = plan
+        self.device = device
+        # The function keeps its module loaded for as long as this object lives.
+        self._function = _compile(plan, device)
+        self._shape = (self._function.ptr, *plan.grid, *plan.block, plan.shared_bytes)
+        self._pack = struct.Struct("".join(_slot_format(a) for a in plan.arguments)).pack_into
+        self._driver_launch = cupy().cuda.driver.launchKernel
+        self._get_device = cupy().cuda.runtime.getDevice
+
+    def __call__(self, stream: int, *arguments: int | float) -> None:
+        """Launch on `stream` (a `cudaStream_t` as an integer) of this kernel's GPU."""
+        if self._get_device() != self.device:
+            with cupy().cuda.Device(self.device):
+                return self(stream, *arguments)
+        buffer = _thread_buffer(self.device)
+        self._pack(buffer.values, 0, *arguments)
+        self._driver_launch(*self._shape, stream, buffer.pointers, 0)
+
+
+def _slot_format(argument: str) -> str:
+    return argument + "x" * (_SLOT - struct.calcsize(argument))
+
+
+class _ArgumentBuffer:
+    """Room for one launch's arguments, a slot each, and the array of pointers to the slots that cuLaunchKernel takes."""
+
+    def __init__(self) -> None:
+        self.values = ctypes.create_string_buffer(_SLOT * _MOST_ARGUMENTS)
+        base = ctypes.addressof(self.values)
+        self._slots = (ctypes.c_void_p * _MOST_ARGUMENTS)(*(base + _SLOT * i for i in range(_MOST_ARGUMENTS)))
+        self.pointers = ctypes.addressof(self._slots)
+
+
+_local = threading.local()
+
+
+def _thread_buffer(device: int) -> _ArgumentBuffer:
+    try:
+        return _local.buffers[device]
+    except (AttributeError, KeyError):
+        # A thread's first launch on a GPU: setDevice binds the GPU's primary context to the thread.
+        cupy().cuda.runtime.setDevice(device)
+        _local.__dict__.setdefault("buffers", {})[device] = _ArgumentBuffer()
+        return _local.buffers[device]
+
+
+def _compile(plan: launch.Launch, device: int) -> Any:
+    cp = cupy()
+    with cp.cuda.Device(device):
+        try:
+            module = cp.RawModule(code=source(plan.kernel), options=compiler_options(plan))
+            return module.get_function(plan.kernel).kernel
+        except cp.cuda.compiler.CompileException as error:
+            target = gpu(device)
+            raise KernelCompileError(
+                f"{plan.kernel}: NVRTC {'.'.join(map(str, cp.cuda.nvrtc.getVersion()))} could not compile it for "
+                f"{target.name} (sm_{target.capability}) with {' '.join(compiler_options(plan))}:\n{error}"
+            ) from error
+
+
+@cache
+def load(kernel: str, d_model: int, d_ff: int, dtype: str, device: int, specialize: bool = True) -> Kernel:
+    """The kernel for these dims on this GPU, compiled at the first call and kept."""
+    shape = launch.Shape(d_model, d_ff, dtype, specialize, gpu(device).sm_count)
+    return Kernel(launch.plan(kernel, shape), device)

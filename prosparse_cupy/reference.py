@@ -1,0 +1,70 @@
+"""The operators in NumPy, accumulated in float64: what every kernel is held to, and what runs when the arrays are NumPy's.
+
+Same names, layouts and rounding points as the GPU operators: the dtype of the inputs is rounded to once after formula 1, once
+after formula 3 and once after formula 4. Weights of inactive neurons are not read here either.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_ROWS_AT_ONCE = 2048  # a block of rows in float64 is at most some tens of MB
+
+
+def active(gate: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    """Which neurons are active: `not (gate < threshold) and gate != 0`, compared as float32, so NaN is active."""
+    g = gate.astype(np.float32)
+    return ~(g < np.float32(threshold)) & (g != 0)
+
+
+def fatrelu(gate: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    """Formula 2: `gate` where it is active, +0 elsewhere (arXiv 2402.13516, activation threshold shifting)."""
+    return np.where(active(gate, threshold), gate, np.zeros((), gate.dtype))
+
+
+def ffn_1(x: np.ndarray, w_gate: np.ndarray) -> np.ndarray:
+    """Formula 1: `x @ w_gate.T`."""
+    return _rows_dot(x, w_gate, slice(None)).astype(x.dtype)
+
+
+def ffn_23(gate: np.ndarray, x: np.ndarray, w_up: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    """Formulas 2 and 3: `fatrelu(gate, threshold) * (x @ w_up.T)`."""
+    on = active(gate, threshold)
+    used = on.reshape(-1, on.shape[-1]).any(axis=0)
+    product = np.zeros(gate.shape, np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        product[..., used] = gate[..., used].astype(np.float64) * _rows_dot(x, w_up, used)
+        return np.where(on, product, 0.0).astype(gate.dtype)
+
+
+def ffn_4(x1: np.ndarray, w_down_t: np.ndarray) -> np.ndarray:
+    """Formula 4: `x1 @ w_down_t`, over the rows of `w_down_t` where `x1` is not zero."""
+    rows = x1.reshape(-1, x1.shape[-1])
+    y = np.zeros((len(rows), w_down_t.shape[1]), np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for token, values in zip(y, rows, strict=True):
+            for part in _parts(np.flatnonzero(values.astype(np.float32) != 0)):
+                token += values[part].astype(np.float64) @ w_down_t[part].astype(np.float64)
+        return y.reshape(*x1.shape[:-1], -1).astype(x1.dtype)
+
+
+def sparse_ffn(x: np.ndarray, w_gate: np.ndarray, w_up: np.ndarray, w_down_t: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    """Formulas 1 to 4."""
+    return ffn_4(ffn_23(ffn_1(x, w_gate), x, w_up, threshold), w_down_t)
+
+
+def pack_down(w_down: np.ndarray) -> np.ndarray:
+    """`nn.Linear`'s (d_model, d_ff) down-projection weight as (d_ff, d_model), C-contiguous."""
+    return np.ascontiguousarray(w_down.T)
+
+
+def _rows_dot(x: np.ndarray, weights: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    numbers = np.arange(len(weights))[rows]
+    wide = x.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        parts = [wide @ weights[part].astype(np.float64).T for part in _parts(numbers)]
+    return np.concatenate(parts, axis=-1) if parts else np.zeros((*x.shape[:-1], 0))
+
+
+def _parts(numbers: np.ndarray) -> list[np.ndarray]:
+    return [numbers[i : i + _ROWS_AT_ONCE] for i in range(0, len(numbers), _ROWS_AT_ONCE)]
