@@ -1,7 +1,7 @@
 """The operators. Each is a straight line: check, allocate, plan, launch, return.
 
-One call, followed down: `ffn_23` -> `Call` (`_buffers`: checks and addresses) -> `load` (`_compile`: the plan of `launch`, compiled
-and cached) -> `Kernel.__call__` (the driver's launch).
+One call, followed down: `ffn_23` -> `Call` (`_buffers`: checks and addresses) -> `load` (`_compile`: the plan of `launch`,
+compiled and cached) -> `Kernel.__call__` (the driver's launch).
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def sparse_ffn(
 ) -> Any:
     """The whole gated FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
 
-    Its two (d_ff,) intermediates live in scratch memory that is kept per stream. Decoding loops do better with `SparseFFN`, which
-    checks the weights once.
+    Its two (d_ff,) intermediates live in scratch memory that is kept per stream. Decoding loops do better with `SparseFFN`,
+    which checks the weights when it is built and owns its scratch.
 
     Parameters
     ----------
@@ -343,8 +343,8 @@ _captured: list[_Scratch] = []
 def _stream_scratch(family: Family, checked: Checked) -> _Scratch:
     """Scratch of the current stream: launches on one stream follow each other, so they can share it.
 
-    A captured graph replays later, perhaps on another stream, so every captured call gets scratch of its own; where the allocator
-    does not know that a graph uses it (CuPy's), it is kept for good.
+    A captured graph replays later, perhaps on another stream, so every captured call gets scratch of its own; where the
+    allocator does not know that a graph uses it (CuPy's), it is kept for good.
     """
     stream = family.stream(checked.device)
     if cupy().cuda.runtime.streamIsCapturing(stream):
