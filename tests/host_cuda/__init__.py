@@ -1,0 +1,110 @@
+"""Runs the shipped `.cu` files on the host, under AddressSanitizer and UBSan, with the `Launch` records that a GPU would get.
+
+`HostKernels.run` builds a kernel with the system C++ compiler and runs it in a worker process, so that a sanitizer's abort is
+a failed test and not the end of pytest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from prosparse_cupy._compile import source
+from prosparse_cupy.launch import Launch
+
+_HERE = Path(__file__).resolve().parent
+_COMPILER = shutil.which("g++")
+_FLAGS = (
+    "-std=c++17 -O1 -g -fPIC -shared -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer -w "
+    "-fsanitize=address,undefined -fsanitize-sections=shared_memory -fno-sanitize-recover=all"
+).split()
+
+
+class HostRunError(RuntimeError):
+    """The kernel did not build, or a sanitizer or the shim ended the run; the message is its report."""
+
+
+def why_unavailable() -> str:
+    """Why kernels cannot run on this host; empty if they can."""
+    if _COMPILER is None:
+        return "no g++ on this machine: the kernels' host build needs a C++ compiler"
+    if not Path(_runtime("libasan.so")).is_absolute():
+        return "g++ has no AddressSanitizer runtime"
+    return ""
+
+
+def _runtime(library: str) -> str:
+    return subprocess.run([_COMPILER, f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+class HostKernels:
+    """Built kernels and the worker that runs them."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="host_cuda_")
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._log = Path(self._folder.name, "worker.log")
+
+    def run(
+        self, launch: Launch, inputs: list[np.ndarray | int | float], out: np.ndarray, *, seed: int = 0, code: str | None = None
+    ) -> np.ndarray:
+        """Launch a kernel and return what it left in `out`'s buffer, which starts as `out`.
+
+        `inputs` are the kernel's arguments in order, with None where `out` goes; `code` replaces the shipped source.
+        """
+        library = self._build(launch, source(launch.kernel) if code is None else code)
+        request = (str(library), launch.grid, launch.block, launch.arguments, inputs, out, seed)
+        worker = self._start()
+        try:
+            pickle.dump(request, worker.stdin)
+            worker.stdin.flush()
+            return pickle.load(worker.stdout)
+        except (EOFError, BrokenPipeError):
+            worker.wait()
+            self._worker = None
+            raise HostRunError(self._log.read_text(errors="replace")) from None
+
+    def close(self) -> None:
+        """End the worker and remove what was built."""
+        if self._worker is not None:
+            self._worker.stdin.close()
+            self._worker.wait()
+        self._folder.cleanup()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._worker is None:
+            environment = {
+                **os.environ,
+                "LD_PRELOAD": _runtime("libasan.so"),
+                "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+                "UBSAN_OPTIONS": "print_stacktrace=1",
+            }
+            with self._log.open("w") as log:
+                self._worker = subprocess.Popen(
+                    [sys.executable, str(_HERE / "worker.py")],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                )
+        return self._worker
+
+    def _build(self, launch: Launch, code: str) -> Path:
+        text = f'#include "host_cuda.h"\n{code}\nHOST_ENTRY({launch.kernel})\n'
+        defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in launch.defines]
+        key = hashlib.sha256("\0".join([text, *defines]).encode()).hexdigest()[:16]
+        library = Path(self._folder.name, f"{launch.kernel}_{key}.so")
+        if not library.exists():
+            command = [_COMPILER, *_FLAGS, *defines, f"-I{_HERE}", "-xc++", "-", "-o", str(library)]
+            built = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+            if built.returncode:
+                raise HostRunError(built.stderr)
+        return library
