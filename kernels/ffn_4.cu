@@ -21,7 +21,8 @@ constexpr int TILE = EACH * THREADS;
 static_assert(32 % LANES == 0, "a row segment must not straddle warps");
 static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
 
-// Writes to `list` the rows of x1[0 : rows] that are not zero, in a fixed order, and returns how many there are.
+// Writes to `list` the rows of x1[0 : rows] that are not zero, in a fixed order, and returns how many there are. Its first barrier
+// also keeps the next tile's list from overwriting one that is still read.
 __device__ __forceinline__ int list_active(const scalar* __restrict__ x1, int rows, unsigned short* list, int* warp_counts) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned mine = 0;  // bit k: row threadIdx.x + k * THREADS is active
@@ -80,7 +81,6 @@ ffn_4(const scalar* __restrict__ x1, const scalar* __restrict__ w_down_t, scalar
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) sum[e] = fmaf(s[i], element(w[i], e), sum[e]);
         }
-        if (rows > TILE) __syncthreads();  // the next tile overwrites the list
     }
 
     // First over the warp's groups, then over the warps.

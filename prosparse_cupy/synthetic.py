@@ -1,0 +1,88 @@
+"""Random FFN inputs with realistic masks, for the demo, the tests and the benchmarks. NumPy only.
+
+In trained models some neurons are active far more often than others: the tenth of them that is active most carries about 36 % of all
+activations. `popularity` draws such neurons and `hot_mask` a token's active set among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Standard deviation of the logarithm of a neuron's popularity; 1.1 gives its top tenth 36 % of the activations at 89 % sparsity.
+_SPREAD = 1.1
+
+
+def active_count(d_ff: int, sparsity: float) -> int:
+    """Active neurons of a token at this sparsity."""
+    return round(d_ff * (1.0 - sparsity))
+
+
+def popularity(d_ff: int, rng: np.random.Generator) -> np.ndarray:
+    """How much each neuron is drawn to be active: (d_ff,) positive weights, log-normal."""
+    return np.exp(rng.normal(0.0, _SPREAD, d_ff))
+
+
+def hot_mask(popular: np.ndarray, sparsity: float, rng: np.random.Generator) -> np.ndarray:
+    """A token's active neurons, (d_ff,) bool with exactly `active_count` set: a weighted draw without replacement."""
+    # The smallest of exponential arrival times with these rates are such a draw (Efraimidis and Spirakis, 2006).
+    arrival = rng.exponential(size=popular.shape) / popular
+    mask = np.zeros(popular.shape, bool)
+    mask[np.argsort(arrival)[: active_count(popular.size, sparsity)]] = True
+    return mask
+
+
+def uniform_mask(d_ff: int, sparsity: float, rng: np.random.Generator) -> np.ndarray:
+    """The same number of active neurons, each as likely as any other."""
+    return hot_mask(np.ones(d_ff), sparsity, rng)
+
+
+def contiguous_mask(d_ff: int, sparsity: float, rng: np.random.Generator) -> np.ndarray:
+    """All active neurons within one contiguous quarter of d_ff (or as little more as holds them)."""
+    count = active_count(d_ff, sparsity)
+    width = max(d_ff // 4, count)
+    start = int(rng.integers(0, d_ff - width + 1))
+    mask = np.zeros(d_ff, bool)
+    mask[start + rng.permutation(width)[:count]] = True
+    return mask
+
+
+def gate_of(mask: np.ndarray, threshold: float, rng: np.random.Generator) -> np.ndarray:
+    """Float32 gate values with exactly this mask under FATReLU, and a margin around the threshold that bfloat16 rounding keeps."""
+    size = np.abs(rng.normal(0.0, 0.5, mask.shape)).astype(np.float32)
+    return np.where(mask, threshold + 0.1 + size, threshold - 0.1 - size).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One gated FFN and a token for it, all of one dtype."""
+
+    x: np.ndarray
+    w_gate: np.ndarray
+    w_up: np.ndarray
+    w_down: np.ndarray
+    """(d_model, d_ff), `nn.Linear`'s layout."""
+    mask: np.ndarray
+    """(d_ff,) bool: the neurons that `x` makes active."""
+    threshold: float
+
+
+def weights(rows: int, columns: int, dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
+    """Normal random weights scaled as an initialised `nn.Linear`'s: variance 1 / columns."""
+    return (rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(columns))).astype(dtype)
+
+
+def steer(w_gate: np.ndarray, x: np.ndarray, gate: np.ndarray) -> np.ndarray:
+    """`w_gate` moved along `x` so that ``x @ w_gate.T`` is `gate`, up to the rounding of its dtype."""
+    wide, direction = w_gate.astype(np.float32), x.astype(np.float32)
+    wide += np.outer((gate - wide @ direction) / (direction @ direction), direction)
+    return wide.astype(w_gate.dtype)
+
+
+def layer(d_model: int, d_ff: int, dtype: np.dtype, sparsity: float, threshold: float, rng: np.random.Generator) -> Layer:
+    """A random layer whose token has a `hot_mask` of this sparsity."""
+    x = rng.standard_normal(d_model, dtype=np.float32).astype(dtype)
+    mask = hot_mask(popularity(d_ff, rng), sparsity, rng)
+    w_gate = steer(weights(d_ff, d_model, dtype, rng), x, gate_of(mask, threshold, rng))
+    return Layer(x, w_gate, weights(d_ff, d_model, dtype, rng), weights(d_model, d_ff, dtype, rng), mask, threshold)

@@ -1,0 +1,107 @@
+"""How results are judged, and the random inputs they are judged on."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import ml_dtypes
+import numpy as np
+
+from prosparse_cupy import reference, synthetic
+
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+def ulp(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Distance between neighbours of `dtype` at each value, float64."""
+    info = ml_dtypes.finfo(dtype)
+    exponent = np.floor(np.log2(np.maximum(np.abs(values.astype(np.float64)), float(info.smallest_normal))))
+    return 2.0 ** (exponent - info.nmant)
+
+
+def assert_rounded_sum(out: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, terms: int) -> None:
+    """`out` is `exact` summed in float32 in any order and rounded once.
+
+    The bound is the textbook one: `terms` additions err by at most terms * 2**-24 of the sum of the terms' magnitudes, and the
+    rounding by half an ulp (one where the sum moved over a binade).
+    """
+    error = np.abs(out.astype(np.float64) - exact)
+    bound = (terms + 2) * 2.0**-24 * magnitude + ulp(exact, out.dtype)
+    worst = np.argmax(error - bound)
+    assert np.all(error <= bound), f"element {worst}: {out.flat[worst]} for {exact.flat[worst]}, bound {bound.flat[worst]}"
+
+
+def assert_no_worse_than_vendor(out: np.ndarray, vendor: np.ndarray, exact: np.ndarray) -> None:
+    """At most twice the vendor's error, plus one ulp of the largest result; NaN fails."""
+    ours, theirs = (np.abs(a.astype(np.float64) - exact).max() for a in (out, vendor))
+    slack = float(ulp(np.abs(exact).max(keepdims=True), out.dtype).max())
+    assert ours <= 2 * theirs + slack, f"error {ours:.3g}, the vendor's {theirs:.3g}"
+    assert np.isfinite(ours)
+    norms = [np.linalg.norm(a.astype(np.float64) - exact) for a in (out, vendor)]
+    epsilon = float(ml_dtypes.finfo(out.dtype).eps)
+    assert norms[0] <= 2 * norms[1] + epsilon * np.linalg.norm(exact)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The array's bytes, to compare NaN and signed zeros too."""
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+def exact_ffn_1(x: np.ndarray, w_gate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 gate and the sum of its terms' magnitudes."""
+    a, w = x.astype(np.float64), w_gate.astype(np.float64)
+    return w @ a, np.abs(w) @ np.abs(a)
+
+
+def exact_ffn_23(gate: np.ndarray, x: np.ndarray, w_up: np.ndarray, threshold: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 x1 and the sum of its terms' magnitudes, from formulas 2 and 3 as written."""
+    on = reference.active(gate, threshold)
+    s = np.where(on, gate.astype(np.float64), 0.0)
+    up, magnitude = exact_ffn_1(x, w_up[on])
+    x1, total = np.zeros(len(gate)), np.zeros(len(gate))
+    x1[on], total[on] = s[on] * up, np.abs(s[on]) * magnitude
+    return x1, total
+
+
+def exact_ffn_4(x1: np.ndarray, w_down_t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 y and the sum of its terms' magnitudes."""
+    on = np.flatnonzero(x1.astype(np.float32))
+    a, w = x1[on].astype(np.float64), w_down_t[on].astype(np.float64)
+    return a @ w, np.abs(a) @ np.abs(w)
+
+
+@lru_cache(maxsize=12)
+def weights(d_ff: int, d_model: int, dtype: str, seed: int = 0) -> np.ndarray:
+    """A read-only (d_ff, d_model) matrix, signed."""
+    rng = np.random.default_rng([seed, d_ff, d_model])
+    matrix = synthetic.weights(d_ff, d_model, DTYPES[dtype], rng)
+    matrix.flags.writeable = False
+    return matrix
+
+
+def token(size: int, dtype: str, rng: np.random.Generator) -> np.ndarray:
+    """A signed random vector."""
+    return rng.standard_normal(size, dtype=np.float32).astype(DTYPES[dtype])
+
+
+def gate(d_ff: int, dtype: str, sparsity: float | str, rng: np.random.Generator, threshold: float = 0.0) -> np.ndarray:
+    """A gate with a hot-neuron mask of this sparsity, or "one" active row; it has gates equal to the threshold, zeros and -0."""
+    if sparsity == "one":
+        mask = np.arange(d_ff) == rng.integers(d_ff)
+    else:
+        mask = synthetic.hot_mask(synthetic.popularity(d_ff, rng), sparsity, rng)
+    values = synthetic.gate_of(mask, threshold, rng).astype(DTYPES[dtype])
+    off, on = np.flatnonzero(~mask), np.flatnonzero(mask)
+    values[off[::7]], values[off[1::7]] = 0.0, -0.0
+    if threshold:
+        values[on[::5]] = threshold
+    return values
+
+
+def poisoned(shape: tuple[int, ...] | int, dtype: str) -> np.ndarray:
+    """An output full of NaN, so that an element nobody wrote shows."""
+    return np.full(shape, np.nan, np.float32).astype(DTYPES[dtype])

@@ -1,0 +1,156 @@
+"""The shim catches what it is there to catch: barriers that are missing, indices that are off, sums that depend on an order."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from checks import DTYPES, bits, poisoned, token, weights
+from host_cuda import HostRunError
+
+from prosparse_cupy import launch
+from prosparse_cupy._compile import source
+
+BARRIER = "__syncthreads();"
+KERNELS_WITH_BARRIERS = [(kernel, i) for kernel in launch.KERNELS for i in range(source(kernel).count(BARRIER))]
+
+
+def _inputs(kernel: str, shape: launch.Shape) -> tuple[list, np.ndarray]:
+    rng = np.random.default_rng(5)
+    x, h = token(shape.d_model, shape.dtype, rng), token(shape.d_ff, shape.dtype, rng)
+    w = weights(shape.d_ff, shape.d_model, shape.dtype)
+    dims = [shape.d_ff, shape.d_model]
+    if kernel == "pack_down":
+        return [w.reshape(shape.d_model, shape.d_ff), None, *dims], poisoned((shape.d_ff, shape.d_model), shape.dtype)
+    inputs = {"ffn_1": [x, w, None], "ffn_23": [h, x, w, None, 0.0], "ffn_4": [h, w, None]}[kernel]
+    return [*inputs, *dims], poisoned(shape.d_model if kernel == "ffn_4" else shape.d_ff, shape.dtype)
+
+
+def _is_caught(host, kernel: str, shape: launch.Shape, code: str) -> bool:
+    """Whether the run ends in a report, or some seed gives another result than the shipped kernel."""
+    plan = launch.plan(kernel, shape)
+    inputs, out = _inputs(kernel, shape)
+    good = host.run(plan, inputs, out)
+    try:
+        return any(not np.array_equal(bits(host.run(plan, inputs, out, seed=s, code=code)), bits(good)) for s in range(4))
+    except HostRunError:
+        return True
+
+
+def test_kernels_have_barriers():
+    assert {kernel for kernel, _ in KERNELS_WITH_BARRIERS} == {"ffn_4", "pack_down"}
+
+
+@pytest.mark.parametrize(("kernel", "which"), KERNELS_WITH_BARRIERS)
+def test_a_missing_barrier_is_caught(host, kernel, which):
+    plan = launch.plan(kernel, launch.Shape(64, 40, "float32"))
+    rows = 40 if kernel == "pack_down" else 2 * 32 * plan.block[0] + 5  # ffn_4: enough rows that its list is written again
+    shape = launch.Shape(64, rows, "float32", specialize=False)
+    at = [m.start() for m in re.finditer(re.escape(BARRIER), source(kernel))][which]
+    code = source(kernel)[:at] + source(kernel)[at:].replace(BARRIER, ";", 1)
+    assert _is_caught(host, kernel, shape, code)
+
+
+OFF_BY_ONE = [
+    ("ffn_1", "c < chunks ?", "c <= chunks ?"),
+    ("ffn_1", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
+    ("ffn_23", "if (c >= chunks) break;", "if (c > chunks) break;"),
+    ("ffn_4", "row < rows && is_nonzero", "row <= rows && is_nonzero"),
+    ("ffn_4", "&& chunk < chunks", ""),
+    ("ffn_4", "c < D_MODEL(d_model)", "c <= D_MODEL(d_model)"),
+    ("pack_down", "j0 + threadIdx.x < rows", "j0 + threadIdx.x <= rows"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "right", "wrong"), OFF_BY_ONE)
+def test_an_index_off_by_one_is_reported(host, kernel, right, wrong):
+    shape = launch.Shape(264, 33, "bfloat16", specialize=False)
+    code = source(kernel)
+    assert right in code
+    inputs, out = _inputs(kernel, shape)
+    with pytest.raises(HostRunError, match="AddressSanitizer|runtime error"):
+        host.run(launch.plan(kernel, shape), inputs, out, code=code.replace(right, wrong))
+
+
+ATOMIC_SUM = """
+extern "C" __global__ void __launch_bounds__(32) atomic_sum(const float* x, float* out, int n) {
+    if (blockIdx.x * 32 + threadIdx.x < n) atomicAdd(out, x[blockIdx.x * 32 + threadIdx.x]);
+}
+"""
+SHARED = """
+extern "C" __global__ void shared_array(const float* x, float* out, int n) {
+    __shared__ float tile[32];
+    tile[threadIdx.x + n] = x[threadIdx.x];
+    __syncthreads();
+    out[threadIdx.x] = tile[31 - threadIdx.x];
+}
+"""
+COLLECTIVE = """
+extern "C" __global__ void collective(const float* x, float* out, int n) {
+    if ((int)threadIdx.x >= n) return;
+    out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, x[threadIdx.x], 1);
+}
+"""
+DEADLOCK = """
+extern "C" __global__ void deadlock(const float* x, float* out, int n) {
+    if ((int)threadIdx.x < n) __syncthreads(); else __syncwarp();
+    out[threadIdx.x] = x[threadIdx.x];
+}
+"""
+
+
+def _tiny(host, name: str, code: str, n: int, grid: int = 1, seed: int = 0) -> np.ndarray:
+    plan = launch.Launch(name, (grid, 1, 1), (32, 1, 1), (), "PPi")
+    x = np.random.default_rng(0).standard_normal(32 * grid).astype(np.float32)
+    return host.run(plan, [x, None, n], np.zeros(32, np.float32), seed=seed, code=code)
+
+
+def test_a_sum_that_depends_on_the_order_of_blocks_is_caught(host):
+    assert len({_tiny(host, "atomic_sum", ATOMIC_SUM, 1024, grid=32, seed=s)[0] for s in range(8)}) > 1
+
+
+def test_shared_memory_has_bounds(host):
+    x = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    np.testing.assert_array_equal(_tiny(host, "shared_array", SHARED, 0), x[::-1])
+    with pytest.raises(HostRunError, match="AddressSanitizer|runtime error"):
+        _tiny(host, "shared_array", SHARED, 1)
+
+
+def test_shared_memory_is_poisoned_before_every_block(host):
+    code = SHARED.replace("tile[threadIdx.x + n] = x[threadIdx.x];", "if (x[0] == 0) tile[threadIdx.x] = n;")
+    assert np.isnan(_tiny(host, "shared_array", code, 0, grid=2)).all()
+
+
+def test_a_collective_with_exited_lanes_is_reported(host):
+    x = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    np.testing.assert_array_equal(_tiny(host, "collective", COLLECTIVE, 32), x.reshape(-1, 2)[:, ::-1].ravel())
+    with pytest.raises(HostRunError, match="has exited"):
+        _tiny(host, "collective", COLLECTIVE, 31)
+
+
+def test_a_deadlock_is_reported(host):
+    with pytest.raises(HostRunError, match="deadlock"):
+        _tiny(host, "deadlock", DEADLOCK, 16)
+
+
+def test_a_misaligned_vector_is_reported(host):
+    code = source("ffn_1").replace(
+        "reinterpret_cast<const uint4*>(x)", "reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(x) + 2)"
+    )
+    shape = launch.Shape(64, 4, "bfloat16")
+    inputs, out = _inputs("ffn_1", shape)
+    with pytest.raises(HostRunError, match="misaligned"):
+        host.run(launch.plan("ffn_1", shape), inputs, out, code=code)
+
+
+def test_a_kernel_that_does_not_compile_shows_the_compilers_message(host):
+    shape = launch.Shape(8, 1, "float32")
+    inputs, out = _inputs("ffn_1", shape)
+    code = source("ffn_1").replace("return warp_sum(sum);", "return no_such_sum(sum);")
+    with pytest.raises(HostRunError, match=r"row_dot\.cuh:\d+:\d+: error: .no_such_sum."):
+        host.run(launch.plan("ffn_1", shape), inputs, out, code=code)
+
+
+def test_dtypes_are_those_of_the_library():
+    assert set(DTYPES) == set(launch.ITEMSIZE)

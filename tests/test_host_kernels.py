@@ -1,0 +1,139 @@
+"""The shipped kernels, run on the host under AddressSanitizer and UBSan with the launches that a GPU would get."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from checks import (
+    DTYPES,
+    assert_rounded_sum,
+    bits,
+    exact_ffn_1,
+    exact_ffn_4,
+    exact_ffn_23,
+    gate,
+    poisoned,
+    token,
+    weights,
+)
+
+from prosparse_cupy import launch, reference
+
+# (d_model, d_ff): smallest, below and above a warp's 32 vectors, no multiple of any tile, one more than a pass over a row.
+SHAPES = [(8, 1), (8, 3), (16, 33), (264, 101), (40, 700), (1032, 9)]
+SPARSITIES = [0.0, 0.5, 0.9, 1.0, "one"]
+both = pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])
+shapes = pytest.mark.parametrize(("d_model", "d_ff"), SHAPES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def _run_twice(host, kernel, shape, inputs, out, **options):
+    """Under two orders of threads and blocks: the bits must not depend on them."""
+    plan = launch.plan(kernel, shape)
+    first, second = (host.run(plan, [*inputs, shape.d_ff, shape.d_model], out, seed=seed, **options) for seed in (1, 2))
+    np.testing.assert_array_equal(bits(first), bits(second))
+    return first
+
+
+@both
+@dtypes
+@shapes
+def test_ffn_1(host, d_model, d_ff, dtype, specialize):
+    rng = np.random.default_rng(d_model * d_ff)
+    x, w = token(d_model, dtype, rng), weights(d_ff, d_model, dtype)
+    out = _run_twice(host, "ffn_1", launch.Shape(d_model, d_ff, dtype, specialize), [x, w, None], poisoned(d_ff, dtype))
+    assert_rounded_sum(out, *exact_ffn_1(x, w), d_model)
+
+
+@both
+@dtypes
+@shapes
+def test_ffn_23(host, d_model, d_ff, dtype, specialize):
+    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    rng = np.random.default_rng(d_model * d_ff)
+    for threshold in (0.0, 0.25):
+        for sparsity in SPARSITIES:
+            x, w = token(d_model, dtype, rng), weights(d_ff, d_model, dtype).copy()
+            g = gate(d_ff, dtype, sparsity, rng, threshold)
+            w[~reference.active(g, threshold)] = np.nan
+            out = _run_twice(host, "ffn_23", shape, [g, x, w, None, threshold], poisoned(d_ff, dtype))
+            assert_rounded_sum(out, *exact_ffn_23(g, x, w, threshold), d_model + 1)
+            assert not np.any(bits(out[~reference.active(g, threshold)])), "an inactive output is not +0"
+
+
+@both
+@dtypes
+@shapes
+def test_ffn_4(host, d_model, d_ff, dtype, specialize):
+    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    rng = np.random.default_rng(d_model * d_ff)
+    for sparsity in SPARSITIES:
+        w = weights(d_ff, d_model, dtype).copy()
+        x1 = reference.fatrelu(gate(d_ff, dtype, sparsity, rng)) * token(d_ff, dtype, rng)
+        w[x1 == 0] = np.nan
+        out = _run_twice(host, "ffn_4", shape, [x1, w, None], poisoned(d_model, dtype))
+        assert_rounded_sum(out, *exact_ffn_4(x1, w), d_ff)
+
+
+@both
+def test_ffn_4_lists_more_rows_than_a_tile(host, specialize):
+    """More rows than the kernel lists at a time: the list is written twice and must not be overwritten too early."""
+    d_model, dtype = 8, "bfloat16"
+    plan = launch.plan("ffn_4", launch.Shape(d_model, 1, dtype))
+    d_ff = 2 * 32 * plan.block[0] + 5
+    rng = np.random.default_rng(0)
+    w, x1 = weights(d_ff, d_model, dtype), token(d_ff, dtype, rng) * (rng.random(d_ff) < 0.02)
+    out = _run_twice(
+        host, "ffn_4", launch.Shape(d_model, d_ff, dtype, specialize), [x1.astype(w.dtype), w, None], poisoned(d_model, dtype)
+    )
+    assert_rounded_sum(out, *exact_ffn_4(x1.astype(w.dtype), w), d_ff)
+
+
+@both
+@dtypes
+@shapes
+def test_pack_down(host, d_model, d_ff, dtype, specialize):
+    w = weights(d_model, d_ff, dtype)
+    out = _run_twice(
+        host, "pack_down", launch.Shape(d_model, d_ff, dtype, specialize), [w, None], poisoned((d_ff, d_model), dtype)
+    )
+    np.testing.assert_array_equal(bits(out), bits(w.T))
+
+
+@dtypes
+def test_special_values(host, dtype):
+    """NaN, infinities, subnormals, -0 and the threshold itself, as the reference treats them."""
+    info = np.finfo(np.float32) if dtype == "float32" else None
+    tiny = float(info.smallest_subnormal) if info else {"bfloat16": 2.0**-133, "float16": 2.0**-24}[dtype]
+    values = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, tiny, -tiny, 0.25, 0.2490234375, 0.2509765625, -0.25, 1.0, -1.0]
+    g = np.array(values, np.float64).astype(DTYPES[dtype])
+    d_model = 8
+    x, w = np.ones(d_model, DTYPES[dtype]), np.ones((len(g), d_model), DTYPES[dtype])
+    for threshold in (0.0, 0.25):
+        out = _run_twice(
+            host, "ffn_23", launch.Shape(d_model, len(g), dtype), [g, x, w, None, threshold], poisoned(len(g), dtype)
+        )
+        np.testing.assert_array_equal(out.astype(np.float32), reference.ffn_23(g, x, w, threshold).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_conversions_round_to_nearest_even(host, dtype):
+    """The twins of the PTX conversions against NumPy's, over values at, around and between every kind of boundary."""
+    rng = np.random.default_rng(3)
+    patterns = rng.integers(0, 2**16, 4096, dtype=np.uint16)
+    edges = np.array([0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x7BFF, 0x7C00, 0x7F7F, 0x7F80, 0xFF80], np.uint16)
+    g = np.concatenate([edges, patterns]).view(DTYPES[dtype])
+    # Products with 1 + 2**-7 and 1.5 + 1.5 * 2**-7 fall on, between and halfway between neighbours.
+    for weight in (1.0, 1.5):
+        x = np.zeros(8, DTYPES[dtype])
+        x[0] = weight
+        w = np.zeros((len(g), 8), DTYPES[dtype])
+        w[:, 0] = np.float32(1 + 2**-7)
+        out = host.run(
+            launch.plan("ffn_23", launch.Shape(8, len(g), dtype)), [g, x, w, None, 0.0, len(g), 8], poisoned(len(g), dtype)
+        )
+        active = reference.active(g, 0.0)
+        with np.errstate(all="ignore"):
+            dot = np.float32(x[0]) * w[:, 0].astype(np.float32)
+            expected = np.where(active, g.astype(np.float32) * dot, np.float32(0)).astype(DTYPES[dtype])
+        np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))
