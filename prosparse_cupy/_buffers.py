@@ -109,7 +109,7 @@ class Call:
         if given is not None:
             _check_overlap(signature, checked, inputs, output)
         self.checked, self.family, self.inputs, self.out, self.output = checked, family, inputs, out, output
-        self._given, self._like = given, arrays[0]
+        self._given, self._like = given, arrays[-1]
 
     @property
     def on_host(self) -> bool:

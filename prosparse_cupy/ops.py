@@ -22,13 +22,11 @@ from ._gpu import cupy, current_device, gpu
 FFN_1 = Signature("ffn_1", (vector("x", "d_model"), weight("w_gate")), vector("gate", "d_ff"))
 FFN_23 = Signature("ffn_23", (vector("gate", "d_ff"), vector("x", "d_model"), weight("w_up")), vector("x1", "d_ff"))
 FFN_4 = Signature("ffn_4", (vector("x1", "d_ff"), weight("w_down_t")), vector("y", "d_model"))
-SPARSE_FFN = Signature(
-    "sparse_ffn",
-    (vector("x", "d_model"), weight("w_gate"), weight("w_up"), weight("w_down_t")),
-    vector("y", "d_model"),
-)
-# What a SparseFFN binds; the result of this one is its scratch.
-WEIGHTS = Signature("SparseFFN", (weight("w_gate"), weight("w_up"), weight("w_down_t")), vector("gate", "d_ff"))
+_WEIGHTS = (weight("w_gate"), weight("w_up"), weight("w_down_t"))
+SPARSE_FFN = Signature("sparse_ffn", (vector("x", "d_model"), *_WEIGHTS), vector("y", "d_model"))
+# A SparseFFN's weights come first, so that an x that does not fit them is to blame. Building one checks the weights alone.
+BUILD = Signature("SparseFFN", _WEIGHTS, vector("y", "d_model"))
+BOUND_FFN = Signature("SparseFFN", (*_WEIGHTS, vector("x", "d_model")), vector("y", "d_model"))
 PACK_DOWN = Signature(
     "pack_down",
     (Operand("w_down", ("d_model", "d_ff"), aligned=False),),
@@ -211,7 +209,8 @@ def sparse_ffn(
     call = Call(SPARSE_FFN, (x, w_gate, w_up, w_down_t), out)
     if call.on_host:
         return call.result(reference.sparse_ffn(x, w_gate, w_up, w_down_t, threshold))
-    _launch_ffn(call, threshold, specialize, _stream_scratch(call.family, call.checked))
+    scratch = _stream_scratch(call.family, call.checked)
+    _launch_ffn(call, *call.inputs, threshold, specialize, scratch)
     return call.result()
 
 
@@ -240,16 +239,17 @@ class SparseFFN:
         self.threshold = check_threshold("SparseFFN", threshold)
         self._weights = (w_gate, w_up, w_down_t)
         self._specialize = specialize
-        bound = Call(WEIGHTS, self._weights, None)
+        bound = Call(BUILD, self._weights, None)
         self.d_model, self.d_ff, self.dtype = bound.checked[:3]
         self._scratch = None if bound.on_host else _Scratch(bound.family, bound.checked)
 
     def __call__(self, x: Any, *, out: Any = None) -> Any:
         """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
-        call = Call(SPARSE_FFN, (x, *self._weights), out)
+        call = Call(BOUND_FFN, (*self._weights, x), out)
         if call.on_host:
             return call.result(reference.sparse_ffn(x, *self._weights, self.threshold))
-        _launch_ffn(call, self.threshold, self._specialize, self._scratch)
+        *weights, x_address = call.inputs
+        _launch_ffn(call, x_address, *weights, self.threshold, self._specialize, self._scratch)
         return call.result()
 
     def __repr__(self) -> str:
@@ -319,9 +319,10 @@ def _launch(kernel: str, checked: Checked, family: Family, specialize: bool, *ar
     load(kernel, d_model, d_ff, dtype, device, specialize)(family.stream(device), *arguments, d_ff, d_model)
 
 
-def _launch_ffn(call: Call, threshold: float, specialize: bool, scratch: _Scratch) -> None:
+def _launch_ffn(
+    call: Call, x: int, w_gate: int, w_up: int, w_down_t: int, threshold: float, specialize: bool, scratch: _Scratch
+) -> None:
     checked, family = call.checked, call.family
-    x, w_gate, w_up, w_down_t = call.inputs
     _launch("ffn_1", checked, family, specialize, x, w_gate, scratch.gate)
     _launch("ffn_23", checked, family, specialize, scratch.gate, x, w_up, scratch.x1, threshold)
     _launch("ffn_4", checked, family, specialize, scratch.x1, w_down_t, call.output)

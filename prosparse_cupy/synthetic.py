@@ -1,7 +1,7 @@
 """Random FFN inputs with realistic masks, for the demo, the tests and the benchmarks. NumPy only.
 
-In trained models some neurons are active far more often than others: the tenth of them that is active most carries about 36 % of all
-activations. `popularity` draws such neurons and `hot_mask` a token's active set among them.
+In trained models some neurons are active far more often than others: the tenth of them that is active most carries about 36 %
+of all activations. `popularity` draws such neurons and `hot_mask` a token's active set among them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Standard deviation of the logarithm of a neuron's popularity; 1.1 gives its top tenth 36 % of the activations at 89 % sparsity.
+# Standard deviation of the logarithm of a neuron's popularity: 1.1 gives the top tenth 36 % of activations at 89 % sparsity.
 _SPREAD = 1.1
 
 
@@ -49,7 +49,7 @@ def contiguous_mask(d_ff: int, sparsity: float, rng: np.random.Generator) -> np.
 
 
 def gate_of(mask: np.ndarray, threshold: float, rng: np.random.Generator) -> np.ndarray:
-    """Float32 gate values with exactly this mask under FATReLU, and a margin around the threshold that bfloat16 rounding keeps."""
+    """Float32 gate values with this mask under FATReLU, far enough from the threshold that rounding to bfloat16 keeps it."""
     size = np.abs(rng.normal(0.0, 0.5, mask.shape)).astype(np.float32)
     return np.where(mask, threshold + 0.1 + size, threshold - 0.1 - size).astype(np.float32)
 

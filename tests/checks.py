@@ -89,7 +89,7 @@ def token(size: int, dtype: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def gate(d_ff: int, dtype: str, sparsity: float | str, rng: np.random.Generator, threshold: float = 0.0) -> np.ndarray:
-    """A gate with a hot-neuron mask of this sparsity, or "one" active row; it has gates equal to the threshold, zeros and -0."""
+    """A gate with a hot-neuron mask of this sparsity or "one" active row, with zeros, -0 and gates equal to the threshold."""
     if sparsity == "one":
         mask = np.arange(d_ff) == rng.integers(d_ff)
     else:

@@ -22,10 +22,20 @@ from prosparse_cupy.launch import Launch
 
 _HERE = Path(__file__).resolve().parent
 _COMPILER = shutil.which("g++")
-_FLAGS = (
-    "-std=c++17 -O1 -g -fPIC -shared -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer -w "
-    "-fsanitize=address,undefined -fsanitize-sections=shared_memory -fno-sanitize-recover=all"
-).split()
+_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-omit-frame-pointer",
+    "-w",
+    "-fsanitize=address,undefined",
+    "-fsanitize-sections=shared_memory",
+    "-fno-sanitize-recover=all",
+]
 
 
 class HostRunError(RuntimeError):

@@ -1,0 +1,378 @@
+"""Every rejection: the exception's type and the words that help, on NumPy arrays and on described ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from checks import DTYPES, bits, poisoned
+
+import prosparse_cupy as psc
+from prosparse_cupy import ops
+from prosparse_cupy._buffers import Checked, Meta, _check_alignment, check, check_threshold
+from prosparse_cupy._families import CUPY, NUMPY
+
+D_FF, D_MODEL = 24, 16
+
+
+def _arrays(dtype: str = "bfloat16") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    vectors = {"x": D_MODEL, "gate": D_FF, "x1": D_FF}
+    shapes = {**{n: (s,) for n, s in vectors.items()}, **dict.fromkeys(("w_gate", "w_up", "w_down_t"), (D_FF, D_MODEL))}
+    shapes["w_down"] = (D_MODEL, D_FF)
+    return {name: rng.standard_normal(shape).astype(DTYPES[dtype]) for name, shape in shapes.items()}
+
+
+INPUTS = {
+    "ffn_1": ("x", "w_gate"),
+    "ffn_23": ("gate", "x", "w_up"),
+    "ffn_4": ("x1", "w_down_t"),
+    "sparse_ffn": ("x", "w_gate", "w_up", "w_down_t"),
+    "pack_down": ("w_down",),
+}
+OUT = {"ffn_1": (D_FF,), "ffn_23": (D_FF,), "ffn_4": (D_MODEL,), "sparse_ffn": (D_MODEL,), "pack_down": (D_FF, D_MODEL)}
+every_input = pytest.mark.parametrize(("operator", "name"), [(op, name) for op, names in INPUTS.items() for name in names])
+every_operator = pytest.mark.parametrize("operator", INPUTS)
+VECTORS = ("x", "gate", "x1")
+
+
+def _call(operator: str, arrays: dict[str, np.ndarray], **options):
+    return getattr(psc, operator)(*(arrays[name] for name in INPUTS[operator]), **options)
+
+
+@every_operator
+def test_what_fits_is_accepted_and_out_is_returned(operator):
+    arrays = _arrays()
+    result = _call(operator, arrays)
+    assert result.shape == OUT[operator] and result.dtype == DTYPES["bfloat16"]
+    out = poisoned(OUT[operator], "bfloat16")
+    assert _call(operator, arrays, out=out) is out
+    np.testing.assert_array_equal(bits(out), bits(result))
+
+
+@every_input
+def test_not_an_array(operator, name):
+    with pytest.raises(TypeError, match=rf"{operator}: {name} must be a CuPy array.* __dlpack__, got builtins\.list"):
+        _call(operator, {**_arrays(), name: [1.0, 2.0]})
+
+
+@every_operator
+def test_out_is_not_an_array(operator):
+    with pytest.raises(TypeError, match=rf"{operator}: out must be a CuPy array.* got builtins\.str"):
+        _call(operator, _arrays(), out="y")
+
+
+@every_input
+@pytest.mark.parametrize("dtype", [np.float64, np.int16, ">f2"])
+def test_dtypes_that_no_kernel_has(operator, name, dtype):
+    arrays = _arrays()
+    wrong = {**arrays, name: arrays[name].astype(np.float32).astype(dtype)}
+    with pytest.raises(TypeError, match=rf"{operator}: {name} must be bfloat16, float16 or float32, got .*: cast it"):
+        _call(operator, wrong)
+
+
+@every_input
+def test_mixed_dtypes(operator, name):
+    arrays = _arrays()
+    if name == INPUTS[operator][0]:
+        options, wrong, blamed = {"out": poisoned(OUT[operator], "float16")}, arrays, "out"
+    else:
+        options, wrong, blamed = {}, {**arrays, name: arrays[name].astype(np.float16)}, name
+    with pytest.raises(TypeError, match=rf"{operator}: {blamed} must have the dtype of .*bfloat16, got float16: one dtype"):
+        _call(operator, wrong, **options)
+
+
+@every_input
+def test_wrong_shapes(operator, name):
+    arrays = _arrays()
+    with pytest.raises(ValueError, match=rf"{operator}: \w+ must have shape \(d_"):
+        _call(operator, {**arrays, name: np.concatenate([arrays[name]] * 2, axis=-1)}, out=poisoned(OUT[operator], "bfloat16"))
+
+
+@every_input
+def test_wrong_number_of_dims(operator, name):
+    arrays = _arrays()
+    with pytest.raises(ValueError, match=rf"{operator}: {name} must (be 1-D|have shape)"):
+        _call(operator, {**arrays, name: arrays[name].reshape(1, 1, *arrays[name].shape)})
+
+
+@every_operator
+def test_out_of_the_wrong_shape(operator):
+    with pytest.raises(ValueError, match=rf"{operator}: out must have shape"):
+        _call(operator, _arrays(), out=poisoned((*OUT[operator][:-1], OUT[operator][-1] + 8), "bfloat16"))
+
+
+@pytest.mark.parametrize(("operator", "name"), [("ffn_4", "w_down_t"), ("sparse_ffn", "w_down_t")])
+def test_unpacked_w_down_says_pack_down(operator, name):
+    arrays = _arrays()
+    expected = (
+        rf"{operator}: w_down_t must have shape \(d_ff, d_model\) = \(24, 16\), got \(16, 24\): "
+        r"this is nn.Linear's layout, call pack_down\(w_down\) once"
+    )
+    with pytest.raises(ValueError, match=expected):
+        _call(operator, {**arrays, name: arrays["w_down"]})
+    with pytest.raises(ValueError, match=r"w_down_t must be C-contiguous.*call pack_down"):
+        _call(operator, {**arrays, name: arrays["w_down"].T})
+
+
+@pytest.mark.parametrize(("operator", "name"), [("ffn_1", "w_gate"), ("ffn_23", "w_up"), ("sparse_ffn", "w_up")])
+def test_transposed_gate_and_up_are_named(operator, name):
+    arrays = _arrays()
+    with pytest.raises(ValueError, match=rf"{name} must have shape .*\(24, 16\), got \(16, 24\): this is transposed"):
+        _call(operator, {**arrays, name: np.ascontiguousarray(arrays[name].T)})
+
+
+@every_input
+def test_strided_views(operator, name):
+    arrays = _arrays()
+    view = np.repeat(arrays[name], 2, axis=-1)[..., ::2]
+    assert not view.flags.c_contiguous
+    with pytest.raises(ValueError, match=rf"{operator}: {name} must be C-contiguous, got a strided view"):
+        _call(operator, {**arrays, name: view})
+
+
+@every_operator
+def test_strided_out(operator):
+    out = np.repeat(poisoned(OUT[operator], "bfloat16"), 2, axis=-1)[..., ::2]
+    with pytest.raises(ValueError, match=rf"{operator}: out must be C-contiguous"):
+        _call(operator, _arrays(), out=out)
+
+
+@pytest.mark.parametrize(("dtype", "multiple"), [("bfloat16", 8), ("float16", 8), ("float32", 4)])
+def test_d_model_must_fill_vectors(dtype, multiple):
+    x, w = np.ones(multiple + 2, DTYPES[dtype]), np.ones((3, multiple + 2), DTYPES[dtype])
+    with pytest.raises(
+        ValueError, match=rf"ffn_1: d_model must be a multiple of {multiple} for {dtype}.*got {multiple + 2}: pad"
+    ):
+        psc.ffn_1(x, w)
+    psc.ffn_1(np.ones(multiple, DTYPES[dtype]), np.ones((3, multiple), DTYPES[dtype]))
+
+
+@every_operator
+def test_empty_arrays(operator):
+    arrays = {name: a[..., :0] if a.shape[-1] == D_MODEL else a[:0] for name, a in _arrays().items()}
+    with pytest.raises(ValueError, match=rf"{operator}: \w+ must have 1 <= d_\w+ < 2\*\*31, got shape"):
+        _call(operator, {name: np.ascontiguousarray(a) for name, a in arrays.items()})
+
+
+@every_operator
+def test_batches_are_refused_with_the_reason(operator):
+    if operator == "pack_down":
+        return
+    for tokens, reason in [
+        (2, "2 to 8 tokens are not supported yet"),
+        (8, "not supported yet"),
+        (9, "for decoding"),
+        (0, "decoding"),
+    ]:
+        arrays = _arrays()
+        arrays |= {name: np.stack([arrays[name]] * tokens) if tokens else arrays[name][None][:0] for name in VECTORS}
+        with pytest.raises(ValueError, match=rf"{operator}: \w+ must hold one token.* got {tokens} tokens: .*{reason}"):
+            _call(operator, arrays)
+
+
+def test_leading_dims_must_agree():
+    arrays = _arrays()
+    with pytest.raises(ValueError, match=r"ffn_23: x must have the leading dims of gate, \(\), got \(1,\): reshape"):
+        psc.ffn_23(arrays["gate"], arrays["x"][None], arrays["w_up"])
+    with pytest.raises(ValueError, match=r"ffn_1: out must have the leading dims of x"):
+        psc.ffn_1(arrays["x"][None], arrays["w_gate"], out=poisoned(D_FF, "bfloat16"))
+
+
+@every_operator
+def test_one_token_with_a_leading_dim(operator):
+    if operator == "pack_down":
+        return
+    arrays = _arrays()
+    result = _call(operator, {**arrays, **{name: arrays[name][None] for name in VECTORS}})
+    np.testing.assert_array_equal(bits(result), bits(_call(operator, arrays)[None]))
+
+
+@every_input
+def test_out_overlapping_an_input(operator, name):
+    if operator == "pack_down":
+        buffer = np.ones(D_FF * D_MODEL + 8, DTYPES["bfloat16"])
+        arrays, out = {"w_down": buffer[:-8].reshape(D_MODEL, D_FF)}, buffer[8:].reshape(D_FF, D_MODEL)
+    else:
+        arrays = _arrays()
+        buffer = np.zeros(arrays[name].size + OUT[operator][0] - 1, DTYPES["bfloat16"])  # share one element
+        arrays[name], out = buffer[: arrays[name].size].reshape(arrays[name].shape), buffer[-OUT[operator][0] :]
+    before = buffer.copy()
+    with pytest.raises(ValueError, match=rf"{operator}: out must not share memory with {name}.*pass another array"):
+        _call(operator, arrays, out=out)
+    np.testing.assert_array_equal(bits(buffer), bits(before))
+
+
+@pytest.mark.parametrize("operator", ["ffn_23", "sparse_ffn", "SparseFFN"])
+def test_thresholds(operator):
+    arrays = _arrays()
+    inputs = INPUTS.get(operator, ("w_gate", "w_up", "w_down_t"))
+
+    def call(threshold):
+        return getattr(psc, operator)(*(arrays[name] for name in inputs), threshold)
+
+    for wrong in (-1e-9, float("nan"), float("inf"), 1e39, np.float32(-1)):
+        with pytest.raises(ValueError, match=rf"{operator}: threshold must be finite as float32 and >= 0, got"):
+            call(wrong)
+    for wrong in ("0.1", None, np.zeros(1), arrays["x"]):
+        with pytest.raises(TypeError, match=rf"{operator}: threshold must be a Python number, got \w+: .*call float"):
+            call(wrong)
+    for right in (0, 0.5, np.float32(0.5), np.float64(0.5), 1e-50, 3e38):
+        call(right)
+
+
+def test_minus_zero_is_a_threshold_of_zero():
+    assert np.copysign(1.0, check_threshold("ffn_23", -0.0)) == 1.0
+
+
+def test_an_error_leaves_out_as_it_was():
+    arrays, out = _arrays(), np.arange(D_FF).astype(DTYPES["bfloat16"])
+    before = out.copy()
+    with pytest.raises(ValueError, match="threshold"):
+        psc.ffn_23(arrays["gate"], arrays["x"], arrays["w_up"], -1.0, out=out)
+    np.testing.assert_array_equal(bits(out), bits(before))
+
+
+def test_keywords_only():
+    arrays = _arrays()
+    with pytest.raises(TypeError, match="positional"):
+        psc.ffn_1(arrays["x"], arrays["w_gate"], poisoned(D_FF, "bfloat16"))
+
+
+def test_sparse_ffn_object_checks_weights_when_built():
+    arrays = _arrays()
+    with pytest.raises(ValueError, match=r"SparseFFN: w_down_t must have shape .*call pack_down"):
+        psc.SparseFFN(arrays["w_gate"], arrays["w_up"], arrays["w_down"])
+    ffn = psc.SparseFFN(arrays["w_gate"], arrays["w_up"], arrays["w_down_t"], 0.25)
+    assert (ffn.d_model, ffn.d_ff, ffn.dtype, ffn.threshold) == (D_MODEL, D_FF, "bfloat16", 0.25)
+    assert "threshold=0.25" in repr(ffn)
+    with pytest.raises(ValueError, match=r"SparseFFN: x must have shape \(d_model,\) = \(16,\), got \(24,\)"):
+        ffn(arrays["gate"])
+    expected = psc.reference.sparse_ffn(arrays["x"], arrays["w_gate"], arrays["w_up"], arrays["w_down_t"], 0.25)
+    np.testing.assert_array_equal(bits(ffn(arrays["x"])), bits(expected))
+
+
+def _metas(**changes: dict) -> tuple[Meta, ...]:
+    shapes = {"gate": (D_FF,), "x": (D_MODEL,), "w_up": (D_FF, D_MODEL)}
+    return tuple(Meta(CUPY, shape, "bfloat16", 0, True)._replace(**changes.get(name, {})) for name, shape in shapes.items())
+
+
+def test_two_gpus():
+    assert check(ops.FFN_23, _metas(), None).device == 0
+    with pytest.raises(ValueError, match="ffn_23: x must be on the GPU of gate, 0, got GPU 1: move one"):
+        check(ops.FFN_23, _metas(x={"device": 1}), None)
+    with pytest.raises(ValueError, match="ffn_23: out must be on the GPU of gate"):
+        check(ops.FFN_23, _metas(), Meta(CUPY, (D_FF,), "bfloat16", 1, True))
+
+
+def test_a_host_tensor_among_device_ones():
+    with pytest.raises(TypeError, match=r"ffn_23: w_up must be on a GPU, got a CuPy array in host memory.*\.cuda\(\)"):
+        check(ops.FFN_23, _metas(w_up={"device": -1}), None)
+    assert check(ops.FFN_23, tuple(m._replace(family=NUMPY, device=-1) for m in _metas()), None).device == -1
+
+
+def test_dims_beyond_int32():
+    with pytest.raises(ValueError, match=r"ffn_23: gate must have 1 <= d_ff < 2\*\*31"):
+        check(ops.FFN_23, _metas(gate={"shape": (2**31,)}, w_up={"shape": (2**31, D_MODEL)}), None)
+
+
+def test_alignment():
+    checked = check(
+        ops.FFN_4, (Meta(CUPY, (D_FF,), "bfloat16", 0, True), Meta(CUPY, (D_FF, D_MODEL), "bfloat16", 0, True)), None
+    )
+    assert isinstance(checked, Checked)
+    _check_alignment(ops.FFN_4, checked, [2, 32], 64)  # x1 is read element by element
+    with pytest.raises(ValueError, match="ffn_4: w_down_t must start at a multiple of 16 bytes, got address 0x28: copy it"):
+        _check_alignment(ops.FFN_4, checked, [16, 40], 64)
+    with pytest.raises(ValueError, match="ffn_4: out must start at a multiple of 16 bytes"):
+        _check_alignment(ops.FFN_4, checked, [16, 32], 66)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d_model": 4100, "d_ff": 8}, "d_model a multiple of 8 for bfloat16, got d_model=4100"),
+        ({"d_model": 4096, "d_ff": 0}, "d_ff must be at least 1"),
+        ({"d_model": 0, "d_ff": 8}, "d_ff must be at least 1"),
+        ({"d_model": 8, "d_ff": 8, "dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got float64"),
+        ({"d_model": 6, "d_ff": 8, "dtype": "float32"}, "multiple of 4 for float32"),
+    ],
+)
+def test_warmup_refuses_what_no_kernel_supports(arguments, message):
+    with pytest.raises(ValueError, match=f"warmup: .*{message}"):
+        psc.warmup(**arguments)
+
+
+def test_mixed_libraries():
+    torch = pytest.importorskip("torch")
+    arrays = _arrays()
+    with pytest.raises(TypeError, match=r"ffn_1: all arrays .* one library, got x is numpy\.ndarray, w_gate is torch\.Tensor"):
+        psc.ffn_1(arrays["x"], torch.zeros(D_FF, D_MODEL))
+    with pytest.raises(TypeError, match=r"one library, got .*out is torch\.Tensor"):
+        psc.ffn_1(arrays["x"], arrays["w_gate"], out=torch.zeros(D_FF))
+
+
+def test_torch_tensors_in_host_memory():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"ffn_1: x must be on a GPU, got a torch array in host memory.*pass NumPy arrays"):
+        psc.ffn_1(torch.zeros(D_MODEL), torch.zeros(D_FF, D_MODEL))
+
+
+class Exporter:
+    """An array of another library, as far as DLPack shows it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_dlpack_objects_in_host_memory():
+    arrays = _arrays("float32")
+    with pytest.raises(TypeError, match="Exporter in host memory: move it to a GPU, or pass NumPy arrays"):
+        psc.ffn_1(Exporter(arrays["x"]), Exporter(arrays["w_gate"]))
+    with pytest.raises(TypeError, match="one library"):
+        psc.ffn_1(Exporter(arrays["x"]), arrays["w_gate"])
+
+
+def test_import_is_free():
+    """No CuPy, no torch, so no CUDA context and no compiler either."""
+    heavy = "{'cupy', 'torch', 'rich', 'click'}"
+    code = f"import sys, prosparse_cupy, prosparse_cupy.compat; print(*{heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+WITHOUT_CUPY = """
+import importlib.abc, sys
+class NoCupy(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] == "cupy":
+            raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
+sys.meta_path.insert(0, NoCupy())
+import numpy as np
+import prosparse_cupy as psc
+w = np.ones((3, 4), np.float32)
+print(psc.sparse_ffn(np.ones(4, np.float32), w, w, w), psc.models.LLAMA_2_7B.d_ff)
+try:
+    psc.warmup(4096, 11008)
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_cupy():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_CUPY], capture_output=True, text=True, check=True)
+    assert "[48. 48. 48. 48.] 11008" in done.stdout
+    assert 'pip install "prosparse-cupy[cuda12x]"' in done.stdout and "prosparse-cupy[cuda13x]" in done.stdout
+
+
+def test_signatures_name_the_public_functions():
+    for signature in (ops.FFN_1, ops.FFN_23, ops.FFN_4, ops.SPARSE_FFN, ops.PACK_DOWN):
+        assert hasattr(psc, signature.operator)

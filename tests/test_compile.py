@@ -1,0 +1,93 @@
+"""Kernels compile for every architecture, within register budgets and without spills. NVRTC needs no GPU."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from prosparse_cupy import launch, models
+from prosparse_cupy._compile import compiler_options, kernel_folder, source
+
+compiler = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SHAPES = [(m.d_model, m.d_ff, True) for m in (models.LLAMA_2_7B, models.LLAMA_2_13B, models.MINICPM_S_1B)] + [
+    (4096, 11008, False)
+]
+# Threads an SM must hold, of its 65536 registers: what launch_bounds promise and the occupancy the times were measured at.
+REGISTERS = {"ffn_1": 128, "ffn_23": 128, "ffn_4": 64, "pack_down": 64}
+
+
+def compile_for(plan: launch.Launch, architecture: int, code: str | None = None) -> tuple[bytes, str]:
+    """Machine code and the compiler's report."""
+    log = io.StringIO()
+    program = compiler._NVRTCProgram(code or source(plan.kernel), f"{plan.kernel}.cu", method="cubin")
+    options = (
+        *compiler_options(plan),
+        f"-arch=sm_{architecture}",
+        "-ftz=true",
+        "--device-as-default-execution-space",
+        "--ptxas-options=-v",
+    )
+    return program.compile(options, log)[0], log.getvalue()
+
+
+def _reported(pattern: str, report: str) -> int:
+    return int(re.search(pattern, report).group(1))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", launch.ITEMSIZE)
+@pytest.mark.parametrize("kernel", launch.KERNELS)
+def test_no_spills_within_budget(kernel, dtype, architecture):
+    for d_model, d_ff, specialize in SHAPES:
+        plan = launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize))
+        code, report = compile_for(plan, architecture)
+        assert code
+        assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0
+        assert _reported(r"(\d+) bytes stack frame", report) == 0
+        assert _reported(r"Used (\d+) registers", report) <= REGISTERS[kernel]
+        assert "warning" not in report, report
+
+
+def test_older_architectures_are_refused_by_name():
+    with pytest.raises(compiler.CompileException, match=r"common\.cuh.*compute capability 8\.0"):
+        compile_for(launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16")), 75)
+
+
+@pytest.mark.parametrize(
+    ("defines", "message"),
+    [
+        ((), "exactly one of DTYPE_"),
+        ((("DTYPE_FLOAT16", None), ("DTYPE_FLOAT32", None)), "exactly one of DTYPE_"),
+        ((("DTYPE_FLOAT16", None), ("ROW_OPT", 64)), "ROW_OPT and COL_OPT go together"),
+        ((("DTYPE_FLOAT16", None), ("ROW_OPT", 64), ("COL_OPT", 12)), "multiple of 16 bytes"),
+        ((("DTYPE_FLOAT32", None),), "define LANES and LOADS"),
+    ],
+)
+def test_kernels_refuse_defines_that_make_no_sense(defines, message):
+    plan = launch.Launch("ffn_4", (1, 1, 1), (32, 1, 1), defines, "PPPii")
+    with pytest.raises(compiler.CompileException, match=message):
+        compile_for(plan, 90)
+
+
+def test_the_source_is_self_contained_and_keeps_its_line_numbers():
+    for kernel in launch.KERNELS:
+        text = source(kernel)
+        assert not re.search(r"^#include", text, re.MULTILINE)
+        lines = (kernel_folder() / f"{kernel}.cu").read_text().splitlines()
+        last = max(i for i, line in enumerate(text.splitlines()) if re.fullmatch(rf'#line \d+ "{kernel}\.cu"', line))
+        number = int(text.splitlines()[last].split()[1])
+        assert text.splitlines()[last + 1 :] == lines[number - 1 :]
+
+
+def test_weights_are_read_16_bytes_at_a_time():
+    """The PTX of the readers of weights has 16-byte loads, and no narrower ones but of gate and x1."""
+    for kernel in ("ffn_1", "ffn_23", "ffn_4"):
+        plan = launch.plan(kernel, launch.Shape(4096, 11008, "bfloat16"))
+        program = compiler._NVRTCProgram(source(kernel), f"{kernel}.cu", method="ptx")
+        text = program.compile((*compiler_options(plan), "-arch=compute_90"), None)[0].decode()
+        assert "ld.global.nc.L1::no_allocate.v4.u32" in text
+        assert "ld.global.nc.u32" not in text

@@ -1,0 +1,58 @@
+"""ffn_1 on the GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from checks import (
+    DTYPES,
+    assert_no_worse_than_vendor,
+    assert_rounded_sum,
+    bits,
+    exact_ffn_1,
+    poisoned,
+    token,
+    weights,
+)
+from gpu_arrays import OnCupy, vendor_mv
+
+import prosparse_cupy as psc
+
+pytestmark = pytest.mark.gpu
+on = OnCupy()
+
+LARGE = [(4096, 11008), (5120, 13824), (1536, 3840)]
+SMALL = [(4104, 1007), (8, 1), (16, 3), (264, 101), (40, 5000)]
+
+
+@pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d_model", "d_ff"), SMALL)
+def test_small_and_odd_shapes(d_model, d_ff, dtype, specialize):
+    x, w = token(d_model, dtype, np.random.default_rng()), weights(d_ff, d_model, dtype)
+    out = on.put(poisoned(d_ff, dtype))
+    assert psc.ffn_1(on.put(x), on.put(w), out=out, specialize=specialize) is out
+    assert_rounded_sum(on.get(out), *exact_ffn_1(x, w), d_model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d_model", "d_ff"), LARGE)
+def test_no_worse_than_the_vendor(d_model, d_ff, dtype, torch):
+    x, w = token(d_model, dtype, np.random.default_rng()), weights(d_ff, d_model, dtype)
+    exact, magnitude = exact_ffn_1(x, w)
+    out = on.put(poisoned(d_ff, dtype))
+    first = on.get(psc.ffn_1(on.put(x), on.put(w), out=out))
+    assert_rounded_sum(first, exact, magnitude, d_model)
+    assert_no_worse_than_vendor(first, vendor_mv(w, x), exact)
+    dynamic = on.get(psc.ffn_1(on.put(x), on.put(w), specialize=False))
+    assert_rounded_sum(dynamic, exact, magnitude, d_model)
+    np.testing.assert_array_equal(bits(first), bits(on.get(psc.ffn_1(on.put(x), on.put(w)))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_match_to_the_bit(dtype):
+    rng = np.random.default_rng()
+    x = rng.integers(-3, 4, 4096).astype(DTYPES[dtype])
+    w = rng.integers(-1, 2, (777, 4096)).astype(DTYPES[dtype])
+    out = on.get(psc.ffn_1(on.put(x), on.put(w)))
+    np.testing.assert_array_equal(bits(out), bits(psc.reference.ffn_1(x, w)))

@@ -1,0 +1,128 @@
+"""ffn_23 on the GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from checks import (
+    DTYPES,
+    assert_no_worse_than_vendor,
+    assert_rounded_sum,
+    bits,
+    exact_ffn_23,
+    gate,
+    poisoned,
+    token,
+    ulp,
+    weights,
+)
+from gpu_arrays import OnCupy, vendor_mv
+
+import prosparse_cupy as psc
+from prosparse_cupy import reference, synthetic
+
+pytestmark = pytest.mark.gpu
+on = OnCupy()
+
+LARGE = [(4096, 11008), (5120, 13824), (1536, 3840)]
+SMALL = [(4104, 1007), (8, 1), (16, 3), (264, 101), (40, 5000)]
+SPARSITIES = [0.0, 0.5, 0.9, 0.99, 1.0, "one"]
+
+
+def _assert_right(out: np.ndarray, g: np.ndarray, x: np.ndarray, w: np.ndarray, threshold: float) -> np.ndarray:
+    exact, magnitude = exact_ffn_23(g, x, w, threshold)
+    assert_rounded_sum(out, exact, magnitude, len(x) + 1)
+    assert not bits(out[~reference.active(g, threshold)]).any(), "an inactive output is not +0"
+    return exact
+
+
+@pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d_model", "d_ff"), SMALL)
+def test_small_and_odd_shapes(d_model, d_ff, dtype, specialize):
+    rng = np.random.default_rng()
+    w = weights(d_ff, d_model, dtype)
+    for threshold in (0.0, 0.25):
+        for sparsity in SPARSITIES:
+            g, x = gate(d_ff, dtype, sparsity, rng, threshold), token(d_model, dtype, rng)
+            out = on.put(poisoned(d_ff, dtype))
+            assert psc.ffn_23(on.put(g), on.put(x), on.put(w), threshold, out=out, specialize=specialize) is out
+            _assert_right(on.get(out), g, x, w, threshold)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d_model", "d_ff"), LARGE)
+def test_no_worse_than_the_vendor(d_model, d_ff, dtype, sparsity, torch):
+    rng = np.random.default_rng()
+    threshold = 0.25
+    g, x, w = gate(d_ff, dtype, sparsity, rng, threshold), token(d_model, dtype, rng), weights(d_ff, d_model, dtype)
+    arrays = [on.put(a) for a in (g, x, w)]
+    first = on.get(psc.ffn_23(*arrays, threshold, out=on.put(poisoned(d_ff, dtype))))
+    exact = _assert_right(first, g, x, w, threshold)
+    dense = (reference.fatrelu(g, threshold).astype(np.float32) * vendor_mv(w, x).astype(np.float32)).astype(DTYPES[dtype])
+    assert_no_worse_than_vendor(first, dense, exact)
+    np.testing.assert_array_equal(bits(first), bits(on.get(psc.ffn_23(*arrays, threshold))))
+
+
+@pytest.mark.parametrize("mask", [synthetic.hot_mask, synthetic.uniform_mask, synthetic.contiguous_mask])
+def test_masks(mask):
+    rng = np.random.default_rng()
+    d_ff, d_model = 11008, 4096
+    neurons = mask(synthetic.popularity(d_ff, rng) if mask is synthetic.hot_mask else d_ff, 0.9, rng)
+    g = synthetic.gate_of(neurons, 0.01, rng).astype(DTYPES["bfloat16"])
+    np.testing.assert_array_equal(reference.active(g, 0.01), neurons)
+    x, w = token(d_model, "bfloat16", rng), weights(d_ff, d_model, "bfloat16")
+    _assert_right(on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), 0.01)), g, x, w, 0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_inactive_neurons_are_not_read_into_the_result(dtype):
+    rng = np.random.default_rng()
+    g, x, w = gate(1000, dtype, 0.8, rng, 0.25), token(512, dtype, rng), weights(1000, 512, dtype).copy()
+    clean = on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), 0.25))
+    w[~reference.active(g, 0.25)] = np.nan
+    np.testing.assert_array_equal(bits(on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), 0.25))), bits(clean))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_boundaries_and_special_values(dtype):
+    """A gate at the threshold is kept, NaN is active, -0 is not; subnormals may be flushed by at most themselves."""
+    t = np.array(0.3).astype(DTYPES[dtype])
+    neighbours = (t.view(f"i{t.itemsize}") + np.arange(-2, 3)).astype(f"i{t.itemsize}").view(DTYPES[dtype])
+    smallest = np.array([1], f"i{t.itemsize}").view(DTYPES[dtype])
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0], np.float32).astype(DTYPES[dtype])
+    g = np.concatenate([neighbours, smallest, -smallest, special])
+    x, w = np.ones(8, DTYPES[dtype]), np.ones((len(g), 8), DTYPES[dtype])
+    for threshold in (0.0, float(t)):
+        out = on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), threshold))
+        expected = reference.ffn_23(g, x, w, threshold)
+        off = ~reference.active(g, threshold)
+        assert not bits(out[off]).any()
+        flushed = np.abs(expected.astype(np.float32)) < float(np.finfo(np.float32).smallest_normal)
+        np.testing.assert_array_equal(out[~flushed].astype(np.float32), expected[~flushed].astype(np.float32))
+        tiny = float(np.finfo(np.float32).smallest_normal)
+        assert np.all(np.abs(out[flushed].astype(np.float64)) <= tiny + ulp(expected[flushed], out.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_match_to_the_bit(dtype):
+    rng = np.random.default_rng()
+    g = rng.integers(-2, 3, 777).astype(DTYPES[dtype])
+    x = rng.integers(-2, 3, 4096).astype(DTYPES[dtype])
+    w = rng.integers(-1, 2, (777, 4096)).astype(DTYPES[dtype])
+    out = on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w)))
+    expected = psc.reference.ffn_23(g, x, w)
+    np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))
+
+
+def test_a_new_threshold_does_not_compile():
+    from prosparse_cupy._compile import load
+
+    rng = np.random.default_rng()
+    g, x, w = (on.put(a) for a in (gate(64, "bfloat16", 0.5, rng), token(32, "bfloat16", rng), weights(64, 32, "bfloat16")))
+    psc.ffn_23(g, x, w)
+    before = load.cache_info().currsize
+    for threshold in (0.1, 0.2, 0.3):
+        psc.ffn_23(g, x, w, threshold)
+    assert load.cache_info().currsize == before
