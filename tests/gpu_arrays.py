@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
-from checks import DTYPES
+from checks import DTYPES, weights
 
 
 class OnCupy:
@@ -40,10 +42,21 @@ class OnTorch:
         return tensor.cpu().view(torch.int16).numpy().view(DTYPES["bfloat16"])
 
 
-def vendor_mv(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """``matrix @ vector`` by the vendor's library in the arrays' own dtype: what our error is held against."""
+def vendor_mv(matrix, vector):
+    """``matrix @ vector`` of tensors by the vendor's library in their own dtype: what our error is held against."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    on = OnTorch()
-    return on.get(torch.mv(on.put(matrix), on.put(vector)))
+    return torch.mv(matrix, vector)
+
+
+def exact_mv(matrix, vector) -> tuple[np.ndarray, np.ndarray]:
+    """``matrix @ vector`` of tensors in float64 on the GPU, and the sums of the terms' magnitudes."""
+    m, v = matrix.double(), vector.double()
+    return (m @ v).cpu().numpy(), (m.abs() @ v.abs()).cpu().numpy()
+
+
+@lru_cache(maxsize=4)
+def large_weights(d_ff: int, d_model: int, dtype: str, seed: int = 0):
+    """A signed (d_ff, d_model) tensor."""
+    return OnTorch().put(weights(d_ff, d_model, dtype, seed))

@@ -14,7 +14,7 @@ from checks import (
     token,
     weights,
 )
-from gpu_arrays import OnCupy, vendor_mv
+from gpu_arrays import OnCupy, OnTorch, exact_mv, large_weights, vendor_mv
 
 import prosparse_cupy as psc
 
@@ -38,15 +38,14 @@ def test_small_and_odd_shapes(d_model, d_ff, dtype, specialize):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d_model", "d_ff"), LARGE)
 def test_no_worse_than_the_vendor(d_model, d_ff, dtype, torch):
-    x, w = token(d_model, dtype, np.random.default_rng()), weights(d_ff, d_model, dtype)
-    exact, magnitude = exact_ffn_1(x, w)
-    out = on.put(poisoned(d_ff, dtype))
-    first = on.get(psc.ffn_1(on.put(x), on.put(w), out=out))
+    to = OnTorch()
+    x, w = to.put(token(d_model, dtype, np.random.default_rng())), large_weights(d_ff, d_model, dtype)
+    exact, magnitude = exact_mv(w, x)
+    first = to.get(psc.ffn_1(x, w, out=to.put(poisoned(d_ff, dtype))))
     assert_rounded_sum(first, exact, magnitude, d_model)
-    assert_no_worse_than_vendor(first, vendor_mv(w, x), exact)
-    dynamic = on.get(psc.ffn_1(on.put(x), on.put(w), specialize=False))
-    assert_rounded_sum(dynamic, exact, magnitude, d_model)
-    np.testing.assert_array_equal(bits(first), bits(on.get(psc.ffn_1(on.put(x), on.put(w)))))
+    assert_no_worse_than_vendor(first, to.get(vendor_mv(w, x)), exact)
+    assert_rounded_sum(to.get(psc.ffn_1(x, w, specialize=False)), exact, magnitude, d_model)
+    np.testing.assert_array_equal(bits(first), bits(to.get(psc.ffn_1(x, w))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,7 @@ from checks import (
     token,
     weights,
 )
-from gpu_arrays import OnCupy, vendor_mv
+from gpu_arrays import OnCupy, OnTorch, exact_mv, large_weights, vendor_mv
 
 import prosparse_cupy as psc
 from prosparse_cupy import launch, reference, synthetic
@@ -50,13 +50,13 @@ def test_small_and_odd_shapes(d_model, d_ff, dtype, specialize):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d_model", "d_ff"), LARGE)
 def test_no_worse_than_the_vendor(d_model, d_ff, dtype, sparsity, torch):
-    x1, w = _x1(d_ff, dtype, sparsity, np.random.default_rng()), weights(d_ff, d_model, dtype)
-    exact, magnitude = exact_ffn_4(x1, w)
-    arrays = [on.put(x1), on.put(w)]
-    first = on.get(psc.ffn_4(*arrays, out=on.put(poisoned(d_model, dtype))))
+    to = OnTorch()
+    x1, w = to.put(_x1(d_ff, dtype, sparsity, np.random.default_rng())), large_weights(d_ff, d_model, dtype)
+    exact, magnitude = exact_mv(w.t(), x1)
+    first = to.get(psc.ffn_4(x1, w, out=to.put(poisoned(d_model, dtype))))
     assert_rounded_sum(first, exact, magnitude, d_ff)
-    assert_no_worse_than_vendor(first, vendor_mv(np.ascontiguousarray(w.T), x1), exact)
-    np.testing.assert_array_equal(bits(first), bits(on.get(psc.ffn_4(*arrays))))
+    assert_no_worse_than_vendor(first, to.get(vendor_mv(w.t().contiguous(), x1)), exact)
+    np.testing.assert_array_equal(bits(first), bits(to.get(psc.ffn_4(x1, w))))
 
 
 @pytest.mark.parametrize("mask", [synthetic.hot_mask, synthetic.uniform_mask, synthetic.contiguous_mask])

@@ -114,9 +114,9 @@ def test_misaligned_and_overlapping_device_arrays(torch):
 
 def test_mixed_device_libraries(torch):
     g, x, _, w = _numbers()
-    with pytest.raises(TypeError, match="one library, got .*w_up is torch"):
+    with pytest.raises(TypeError, match=r"one library, got .*w_up is torch"):
         psc.ffn_23(OnCupy().put(g), OnCupy().put(x), OnTorch().put(w))
-    with pytest.raises(TypeError, match="one library, got .*x is numpy"):
+    with pytest.raises(TypeError, match=r"one library, got .*x is numpy"):
         psc.ffn_23(OnCupy().put(g), x, OnCupy().put(w))
 
 
@@ -149,6 +149,16 @@ def test_launches_follow_cupys_current_stream():
     np.testing.assert_array_equal(bits(on.get(out)), bits(expected))
 
 
+class TorchStream:
+    """A torch stream under the CUDA stream protocol."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __cuda_stream__(self):
+        return 0, self.stream.cuda_stream
+
+
 def test_launches_follow_torchs_current_stream(torch):
     import cupy
 
@@ -159,7 +169,7 @@ def test_launches_follow_torchs_current_stream(torch):
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        with cupy.cuda.ExternalStream(stream.cuda_stream):
+        with cupy.cuda.Stream.from_external(TorchStream(stream)):
             late((1,), (256,), (x.data_ptr(), late_x.data_ptr(), np.int32(D_MODEL), np.int64(200_000_000)))
         out = psc.ffn_23(g, late_x, w, T)
         assert not stream.query(), "the launch waited"
@@ -249,7 +259,7 @@ def test_the_bits_do_not_depend_on_thread_or_stream():
     import cupy
 
     on = OnCupy()
-    g, x, x1, w = (on.put(a) for a in _numbers())
+    _, _, x1, w = (on.put(a) for a in _numbers())
     expected = on.get(psc.ffn_4(x1, w))
     results: list[np.ndarray] = []
 
