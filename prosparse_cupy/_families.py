@@ -17,12 +17,12 @@ from ._gpu import cupy
 
 HOST = -1  # device index of host memory
 
-_NUMPY_DTYPES = {
+NUMPY_DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
-_NUMPY_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
+_NUMPY_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 _CUDA_DLPACK_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
@@ -69,7 +69,7 @@ class _Numpy(Family):
         return array.ctypes.data
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> np.ndarray:
-        return np.empty(shape, _NUMPY_DTYPES[dtype])
+        return np.empty(shape, NUMPY_DTYPES[dtype])
 
 
 class _Cupy(Family):
@@ -84,7 +84,7 @@ class _Cupy(Family):
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         with cupy().cuda.Device(device):
-            return cupy().empty(shape, _NUMPY_DTYPES[dtype])
+            return cupy().empty(shape, NUMPY_DTYPES[dtype])
 
     def stream(self, device: int) -> int:
         return cupy().cuda.get_current_stream(device).ptr
@@ -96,7 +96,7 @@ class _Torch(Family):
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
-        self._dtypes = {name: getattr(torch, name) for name in _NUMPY_DTYPES}
+        self._dtypes = {name: getattr(torch, name) for name in NUMPY_DTYPES}
         self._names = {dtype: name for name, dtype in self._dtypes.items()}
         if hasattr(torch._C, "_cuda_getCurrentRawStream"):  # absent from CPU builds; 0.1 µs where current_stream() takes 1
             self.stream = torch._C._cuda_getCurrentRawStream

@@ -1,0 +1,5 @@
+"""`python -m prosparse_cupy`."""
+
+from .cli import main
+
+main(prog_name="prosparse-cupy")

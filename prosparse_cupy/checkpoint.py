@@ -1,0 +1,93 @@
+"""One layer's FFN weights from a Hugging Face checkpoint on disk: safetensors, in one file or sharded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class CheckpointError(ValueError):
+    """The folder is not a checkpoint of a ReLU-activated gated FFN that can be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """A layer's weights in `nn.Linear`'s layout, and its activation's threshold."""
+
+    w_gate: np.ndarray
+    """(d_ff, d_model)"""
+    w_up: np.ndarray
+    """(d_ff, d_model)"""
+    w_down: np.ndarray
+    """(d_model, d_ff)"""
+    threshold: float
+
+
+def load_ffn(folder: Path, layer: int) -> FFNWeights:
+    """The gate, up and down projections of layer `layer` (from 0) of the checkpoint in `folder`.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing or no checkpoint's, the activation is neither ``relu`` nor ``fatrelu``, or the layer does not exist.
+    """
+    threshold = _threshold(_read_json(folder / "config.json"))
+    files = _files_by_name(folder)
+    tensors = [_load(folder, files, layer, projection) for projection in _PROJECTIONS]
+    return FFNWeights(*tensors, threshold)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def _threshold(config: dict) -> float:
+    activation = config.get("hidden_act")
+    if activation == "relu":
+        return 0.0
+    if activation != "fatrelu":
+        raise CheckpointError(
+            f"hidden_act is {activation!r}: only relu and fatrelu leave neurons at zero, so only they can be skipped exactly"
+        )
+    if "hidden_act_param" not in config:
+        raise CheckpointError("hidden_act is fatrelu, but config.json has no hidden_act_param, its threshold")
+    return float(config["hidden_act_param"])
+
+
+def _files_by_name(folder: Path) -> dict[str, str]:
+    """Tensor name to file name, from the index of a sharded checkpoint or from the only file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _read_json(index).get("weight_map", {})
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    with _open(folder / "model.safetensors") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def _load(folder: Path, files: dict[str, str], layer: int, projection: str) -> np.ndarray:
+    ending = f"layers.{layer}.mlp.{projection}.weight"
+    names = [name for name in files if name == ending or name.endswith(f".{ending}")]
+    if len(names) != 1:
+        found = "is no tensor" if not names else f"are {len(names)} tensors"
+        raise CheckpointError(f"{folder}: there {found} named *.{ending}")
+    with _open(folder / files[names[0]]) as file:
+        return file.get_tensor(names[0])
+
+
+def _open(path: Path):
+    import ml_dtypes  # noqa: F401  teaches NumPy, and so safetensors, bfloat16
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="np")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from None

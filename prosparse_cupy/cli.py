@@ -1,0 +1,175 @@
+"""The `prosparse-cupy` command: demo, doctor, warmup."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, demo, doctor, launch, models, ops
+from ._families import NUMPY_DTYPES
+from ._gpu import NoGPUError, current_device
+from .checkpoint import CheckpointError, load_ffn
+
+MODELS = {"7b": models.LLAMA_2_7B, "13b": models.LLAMA_2_13B, "1b": models.MINICPM_S_1B}
+
+_model = click.option("--model", type=click.Choice(list(MODELS)), default="7b", show_default=True, help="Dims of the FFN.")
+
+
+class _Number(click.FloatRange):
+    """A float in a range; NaN is in none."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail("nan is not a number in the range", param, ctx)
+        return number
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="prosparse-cupy")
+def main() -> None:
+    """Exact sparse FFN decoding for ReLU-activated LLMs on NVIDIA GPUs."""
+
+
+@main.command("demo")
+@_model
+@click.option("--sparsity", type=_Number(0, 1), help="Share of inactive neurons.  [default: the model's average]")
+@click.option("--threshold", type=_Number(0, 1e30), help="FATReLU's T; 0 is ReLU.  [default: the model's]")
+@click.option("--dtype", type=click.Choice(list(launch.ITEMSIZE)), help="[default: bfloat16, or the checkpoint's]")
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Take the weights from this Hugging Face safetensors checkpoint instead of random ones.",
+)
+@click.option("--layer", type=click.IntRange(0), help="Layer of the checkpoint, from 0.  [default: 0]")
+def _demo(
+    model: str, sparsity: float | None, threshold: float | None, dtype: str | None, checkpoint: Path | None, layer: int | None
+) -> None:
+    """Run one FFN dense and sparse, check both, and show times, speed-ups and errors."""
+    if layer is not None and checkpoint is None:
+        raise click.UsageError("--layer goes with --checkpoint")
+    if checkpoint is not None:
+        given = click.get_current_context().get_parameter_source("model")
+        if sparsity is not None or given is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError("--checkpoint brings its own dims and sparsity: leave out --model and --sparsity")
+
+    console, has_gpu = Console(), _has_gpu()
+    with console.status("starting") as status:
+        progress = status.update
+        if checkpoint is not None:
+            progress(f"reading layer {layer or 0} of {checkpoint}")
+            try:
+                weights = load_ffn(checkpoint, layer or 0)
+                dtype = dtype or _supported(weights.w_gate.dtype)
+            except CheckpointError as error:
+                raise click.ClickException(str(error)) from None
+            made = demo.checkpoint_layer(weights, NUMPY_DTYPES[dtype], weights.threshold if threshold is None else threshold)
+            title = f"{checkpoint.resolve().name}, layer {layer or 0}"
+        else:
+            chosen, dtype = MODELS[model], dtype or "bfloat16"
+            dims = (chosen.d_model, chosen.d_ff) if has_gpu else demo.host_dims(chosen.d_model, chosen.d_ff)
+            sparsity = chosen.sparsity if sparsity is None else sparsity
+            threshold = chosen.threshold if threshold is None else threshold
+            made = demo.random_layer(*dims, NUMPY_DTYPES[dtype], sparsity, threshold, progress)
+            title = f"{chosen.name}, random weights"
+        run = demo.on_gpu if has_gpu else demo.on_host
+        try:
+            report = run(made, dtype, progress)
+        except (RuntimeError, MemoryError) as error:
+            raise click.ClickException(str(error)) from None
+    if not has_gpu:
+        small = "" if checkpoint is not None else "a smaller layer on "
+        console.print(f"No GPU that CuPy can use (see doctor): this is {small}the NumPy reference.", soft_wrap=True)
+    _print_report(console, title, made.threshold, report)
+    if report.failed:
+        raise click.ClickException(f"wrong results: {', '.join(report.failed)}; no time is shown for them")
+
+
+def _has_gpu() -> bool:
+    try:
+        current_device()
+    except (ImportError, NoGPUError):
+        return False
+    return True
+
+
+def _supported(dtype: np.dtype) -> str:
+    name = str(dtype)
+    if name not in launch.ITEMSIZE:
+        raise CheckpointError(f"the checkpoint's weights are {name}: choose one of {', '.join(launch.ITEMSIZE)} with --dtype")
+    return name
+
+
+def _print_report(console: Console, title: str, threshold: float, report: demo.Report) -> None:
+    console.print(
+        f"{title}: d_model {report.d_model}, d_ff {report.d_ff}, {report.dtype}, T = {threshold:g}, "
+        f"{report.sparsity:.2%} sparse",
+        soft_wrap=True,
+    )
+    table = Table(title=report.where, title_justify="left")
+    table.add_column("operator", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for column in ("dense µs", "sparse µs", "speed-up", "dense err.", "sparse err."):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        right = row.operator not in report.failed
+        times = (f"{row.dense_us:.1f}", f"{row.sparse_us:.1f}", f"{row.speedup:.2f}x") if right else ("-", "-", "[red]wrong[/]")
+        table.add_row(row.operator, demo.WHAT[row.operator], *times, f"{row.dense_error:.1e}", f"{row.sparse_error:.1e}")
+    console.print(table)
+    copies = f"; times: median, CUDA graph of {report.layers} layers, cold L2" if report.layers > 1 else ""
+    console.print(f"dense: {report.dense}; err.: ‖out - float64‖ / ‖float64‖{copies}", soft_wrap=True)
+
+
+@main.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _doctor(as_json: bool) -> None:
+    """Show what the kernels depend on, and flag what is wrong with the command that fixes it."""
+    facts = doctor.collect()
+    problems = doctor.diagnose(facts)
+    if as_json:
+        found = [{"what": p.what, "fix": p.fix} for p in problems]
+        click.echo(json.dumps({**facts.as_dict(), "problems": found}, indent=2))
+    else:
+        _print_facts(Console(), facts, problems)
+    sys.exit(1 if problems else 0)
+
+
+def _print_facts(console: Console, facts: doctor.Facts, problems: list[doctor.Problem]) -> None:
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in doctor.describe(facts):
+        table.add_row(name, value)
+    console.print(table)
+    for problem in problems:
+        console.print(f"[red]problem[/] {problem.what}", highlight=False)
+        console.print(f"    fix {problem.fix}", highlight=False, markup=False)
+    if not problems:
+        console.print("[green]all good[/]")
+
+
+@main.command("warmup")
+@_model
+@click.option("--dtype", type=click.Choice(list(launch.ITEMSIZE)), default="bfloat16", show_default=True)
+def _warmup(model: str, dtype: str) -> None:
+    """Compile every kernel of a model's dims into CuPy's disk cache."""
+    chosen, console = MODELS[model], Console()
+    try:
+        with console.status(f"compiling for {chosen.name}"):
+            report = ops.warmup(chosen.d_model, chosen.d_ff, dtype=dtype)
+    except (ImportError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+    table = Table(title=f"{chosen.name}, {dtype}, sm_{report[0].capability}", title_justify="left")
+    for column in ("kernel", "defines"):
+        table.add_column(column)
+    table.add_column("ms", justify="right")
+    for kernel in report:
+        table.add_row(kernel.kernel, kernel.defines, f"{kernel.seconds * 1e3:.0f}")
+    console.print(table)
+    console.print(f"{sum(kernel.seconds for kernel in report):.2f} s in all; what was in the cache is loaded, not compiled")

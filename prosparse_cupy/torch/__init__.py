@@ -1,0 +1,1 @@
+"""What needs torch. Nothing outside this folder imports it."""

@@ -1,0 +1,61 @@
+"""The dense FFN through torch, for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from .. import timing
+from .._dense import Dense
+
+
+def sees_gpu() -> bool:
+    """Whether this torch can use a GPU."""
+    return torch.cuda.is_available()
+
+
+class TorchDense(Dense):
+    """cuBLAS through torch: `mv`, a threshold, a multiplication."""
+
+    def __init__(self) -> None:
+        self.name = f"torch {torch.__version__} (cuBLAS)"
+
+    def adopt(self, array: object) -> torch.Tensor:
+        return torch.from_dlpack(array)
+
+    def capture(self, calls: Sequence[timing.Call]) -> timing.Call:
+        return _capture(calls)
+
+    def mv(self, weights: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mv(weights, x, out=out)
+
+    def step_2(self, gate: torch.Tensor, x: torch.Tensor, w_up: torch.Tensor, threshold: float, out: torch.Tensor) -> None:
+        torch.mv(w_up, x, out=out)
+        out.mul_(torch.nn.functional.threshold(gate, _largest_below(threshold, gate.dtype), 0.0))
+
+
+@cache
+def _largest_below(threshold: float, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` below T: torch's `threshold` keeps what is greater, FATReLU what is equal too."""
+    if threshold == 0.0:
+        return 0.0
+    kept = torch.tensor(threshold, dtype=dtype)
+    if float(kept) < threshold:
+        kept = torch.nextafter(kept, torch.tensor(float("inf"), dtype=dtype))
+    return float(torch.nextafter(kept, torch.zeros((), dtype=dtype)))
+
+
+def _capture(calls: Sequence[timing.Call]) -> timing.Call:
+    """`timing.capture` for launches through torch."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay

@@ -1,0 +1,86 @@
+"""Reading one layer of a Hugging Face checkpoint, and the demo on it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from checks import DTYPES
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from prosparse_cupy import cli, reference
+from prosparse_cupy.checkpoint import CheckpointError, load_ffn
+
+
+def _checkpoint(folder, *, shards: int = 1, dtype="bfloat16", **config):
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for layer in range(2):
+        for name, shape in (("gate_proj", (96, 64)), ("up_proj", (96, 64)), ("down_proj", (64, 96))):
+            tensors[f"model.layers.{layer}.mlp.{name}.weight"] = rng.standard_normal(shape).astype(DTYPES[dtype])
+    (folder / "config.json").write_text(json.dumps({"hidden_act": "fatrelu", "hidden_act_param": 0.03, **config}))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return tensors
+    index = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(index.values()):
+        save_file({name: tensors[name] for name in tensors if index[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_checkpoints_are_read(tmp_path, shards, dtype):
+    tensors = _checkpoint(tmp_path, shards=shards, dtype=dtype)
+    for layer in (0, 1):
+        weights = load_ffn(tmp_path, layer)
+        for array, name in ((weights.w_gate, "gate"), (weights.w_up, "up"), (weights.w_down, "down")):
+            np.testing.assert_array_equal(array, tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"])
+            assert array.dtype == DTYPES[dtype]
+        assert weights.threshold == 0.03
+
+
+def test_relu_has_no_threshold(tmp_path):
+    _checkpoint(tmp_path, hidden_act="relu")
+    assert load_ffn(tmp_path, 0).threshold == 0.0
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
+        (lambda f: (f / "config.json").write_text('{"hidden_act": "silu"}'), "hidden_act is 'silu': only relu and fatrelu"),
+        (lambda f: (f / "config.json").write_text('{"hidden_act": "fatrelu"}'), "no hidden_act_param"),
+        (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"not a checkpoint"), "cannot be read as safetensors"),
+    ],
+)
+def test_broken_checkpoints_say_what_is_wrong(tmp_path, breakage, message):
+    _checkpoint(tmp_path)
+    breakage(tmp_path)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_ffn(tmp_path, 0)
+    done = CliRunner().invoke(cli.main, ["demo", "--checkpoint", str(tmp_path)])
+    assert done.exit_code == 1 and "Error: " in done.output and "Traceback" not in done.output
+
+
+def test_a_layer_that_is_not_there(tmp_path):
+    _checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is no tensor named \*\.layers\.7\.mlp\.gate_proj\.weight"):
+        load_ffn(tmp_path, 7)
+
+
+def test_demo_on_a_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_has_gpu", lambda: False)
+    tensors = _checkpoint(tmp_path, shards=2)
+    done = CliRunner().invoke(cli.main, ["demo", "--checkpoint", str(tmp_path), "--layer", "1"])
+    assert done.exit_code == 0, done.output
+    assert "layer 1: d_model 64, d_ff 96, bfloat16, T = 0.03" in done.output
+    x = np.random.default_rng(0).standard_normal(64, dtype=np.float32).astype(DTYPES["bfloat16"])
+    gate = reference.ffn_1(x, tensors["model.layers.1.mlp.gate_proj.weight"])
+    assert f"{1 - reference.active(gate, 0.03).mean():.2%} sparse" in done.output

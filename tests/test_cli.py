@@ -1,0 +1,132 @@
+"""The command line: the demo, warmup and usage errors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checks import DTYPES
+from click.testing import CliRunner
+
+from prosparse_cupy import cli, demo, reference
+
+
+def _run(*arguments: str):
+    return CliRunner().invoke(cli.main, arguments)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(cli, "_has_gpu", lambda: False)
+    monkeypatch.setattr(demo, "_HOST_SHRINK", 32)
+
+
+def test_module_and_script_are_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "prosparse_cupy", "--version"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"prosparse-cupy, version \d+\.\d+\.\d+", done.stdout.strip())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", "13b", "--sparsity", "0.5"], ["--dtype", "float32", "--threshold", "0"]])
+def test_demo_without_a_gpu(no_gpu, arguments):
+    done = _run("demo", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "No GPU that CuPy can use" in done.output and "NumPy reference" in done.output
+    for operator in demo.STEPS:
+        assert re.search(rf"{operator} .*\d\.\d\dx .*\de-\d\d", done.output), done.output
+    sparsity = "50.00% sparse" if "0.5" in arguments else "89.24% sparse"  # 37 of 344 neurons active
+    assert sparsity in done.output
+
+
+def test_demo_fails_where_a_result_is_wrong(no_gpu, monkeypatch):
+    monkeypatch.setattr(demo.ops, "ffn_4", lambda x1, w, **_: np.full(w.shape[1], np.nan, x1.dtype))
+    done = _run("demo")
+    assert done.exit_code == 1
+    assert "wrong results: ffn_4" in done.output
+    assert re.search(r"ffn_4 .* - .* - .* wrong", done.output)
+
+
+def test_demo_rows_are_judged_by_twice_the_dense_error():
+    bfloat16 = DTYPES["bfloat16"]
+    epsilon = float(ml_dtypes.finfo(bfloat16).eps)
+    assert demo.Row("ffn_1", 1, 1, 1e-3, 2e-3 + epsilon).is_right(bfloat16)
+    assert not demo.Row("ffn_1", 1, 1, 1e-3, 2.1e-3 + epsilon).is_right(bfloat16)
+    assert not demo.Row("ffn_1", 1, 1, 1e-3, float("nan")).is_right(bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--sparsity", "nan"], "nan is not a number in the range"),
+        (["demo", "--sparsity", "1.5"], "not in the range"),
+        (["demo", "--threshold", "-1"], "not in the range"),
+        (["demo", "--model", "70b"], "not one of '7b', '13b', '1b'"),
+        (["demo", "--dtype", "float64"], "not one of 'bfloat16'"),
+        (["demo", "--layer", "0"], "--layer goes with --checkpoint"),
+        (["demo", "--checkpoint", "/no/such/folder"], "does not exist"),
+        (["demo", "--checkpoint", ".", "--model", "7b"], "leave out --model and --sparsity"),
+        (["demo", "--checkpoint", ".", "--sparsity", "0.5"], "leave out --model and --sparsity"),
+        (["warmup", "--dtype", "int8"], "not one of"),
+        (["doctor", "--xml"], "No such option"),
+        (["dance"], "No such command"),
+    ],
+)
+def test_wrong_options_get_a_usage_error(arguments, message):
+    done = _run(*arguments)
+    assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
+
+
+def test_warmup_without_a_gpu_says_what_was_looked_for(monkeypatch):
+    def no_gpu():
+        raise cli.NoGPUError("no CUDA GPU: looked for one")
+
+    monkeypatch.setattr(cli.ops, "current_device", no_gpu)
+    done = _run("warmup")
+    assert done.exit_code == 1 and "Error: no CUDA GPU: looked for one" in done.output
+
+
+@pytest.mark.gpu
+def test_warmup_lists_every_kernel():
+    done = _run("warmup", "--model", "1b", "--dtype", "float16")
+    assert done.exit_code == 0, done.output
+    for kernel in ("ffn_1", "ffn_23", "ffn_4", "pack_down"):
+        assert kernel in done.output
+    assert re.search(r"\d\.\d\d s in all", done.output)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_demo_on_the_gpu(dtype):
+    done = _run("demo", "--model", "1b", "--dtype", dtype)
+    assert done.exit_code == 0, done.output
+    assert "cold L2" in done.output and "wrong" not in done.output
+    for operator in demo.STEPS:
+        assert re.search(rf"{operator} .*\d\.\d\dx .*\de-\d\d", done.output), done.output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dense_path_is_right(dtype, torch):
+    import cupy
+    from gpu_arrays import OnCupy
+
+    from prosparse_cupy._dense import CupyDense, OwnDense
+    from prosparse_cupy.torch.dense import TorchDense
+
+    rng, on, t = np.random.default_rng(), OnCupy(), 0.1
+    x, w = (rng.standard_normal(s).astype(DTYPES[dtype]) for s in ((64,), (96, 64)))
+    g = np.where(rng.random(96) < 0.3, t, rng.standard_normal(96)).astype(DTYPES[dtype])
+    expected = reference.ffn_23(g, x, w, t).astype(np.float32)
+    for dense in (TorchDense(), OwnDense(), CupyDense()):
+        out = on.put(np.full(96, np.nan).astype(DTYPES[dtype]))
+        arrays = [dense.adopt(on.put(a)) for a in (g, x, w)]
+        try:
+            dense.step_2(*arrays, t, dense.adopt(out))
+        except (TypeError, cupy.cuda.compiler.CompileException):
+            assert isinstance(dense, CupyDense) and dtype == "bfloat16"  # what best_dense() finds out and avoids
+            continue
+        cupy.cuda.Device().synchronize()
+        np.testing.assert_allclose(on.get(out).astype(np.float32), expected, rtol=2**-6, atol=2**-8)
