@@ -39,7 +39,8 @@ class _Elementwise(Dense):
 
     def step_2(self, gate: Any, x: Any, w_up: Any, threshold: float, out: Any) -> None:
         self.mv(w_up, x, out)
-        cupy().multiply(out, cupy().where(gate >= threshold, gate, cupy().zeros_like(gate)), out=out)
+        kept = gate.astype(np.float32) >= np.float32(threshold)  # a Python float would be rounded to the gate's dtype first
+        cupy().multiply(out, cupy().where(kept, gate, cupy().zeros_like(gate)), out=out)
 
 
 class CupyDense(_Elementwise):

@@ -1,0 +1,107 @@
+"""The wheel, the sdist and an editable install: each finds the kernels, and none installs a top-level `kernels`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = {"common.cuh", "row_dot.cuh", "ffn_1.cu", "ffn_23.cu", "ffn_4.cu", "pack_down.cu"}
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree")
+
+
+def _run(*command: str, **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """The wheel, built from the sdist as `build` does, and the sdist."""
+    pytest.importorskip("build", reason="the `test` extra brings build and hatchling")
+    pytest.importorskip("hatchling", reason="the `test` extra brings build and hatchling")
+    out = tmp_path_factory.mktemp("dist")
+    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT))
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_kernels_are_in_the_tree():
+    assert {path.name for path in (ROOT / "kernels").iterdir()} == KERNELS
+
+
+def test_wheel_has_the_kernels_inside_the_package(built):
+    names = set(zipfile.ZipFile(built[0]).namelist())
+    assert {f"prosparse_cupy/kernels/{name}" for name in KERNELS} <= names
+    assert "prosparse_cupy/py.typed" in names
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"prosparse_cupy"}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
+
+
+def test_sdist_has_what_a_build_and_the_tests_need(built):
+    with tarfile.open(built[1]) as sdist:
+        names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
+    wanted = {f"kernels/{name}" for name in KERNELS} | {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    assert wanted | {"tests/conftest.py", "tests/host_cuda/host_cuda.h", "prosparse_cupy/ops.py"} <= names
+
+
+def _found_kernels(path: Path, workdir: Path) -> Path:
+    """Where a Python that sees the package at `path` finds the kernels, from a folder that is not the checkout."""
+    code = (
+        "from prosparse_cupy._compile import kernel_folder, source; print(kernel_folder()); assert 'ffn_4' in source('ffn_4')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return Path(_run(sys.executable, "-c", code, cwd=workdir, env=environment).strip())
+
+
+def test_an_installed_wheel_finds_its_kernels(built, tmp_path):
+    _run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(tmp_path / "site"),
+        str(built[0]),
+    )
+    assert _found_kernels(tmp_path / "site", tmp_path) == tmp_path / "site" / "prosparse_cupy" / "kernels"
+    assert not (tmp_path / "site" / "kernels").exists()
+
+
+def test_an_installed_sdist_finds_its_kernels(built, tmp_path):
+    options = ("-q", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(tmp_path / "site"))
+    _run(sys.executable, "-m", "pip", "install", *options, str(built[1]))
+    assert _found_kernels(tmp_path / "site", tmp_path) == tmp_path / "site" / "prosparse_cupy" / "kernels"
+
+
+def test_an_editable_install_finds_the_checkouts_kernels(tmp_path):
+    """What an editable install puts on the path is a .pth file with the checkout in it."""
+    pytest.importorskip("hatchling", reason="the `test` extra brings it")
+    out = tmp_path / "dist"
+    build = f"import hatchling.build as b; b.build_editable({str(out)!r})"
+    out.mkdir()
+    _run(sys.executable, "-c", build, cwd=ROOT)
+    wheel = zipfile.ZipFile(next(out.glob("*.whl")))
+    (pth,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+    assert wheel.read(pth).decode().split() == [str(ROOT)]
+    assert _found_kernels(ROOT, tmp_path) == ROOT / "kernels"
+
+
+def test_a_broken_installation_says_so(monkeypatch, tmp_path):
+    from prosparse_cupy import _compile
+
+    monkeypatch.setattr(_compile, "_PACKAGE", tmp_path / "prosparse_cupy")
+    with pytest.raises(FileNotFoundError, match="no kernels found in .*reinstall prosparse-cupy"):
+        _compile.kernel_folder()
