@@ -103,5 +103,5 @@ def test_a_broken_installation_says_so(monkeypatch, tmp_path):
     from prosparse_cupy import _compile
 
     monkeypatch.setattr(_compile, "_PACKAGE", tmp_path / "prosparse_cupy")
-    with pytest.raises(FileNotFoundError, match="no kernels found in .*reinstall prosparse-cupy"):
+    with pytest.raises(FileNotFoundError, match=r"no kernels found in .*reinstall prosparse-cupy"):
         _compile.kernel_folder()
