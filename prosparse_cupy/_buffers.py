@@ -46,7 +46,7 @@ class Operand(NamedTuple):
 
 def vector(name: str, dim: str) -> Operand:
     """A (dim,) or (B, dim) argument."""
-    return Operand(name, (dim,), aligned=dim == "d_model")
+    return Operand(name, (dim,), aligned=True)
 
 
 def weight(name: str) -> Operand:

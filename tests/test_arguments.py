@@ -283,7 +283,9 @@ def test_alignment():
         ops.FFN_4, (Meta(CUPY, (D_FF,), "bfloat16", 0, True), Meta(CUPY, (D_FF, D_MODEL), "bfloat16", 0, True)), None
     )
     assert isinstance(checked, Checked)
-    _check_alignment(ops.FFN_4, checked, [2, 32], 64)  # x1 is read element by element
+    _check_alignment(ops.FFN_4, checked, [16, 32], 64)
+    with pytest.raises(ValueError, match="ffn_4: x1 must start at a multiple of 16 bytes"):
+        _check_alignment(ops.FFN_4, checked, [2, 32], 64)
     with pytest.raises(ValueError, match="ffn_4: w_down_t must start at a multiple of 16 bytes, got address 0x28: copy it"):
         _check_alignment(ops.FFN_4, checked, [16, 40], 64)
     with pytest.raises(ValueError, match="ffn_4: out must start at a multiple of 16 bytes"):

@@ -43,7 +43,7 @@ def _reported(pattern: str, report: str) -> int:
 @pytest.mark.parametrize("kernel", launch.KERNELS)
 def test_no_spills_within_budget(kernel, dtype, architecture):
     for d_model, d_ff, specialize in SHAPES:
-        plan = launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize))
+        plan = launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize, capability=architecture))
         code, report = compile_for(plan, architecture)
         assert code
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0
@@ -64,7 +64,7 @@ def test_older_architectures_are_refused_by_name():
         ((("DTYPE_FLOAT16", None), ("DTYPE_FLOAT32", None)), "exactly one of DTYPE_"),
         ((("DTYPE_FLOAT16", None), ("ROW_OPT", 64)), "ROW_OPT and COL_OPT go together"),
         ((("DTYPE_FLOAT16", None), ("ROW_OPT", 64), ("COL_OPT", 12)), "multiple of 16 bytes"),
-        ((("DTYPE_FLOAT32", None),), "define LANES and LOADS"),
+        ((("DTYPE_FLOAT32", None),), "define SETS and EACH"),
     ],
 )
 def test_kernels_refuse_defines_that_make_no_sense(defines, message):
@@ -89,5 +89,5 @@ def test_weights_are_read_16_bytes_at_a_time():
         plan = launch.plan(kernel, launch.Shape(4096, 11008, "bfloat16"))
         program = compiler._NVRTCProgram(source(kernel), f"{kernel}.cu", method="ptx")
         text = program.compile((*compiler_options(plan), "-arch=compute_90"), None)[0].decode()
-        assert "ld.global.nc.L1::no_allocate.v4.u32" in text
+        assert "ld.global.nc.L1::no_allocate.L2::256B.v4.u32" in text
         assert "ld.global.nc.u32" not in text

@@ -49,7 +49,7 @@ def test_ffn_1(host, d_model, d_ff, dtype, specialize):
 @dtypes
 @shapes
 def test_ffn_23(host, d_model, d_ff, dtype, specialize):
-    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    shape = launch.Shape(d_model, d_ff, dtype, specialize, sm_count=5)
     rng = np.random.default_rng(d_model * d_ff)
     for threshold in (0.0, 0.25):
         for sparsity in SPARSITIES:
@@ -78,15 +78,23 @@ def test_ffn_4(host, d_model, d_ff, dtype, specialize):
 @both
 def test_ffn_4_lists_more_rows_than_a_tile(host, specialize):
     """More rows than the kernel lists at a time: the list is written twice and must not be overwritten too early."""
-    d_model, dtype = 8, "bfloat16"
-    plan = launch.plan("ffn_4", launch.Shape(d_model, 1, dtype))
-    d_ff = 2 * 32 * plan.block[0] + 5
+    d_model, dtype, d_ff = 8, "bfloat16", 2 * 32 * 512 + 5
     rng = np.random.default_rng(0)
     w, x1 = weights(d_ff, d_model, dtype), token(d_ff, dtype, rng) * (rng.random(d_ff) < 0.02)
     out = _run_twice(
         host, "ffn_4", launch.Shape(d_model, d_ff, dtype, specialize), [x1.astype(w.dtype), w, None], poisoned(d_model, dtype)
     )
     assert_rounded_sum(out, *exact_ffn_4(x1.astype(w.dtype), w), d_ff)
+
+
+@both
+def test_ffn_23_lists_more_rows_than_a_tile(host, specialize):
+    d_model, dtype, d_ff = 8, "bfloat16", 2 * 32 * 512 + 5
+    rng = np.random.default_rng(0)
+    x, w, g = token(d_model, dtype, rng), weights(d_ff, d_model, dtype), gate(d_ff, dtype, 0.95, rng, 0.25)
+    shape = launch.Shape(d_model, d_ff, dtype, specialize, sm_count=2)
+    out = _run_twice(host, "ffn_23", shape, [g, x, w, None, 0.25], poisoned(d_ff, dtype))
+    assert_rounded_sum(out, *exact_ffn_23(g, x, w, 0.25), d_model + 1)
 
 
 @both
@@ -111,7 +119,11 @@ def test_special_values(host, dtype):
     x, w = np.ones(d_model, DTYPES[dtype]), np.ones((len(g), d_model), DTYPES[dtype])
     for threshold in (0.0, 0.25):
         out = _run_twice(
-            host, "ffn_23", launch.Shape(d_model, len(g), dtype), [g, x, w, None, threshold], poisoned(len(g), dtype)
+            host,
+            "ffn_23",
+            launch.Shape(d_model, len(g), dtype, sm_count=3),
+            [g, x, w, None, threshold],
+            poisoned(len(g), dtype),
         )
         np.testing.assert_array_equal(out.astype(np.float32), reference.ffn_23(g, x, w, threshold).astype(np.float32))
 
@@ -130,7 +142,9 @@ def test_conversions_round_to_nearest_even(host, dtype):
         w = np.zeros((len(g), 8), DTYPES[dtype])
         w[:, 0] = np.float32(1 + 2**-7)
         out = host.run(
-            launch.plan("ffn_23", launch.Shape(8, len(g), dtype)), [g, x, w, None, 0.0, len(g), 8], poisoned(len(g), dtype)
+            launch.plan("ffn_23", launch.Shape(8, len(g), dtype, sm_count=13)),
+            [g, x, w, None, 0.0, len(g), 8],
+            poisoned(len(g), dtype),
         )
         active = reference.active(g, 0.0)
         with np.errstate(all="ignore"):

@@ -47,14 +47,48 @@ def test_defines_say_the_dtype_and_the_dims(kernel, shape):
     assert dims == ((shape.d_ff, shape.d_model) if shape.specialize else (None, None))
 
 
-@given(st.sampled_from(["ffn_1", "ffn_23"]), shapes)
-def test_every_row_has_one_warp(kernel, shape):
-    plan = launch.plan(kernel, shape)
+@given(shapes)
+def test_every_row_of_ffn_1_has_one_warp(shape):
+    plan = launch.ffn_1(shape)
     defines = _defines(plan)
     assert plan.block == (32 * defines["WARPS"], 1, 1)
     rows = [b * defines["WARPS"] + w for b in (0, plan.grid[0] - 1) for w in range(defines["WARPS"])]
     assert min(rows) == 0 and max(rows) >= shape.d_ff - 1  # the last row has a warp
     assert (plan.grid[0] - 1) * defines["WARPS"] < shape.d_ff  # and no block is idle
+
+
+def _rows_of_set(shape: launch.Shape, plan: launch.Launch, row_set: int) -> list[int]:
+    """The vectors that active_bits() visits for a set, over all tiles, threads and vectors of a thread."""
+    defines, vectors = _defines(plan), -(-shape.d_ff // launch.vector_length(shape.dtype))
+    per_tile = defines["EACH"] * plan.block[0]
+    starts = range(0, vectors, defines["SETS"] * per_tile)
+    visited = [tile + i * defines["SETS"] + row_set for tile in starts for i in range(per_tile)]
+    return [v for v in visited if v < vectors]
+
+
+@given(st.sampled_from(["ffn_23", "ffn_4"]), shapes)
+def test_every_vector_of_rows_is_listed_once(kernel, shape):
+    plan = launch.plan(kernel, shape)
+    sets = _defines(plan)["SETS"]
+    visited = sorted(v for s in range(sets) for v in _rows_of_set(shape, plan, s))
+    assert visited == list(range(-(-shape.d_ff // launch.vector_length(shape.dtype))))
+    assert _defines(plan)["EACH"] * launch.vector_length(shape.dtype) <= 32
+
+
+@given(shapes, st.integers(0, 3000))
+def test_every_listed_row_of_ffn_23_has_one_warp(shape, listed):
+    plan = launch.ffn_23(shape)
+    defines = _defines(plan)
+    assert plan.block == (32 * defines["WARPS"], 1, 1)
+    assert plan.grid[0] % defines["SETS"] == 0 and plan.grid[0] <= shape.sm_count
+    members = plan.grid[0] // defines["SETS"]
+    taken = [
+        i
+        for m in range(members)
+        for w in range(defines["WARPS"])
+        for i in range(m + w * members, listed, members * defines["WARPS"])
+    ]
+    assert sorted(taken) == list(range(listed))
 
 
 @given(shapes)
