@@ -68,20 +68,6 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
     return v;
 }
 
-// Programmatic dependent launch: a kernel launched so may start while the one before it on the stream still runs, and must
-// wait_for_previous() before it reads what that one writes. Both do nothing in an ordinary launch, or before sm_90.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 #else
 
 __device__ __forceinline__ float half_to_float(unsigned short bits) {
@@ -107,10 +93,6 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
 }
 
 __device__ __forceinline__ uint4 load_once(const uint4* address) { return *address; }
-
-__device__ __forceinline__ void let_next_start() {}
-
-__device__ __forceinline__ void wait_for_previous() {}
 
 #endif
 

@@ -12,7 +12,6 @@
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 ffn_1(const scalar* __restrict__ x, const scalar* __restrict__ w_gate, scalar* __restrict__ gate, int d_ff, int d_model) {
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
-    let_next_start();
     if (row >= D_FF(d_ff)) return;
 
     const int chunks = D_MODEL(d_model) / VEC;

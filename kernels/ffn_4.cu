@@ -5,24 +5,80 @@
 //   x1 (d_ff,) and w_down_t (d_ff, d_model) row-major, both 16-byte aligned   y (d_model,), every element written
 //   launch   WARPS warps a block; a block owns LANES * 16 bytes of every row, so all blocks do the same work whatever the mask, and no
 //            sum crosses blocks; grid ceil(d_model / (LANES * VEC))
+//            EACH: 16-byte vectors of x1 that a thread looks at before its block writes down the active rows, a tile
 //   numerics float32 accumulation in an order that only the mask and the launch shape decide, one rounding at the store
 
 #include "common.cuh"
-#include "active_rows.cuh"
 
-#if !defined(LANES) || !defined(LOADS)
-#error "define LANES and LOADS"
+#if !defined(LANES) || !defined(LOADS) || !defined(EACH)
+#error "define LANES, LOADS and EACH"
 #endif
 
-constexpr int GROUPS = THREADS / LANES;  // groups of LANES lanes, each reading its own row
-constexpr int SLICE = LANES * VEC;       // columns of a block
+constexpr int THREADS = 32 * WARPS;
+constexpr int GROUPS = THREADS / LANES;      // groups of LANES lanes, each reading its own row
+constexpr int SLICE = LANES * VEC;           // columns of a block
+constexpr int TILE = EACH * VEC * THREADS;   // rows of a tile
 static_assert(32 % LANES == 0, "a row segment must not straddle warps");
 static_assert(SLICE <= THREADS, "a thread writes one column");
-static_assert(SETS == 1, "a block lists every row");
+static_assert(EACH * VEC <= 32, "a thread keeps a bit per row");
+static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
+
+// First row of the thread's k-th vector in a tile.
+__device__ __forceinline__ int first_row(int k) { return (k * THREADS + threadIdx.x) * VEC; }
+
+// Bit k * VEC + e: whether x1[first_row(k) + e] is not zero.
+__device__ __forceinline__ unsigned active_bits(const scalar* __restrict__ x1, int rows) {
+    uint4 v[EACH];  // all loads before the first use
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        const int row = first_row(k);
+        v[k] = row + VEC <= rows ? *reinterpret_cast<const uint4*>(x1 + row) : uint4{0, 0, 0, 0};
+    }
+    unsigned bits = 0;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        const int row = first_row(k);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            scalar value = raw_element(v[k], e);
+            if (rows % VEC != 0 && row + VEC > rows && row + e < rows) value = x1[row + e];  // the vector that d_ff cuts off
+            bits |= (unsigned)is_nonzero(value) << (k * VEC + e);
+        }
+    }
+    return bits;
+}
+
+// Writes the rows behind all threads' bits to `list`, in an order that only the bits decide, and returns how many there are. The first
+// barrier also keeps the list of one tile from overwriting that of another, which may still be read.
+__device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list, int* warp_counts) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int count = __popc(bits);
+    int upto = count;  // inclusive sum of the counts over the warp's lanes
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int lower = __shfl_up_sync(ALL_LANES, upto, step);
+        if (lane >= step) upto += lower;
+    }
+    if (lane == 31) warp_counts[warp] = upto;
+    __syncthreads();
+
+    int position = upto - count, total = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        if (w < warp) position += warp_counts[w];
+        total += warp_counts[w];
+    }
+    for (; bits != 0; bits &= bits - 1) {
+        const int bit = __ffs(bits) - 1;
+        list[position++] = first_row(bit / VEC) + bit % VEC;
+    }
+    __syncthreads();
+    return total;
+}
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 ffn_4(const scalar* __restrict__ x1, const scalar* __restrict__ w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
-    __shared__ unsigned short list[TILE_ROWS];
+    __shared__ unsigned short list[TILE];
     __shared__ int warp_counts[WARPS];
     __shared__ float partial[WARPS][SLICE + 1];
 
@@ -32,16 +88,15 @@ ffn_4(const scalar* __restrict__ x1, const scalar* __restrict__ w_down_t, scalar
     const uint4* weights = reinterpret_cast<const uint4*>(w_down_t) + chunk;
 
     float sum[VEC] = {};
-    wait_for_previous();
-    for (int tile = 0; tile < (rows + VEC - 1) / VEC; tile += TILE_VECTORS) {
-        const int active = list_rows(active_bits(x1, rows, tile, 0, is_nonzero), list, warp_counts);
+    for (int tile = 0; tile < rows; tile += TILE) {
+        const int active = list_rows(active_bits(x1 + tile, rows - tile), list, warp_counts);
         for (int first = threadIdx.x / LANES; first < active; first += GROUPS * LOADS) {
             uint4 w[LOADS];
             float s[LOADS];
 #pragma unroll
             for (int i = 0; i < LOADS; ++i) {
                 const bool valid = first + i * GROUPS < active && chunk < chunks;
-                const int row = valid ? row_of(tile, 0, list[first + i * GROUPS]) : 0;
+                const int row = tile + (valid ? list[first + i * GROUPS] : 0);
                 w[i] = valid ? load_once(weights + (long long)row * chunks) : uint4{0, 0, 0, 0};
                 s[i] = valid ? to_float(x1[row]) : 0.0f;
             }

@@ -12,7 +12,6 @@ from typing import Any
 
 from . import launch
 from ._gpu import cupy, gpu
-from ._overlap import is_supported, launch_overlapped
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
@@ -65,26 +64,19 @@ class Kernel:
         self.device = device
         # The function keeps its module loaded for as long as this object lives.
         self._function = _compile(plan, device)
-        self._shape = (*plan.grid, *plan.block, plan.shared_bytes)
+        self._shape = (self._function.ptr, *plan.grid, *plan.block, plan.shared_bytes)
         self._pack = struct.Struct("".join(_slot_format(a) for a in plan.arguments)).pack_into
         self._driver_launch = cupy().cuda.driver.launchKernel
         self._get_device = cupy().cuda.runtime.getDevice
 
-    def __call__(self, stream: int, *arguments: int | float, overlap: bool = False) -> None:
-        """Launch on `stream` (a `cudaStream_t` as an integer) of this kernel's GPU.
-
-        With `overlap` the kernel may start before its predecessor on the stream has ended, which must be a kernel whose results
-        this one waits for by itself.
-        """
+    def __call__(self, stream: int, *arguments: int | float) -> None:
+        """Launch on `stream` (a `cudaStream_t` as an integer) of this kernel's GPU."""
         if self._get_device() != self.device:
             with cupy().cuda.Device(self.device):
-                return self(stream, *arguments, overlap=overlap)
+                return self(stream, *arguments)
         buffer = _thread_buffer(self.device)
         self._pack(buffer.values, 0, *arguments)
-        if overlap and is_supported(self.device):
-            launch_overlapped(self._function.ptr, self._shape, stream, buffer.pointers)
-        else:
-            self._driver_launch(self._function.ptr, *self._shape, stream, buffer.pointers, 0)
+        self._driver_launch(*self._shape, stream, buffer.pointers, 0)
 
 
 def _slot_format(argument: str) -> str:
@@ -131,6 +123,5 @@ def _compile(plan: launch.Launch, device: int) -> Any:
 @cache
 def load(kernel: str, d_model: int, d_ff: int, dtype: str, device: int, specialize: bool = True) -> Kernel:
     """The kernel for these dims on this GPU, compiled at the first call and kept."""
-    target = gpu(device)
-    shape = launch.Shape(d_model, d_ff, dtype, specialize, target.sm_count, target.capability)
-    return Kernel(launch.plan(kernel, shape), device)
+    gpu(device)  # refuses one that is too old
+    return Kernel(launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize)), device)

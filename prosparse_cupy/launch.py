@@ -41,10 +41,6 @@ class Shape(NamedTuple):
     dtype: str
     specialize: bool = True
     """ROW_OPT and COL_OPT as constants (True), or both dims passed at launch."""
-    sm_count: int = 132
-    """Multiprocessors of the GPU; the default is an H100 SXM."""
-    capability: int = 90
-    """Compute capability as major * 10 + minor."""
 
 
 def vector_length(dtype: str) -> int:
@@ -69,46 +65,37 @@ def _row_loads(shape: Shape, most: int) -> int:
     return _ceil_div(chunks_per_lane, _ceil_div(chunks_per_lane, most))
 
 
+def _row_per_warp(kernel: str, shape: Shape, arguments: str, most_loads: int) -> Launch:
+    # ffn_23 at 7B, 89 %, H100: 6.1 µs with 4 warps a block and at least 4 blocks an SM (128 registers), 6.4 with 6 blocks;
+    # 8 warps 7.9, 2 warps 6.6; two rows a warp 6.9.
+    warps = 4
+    defines = _defines(shape, WARPS=warps, MIN_BLOCKS=4, LOADS=_row_loads(shape, most_loads))
+    return Launch(kernel, (_ceil_div(shape.d_ff, warps), 1, 1), (WARP * warps, 1, 1), defines, arguments)
+
+
 def ffn_1(shape: Shape) -> Launch:
     """Launch of the gate GEMV."""
-    # 20 loads cover a row of 5120 16-bit elements in one pass: 13B, H100: 46.5 µs; 8 loads: 48.8. At least 4 blocks of 4 warps
-    # an SM leave 128 registers, enough to keep them in flight.
-    warps = 4
-    defines = _defines(shape, WARPS=warps, MIN_BLOCKS=4, LOADS=_row_loads(shape, most=20))
-    return Launch("ffn_1", (_ceil_div(shape.d_ff, warps), 1, 1), (WARP * warps, 1, 1), defines, "PPPii")
+    # 20 loads cover a row of 5120 16-bit elements in one pass: 13B, H100: 46.5 µs; 8 loads: 48.8.
+    return _row_per_warp("ffn_1", shape, "PPPii", most_loads=20)
 
 
 def ffn_23(shape: Shape) -> Launch:
     """Launch of the fused (FAT)ReLU and up-projection."""
-    # One block an SM, 12 sets of rows. H100, µs, at 7B 89 % / 13B 89 % / 7B 99 %: 6.5 / 8.8 / 3.9; 3 sets 6.8 / 9.2 / 4.1; two
-    # blocks of 8 warps 6.8 / 9.2 / 4.0; a warp a row without a list 6.0 / 8.6 / 4.3.
-    warps = 16
-    sets = min(12, shape.sm_count)
-    each = _vectors_per_thread(shape, warps, sets)
-    # For sm_100 and later the compiler needs more registers than there are for 16 loads.
-    loads = _row_loads(shape, most=20 if shape.capability < 100 else 10)
-    defines = _defines(shape, WARPS=warps, MIN_BLOCKS=1, LOADS=loads, SETS=sets, EACH=each)
-    return Launch("ffn_23", (shape.sm_count // sets * sets, 1, 1), (WARP * warps, 1, 1), defines, "PPPPfii")
+    # Two passes over a row leave registers for more blocks at a time. H100, 89 %, two passes and one: 7B 6.1 µs and 6.7,
+    # 13B 8.4 and 8.7.
+    return _row_per_warp("ffn_23", shape, "PPPPfii", most_loads=10)
 
 
 def ffn_4(shape: Shape) -> Launch:
     """Launch of the down-projection."""
     # H100, µs, at 7B 89 % / 7B 0 % / 13B 89 %: 16 warps x 4 loads x 4 lanes 7.1 / 33.3 / 9.5; 6 loads 7.0 / 33.5 / 10.1;
-    # 8 lanes and clusters of 2 blocks 8.4 / 34.8 / 11.1; 16 lanes and clusters of 4 8.4 / 34.9 / 10.6.
-    warps, lanes = 16, 4
-    chunks = shape.d_model // vector_length(shape.dtype)
-    each = _vectors_per_thread(shape, warps, sets=1)
-    defines = _defines(shape, WARPS=warps, MIN_BLOCKS=2, LOADS=4, LANES=lanes, SETS=1, EACH=each)
-    return Launch("ffn_4", (_ceil_div(chunks, lanes), 1, 1), (WARP * warps, 1, 1), defines, "PPPii")
-
-
-def _vectors_per_thread(shape: Shape, warps: int, sets: int) -> int:
-    """16-byte vectors of gate or x1 that a thread looks at before its block lists the active rows: at most 32 rows."""
-    most = WARP // vector_length(shape.dtype)
-    if not shape.specialize:
-        return most if sets == 1 else 1
-    vectors = _ceil_div(shape.d_ff, vector_length(shape.dtype))
-    return min(most, _ceil_div(vectors, sets * warps * WARP))
+    # 8 lanes and clusters of 2 blocks 8.4 / 34.8 / 11.1; 16 lanes and clusters of 4 8.4 / 34.9 / 10.6; 8 warps 9.1 / 44.6 /
+    # 11.8.
+    warps, lanes, length = 16, 4, vector_length(shape.dtype)
+    most = WARP // length  # a bit a row
+    each = min(most, _ceil_div(shape.d_ff, length * warps * WARP)) if shape.specialize else most
+    defines = _defines(shape, WARPS=warps, MIN_BLOCKS=2, LOADS=4, LANES=lanes, EACH=each)
+    return Launch("ffn_4", (_ceil_div(shape.d_model // length, lanes), 1, 1), (WARP * warps, 1, 1), defines, "PPPii")
 
 
 def pack_down(shape: Shape) -> Launch:

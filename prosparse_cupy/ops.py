@@ -314,12 +314,9 @@ def warmup(
     return report
 
 
-def _launch(
-    kernel: str, checked: Checked, family: Family, specialize: bool, *arguments: int | float, overlap: bool = False
-) -> None:
+def _launch(kernel: str, checked: Checked, family: Family, specialize: bool, *arguments: int | float) -> None:
     d_model, d_ff, dtype, device = checked[:4]
-    launcher = load(kernel, d_model, d_ff, dtype, device, specialize)
-    launcher(family.stream(device), *arguments, d_ff, d_model, overlap=overlap)
+    load(kernel, d_model, d_ff, dtype, device, specialize)(family.stream(device), *arguments, d_ff, d_model)
 
 
 def _launch_ffn(
@@ -327,9 +324,8 @@ def _launch_ffn(
 ) -> None:
     checked, family = call.checked, call.family
     _launch("ffn_1", checked, family, specialize, x, w_gate, scratch.gate)
-    # The later two start while their predecessor ends: each reads nothing of it before it waits for it. H100, 7B: 1.6 µs less.
-    _launch("ffn_23", checked, family, specialize, scratch.gate, x, w_up, scratch.x1, threshold, overlap=True)
-    _launch("ffn_4", checked, family, specialize, scratch.x1, w_down_t, call.output, overlap=True)
+    _launch("ffn_23", checked, family, specialize, scratch.gate, x, w_up, scratch.x1, threshold)
+    _launch("ffn_4", checked, family, specialize, scratch.x1, w_down_t, call.output)
 
 
 class _Scratch:

@@ -119,37 +119,6 @@ def test_integers_match_to_the_bit(dtype):
     np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))
 
 
-def test_more_rows_than_are_listed_at_a_time():
-    d_model, d_ff = 16, 12 * 32 * 512 + 7
-    rng = np.random.default_rng()
-    g, x, w = gate(d_ff, "bfloat16", 0.3, rng, 0.25), token(d_model, "bfloat16", rng), weights(d_ff, d_model, "bfloat16")
-    for specialize in (True, False):
-        out = on.put(poisoned(d_ff, "bfloat16"))
-        psc.ffn_23(on.put(g), on.put(x), on.put(w), 0.25, out=out, specialize=specialize)
-        _assert_right(on.get(out), g, x, w, 0.25)
-
-
-@pytest.mark.parametrize("capability", [80, 120])
-def test_plans_of_other_gpus_are_right_too(monkeypatch, capability):
-    """Other launch shapes, and no overlapped launches before sm_90."""
-    from prosparse_cupy import _compile, _overlap
-
-    other = _compile.gpu(0)._replace(capability=capability, sm_count=108)
-    monkeypatch.setattr(_compile, "gpu", lambda index: other)
-    monkeypatch.setattr(_overlap, "gpu", lambda index: other)
-    monkeypatch.setattr(_compile, "is_supported", _overlap.is_supported.__wrapped__)
-    monkeypatch.setattr(_compile, "load", _compile.load.__wrapped__)
-    monkeypatch.setattr(psc.ops, "load", _compile.load)
-    rng = np.random.default_rng()
-    g, x, w = gate(11008, "bfloat16", 0.9, rng), token(4096, "bfloat16", rng), weights(11008, 4096, "bfloat16")
-    arrays = [on.put(a) for a in (g, x, w)]
-    assert _compile.is_supported(0) == (capability >= 90)
-    _assert_right(on.get(psc.ffn_23(*arrays)), g, x, w, 0.0)
-    first = on.get(psc.sparse_ffn(arrays[1], arrays[2], arrays[2], arrays[2]))
-    monkeypatch.undo()
-    np.testing.assert_array_equal(bits(first), bits(on.get(psc.sparse_ffn(arrays[1], arrays[2], arrays[2], arrays[2]))))
-
-
 def test_a_new_threshold_does_not_compile():
     from prosparse_cupy._compile import load
 

@@ -49,7 +49,7 @@ def test_ffn_1(host, d_model, d_ff, dtype, specialize):
 @dtypes
 @shapes
 def test_ffn_23(host, d_model, d_ff, dtype, specialize):
-    shape = launch.Shape(d_model, d_ff, dtype, specialize, sm_count=5)
+    shape = launch.Shape(d_model, d_ff, dtype, specialize)
     rng = np.random.default_rng(d_model * d_ff)
     for threshold in (0.0, 0.25):
         for sparsity in SPARSITIES:
@@ -88,16 +88,6 @@ def test_ffn_4_lists_more_rows_than_a_tile(host, specialize):
 
 
 @both
-def test_ffn_23_lists_more_rows_than_a_tile(host, specialize):
-    d_model, dtype, d_ff = 8, "bfloat16", 2 * 32 * 512 + 5
-    rng = np.random.default_rng(0)
-    x, w, g = token(d_model, dtype, rng), weights(d_ff, d_model, dtype), gate(d_ff, dtype, 0.95, rng, 0.25)
-    shape = launch.Shape(d_model, d_ff, dtype, specialize, sm_count=2)
-    out = _run_twice(host, "ffn_23", shape, [g, x, w, None, 0.25], poisoned(d_ff, dtype))
-    assert_rounded_sum(out, *exact_ffn_23(g, x, w, 0.25), d_model + 1)
-
-
-@both
 @dtypes
 @shapes
 def test_pack_down(host, d_model, d_ff, dtype, specialize):
@@ -121,7 +111,7 @@ def test_special_values(host, dtype):
         out = _run_twice(
             host,
             "ffn_23",
-            launch.Shape(d_model, len(g), dtype, sm_count=3),
+            launch.Shape(d_model, len(g), dtype),
             [g, x, w, None, threshold],
             poisoned(len(g), dtype),
         )
@@ -142,7 +132,7 @@ def test_conversions_round_to_nearest_even(host, dtype):
         w = np.zeros((len(g), 8), DTYPES[dtype])
         w[:, 0] = np.float32(1 + 2**-7)
         out = host.run(
-            launch.plan("ffn_23", launch.Shape(8, len(g), dtype, sm_count=13)),
+            launch.plan("ffn_23", launch.Shape(8, len(g), dtype)),
             [g, x, w, None, 0.0, len(g), 8],
             poisoned(len(g), dtype),
         )

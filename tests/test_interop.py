@@ -317,7 +317,7 @@ def test_gpus_older_than_ampere_are_refused_by_name(monkeypatch):
 
     from prosparse_cupy import _gpu
 
-    old = {"name": b"Tesla T4", "major": 7, "minor": 5, "multiProcessorCount": 40}
+    old = {"name": b"Tesla T4", "major": 7, "minor": 5}
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda index: old)
     with pytest.raises(psc.UnsupportedGPUError, match=r"Tesla T4, has compute capability 7\.5; the kernels need 8\.0"):
         _gpu.gpu.__wrapped__(0)

@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 from prosparse_cupy import launch, models
 
 shapes = st.builds(
-    lambda vectors, d_ff, dtype, specialize, sms: launch.Shape(
-        vectors * launch.vector_length(dtype), d_ff, dtype, specialize, sms
-    ),
+    lambda vectors, d_ff, dtype, specialize: launch.Shape(vectors * launch.vector_length(dtype), d_ff, dtype, specialize),
     st.integers(1, 4096),
     st.integers(1, 60000),
     st.sampled_from(sorted(launch.ITEMSIZE)),
     st.booleans(),
-    st.integers(1, 200),
 )
 kernels = st.sampled_from(sorted(launch.KERNELS))
 
@@ -47,9 +44,9 @@ def test_defines_say_the_dtype_and_the_dims(kernel, shape):
     assert dims == ((shape.d_ff, shape.d_model) if shape.specialize else (None, None))
 
 
-@given(shapes)
-def test_every_row_of_ffn_1_has_one_warp(shape):
-    plan = launch.ffn_1(shape)
+@given(st.sampled_from(["ffn_1", "ffn_23"]), shapes)
+def test_every_row_has_one_warp(kernel, shape):
+    plan = launch.plan(kernel, shape)
     defines = _defines(plan)
     assert plan.block == (32 * defines["WARPS"], 1, 1)
     rows = [b * defines["WARPS"] + w for b in (0, plan.grid[0] - 1) for w in range(defines["WARPS"])]
@@ -57,48 +54,32 @@ def test_every_row_of_ffn_1_has_one_warp(shape):
     assert (plan.grid[0] - 1) * defines["WARPS"] < shape.d_ff  # and no block is idle
 
 
-def _rows_of_set(shape: launch.Shape, plan: launch.Launch, row_set: int) -> list[int]:
-    """The vectors that active_bits() visits for a set, over all tiles, threads and vectors of a thread."""
-    defines, vectors = _defines(plan), -(-shape.d_ff // launch.vector_length(shape.dtype))
-    per_tile = defines["EACH"] * plan.block[0]
-    starts = range(0, vectors, defines["SETS"] * per_tile)
-    visited = [tile + i * defines["SETS"] + row_set for tile in starts for i in range(per_tile)]
-    return [v for v in visited if v < vectors]
-
-
-@given(st.sampled_from(["ffn_23", "ffn_4"]), shapes)
-def test_every_vector_of_rows_is_listed_once(kernel, shape):
-    plan = launch.plan(kernel, shape)
-    sets = _defines(plan)["SETS"]
-    visited = sorted(v for s in range(sets) for v in _rows_of_set(shape, plan, s))
-    assert visited == list(range(-(-shape.d_ff // launch.vector_length(shape.dtype))))
-    assert _defines(plan)["EACH"] * launch.vector_length(shape.dtype) <= 32
-
-
-@given(shapes, st.integers(0, 3000))
-def test_every_listed_row_of_ffn_23_has_one_warp(shape, listed):
-    plan = launch.ffn_23(shape)
-    defines = _defines(plan)
-    assert plan.block == (32 * defines["WARPS"], 1, 1)
-    assert plan.grid[0] % defines["SETS"] == 0 and plan.grid[0] <= shape.sm_count
-    members = plan.grid[0] // defines["SETS"]
-    taken = [
-        i
-        for m in range(members)
-        for w in range(defines["WARPS"])
-        for i in range(m + w * members, listed, members * defines["WARPS"])
-    ]
-    assert sorted(taken) == list(range(listed))
-
-
 @given(shapes)
-def test_passes_over_a_row_are_even(shape):
-    loads = _defines(launch.ffn_1(shape))["LOADS"]
-    assert 1 <= loads <= 20
+def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
+    plan = launch.ffn_4(shape)
+    each, length = _defines(plan)["EACH"], launch.vector_length(shape.dtype)
+    assert each >= 1 and each * length <= 32
+    tile = each * plan.block[0] * length
+    starts = [
+        first + (k * plan.block[0] + t) * length
+        for first in range(0, shape.d_ff, tile)
+        for k in range(each)
+        for t in range(plan.block[0])
+    ]
+    assert starts == list(range(0, -(-shape.d_ff // tile) * tile, length))
+    if shape.specialize:
+        assert each == 32 // length or (each - 1) * plan.block[0] * length < shape.d_ff <= tile
+
+
+@given(st.sampled_from([("ffn_1", 20), ("ffn_23", 10)]), shapes)
+def test_passes_over_a_row_are_even(kernel_and_most, shape):
+    kernel, most = kernel_and_most
+    loads = _defines(launch.plan(kernel, shape))["LOADS"]
+    assert 1 <= loads <= most
     if shape.specialize:
         vectors = shape.d_model // launch.vector_length(shape.dtype)
         passes = -(-vectors // (32 * loads))
-        assert passes == -(-vectors // (32 * 20)) and 32 * loads * passes - vectors < 32 * (passes + 1)
+        assert passes == -(-vectors // (32 * most)) and 32 * loads * passes - vectors < 32 * (passes + 1)
 
 
 @given(shapes)
