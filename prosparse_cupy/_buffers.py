@@ -93,8 +93,9 @@ class Call:
 
     def __init__(self, signature: Signature, arrays: tuple[Any, ...], given: Any) -> None:
         family = _common_family(signature, arrays if given is None else (*arrays, given))
-        views = [family.bring_in(a) for a in arrays]
-        out = None if given is None else family.bring_in(given)
+        views, out = arrays, given
+        if family.is_foreign:
+            views, out = [family.bring_in(a) for a in arrays], None if given is None else family.bring_in(given)
         checked = check(
             signature,
             tuple([Meta(family, *family.describe(a)) for a in views]),
@@ -104,7 +105,10 @@ class Call:
         if out is None:
             out = family.empty(checked.out_shape, checked.dtype, checked.device)
         output = family.address(out)
-        if checked.device != HOST:
+        every = output
+        for address in inputs:
+            every |= address
+        if every % VECTOR_BYTES and checked.device != HOST:
             _check_alignment(signature, checked, inputs, output)
         if given is not None:
             _check_overlap(signature, checked, inputs, output)

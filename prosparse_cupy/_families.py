@@ -30,6 +30,8 @@ class Family(ABC):
     """An array library. Compared and hashed by identity: one instance per library."""
 
     name: str
+    is_foreign = False
+    """Whether arrays pass through `bring_in` and `hand_out`."""
     allocator_knows_graphs = False
     """Whether memory allocated during a graph capture stays the graph's."""
 
@@ -117,6 +119,8 @@ class _Torch(Family):
 
 class _Dlpack(_Cupy):
     """Any other CUDA array, seen through a CuPy view of its memory."""
+
+    is_foreign = True
 
     def __init__(self, kind: type) -> None:
         self.name = f"DLPack ({kind.__module__}.{kind.__qualname__})"
