@@ -20,7 +20,7 @@ _MOST_ARGUMENTS = 16
 
 
 class KernelCompileError(RuntimeError):
-    """NVRTC refused a kernel; the message carries the kernel, its defines, the architecture and the compiler's log."""
+    """A kernel could not be compiled or loaded; the message carries kernel, architecture, defines and the compiler's log."""
 
 
 def kernel_folder() -> Path:
@@ -112,11 +112,12 @@ def _compile(plan: launch.Launch, device: int) -> Any:
         try:
             module = cp.RawModule(code=source(plan.kernel), options=compiler_options(plan))
             return module.get_function(plan.kernel).kernel
-        except cp.cuda.compiler.CompileException as error:
+        except (cp.cuda.compiler.CompileException, RuntimeError) as error:  # RuntimeError: no NVRTC, no headers, a capture
             target = gpu(device)
             raise KernelCompileError(
-                f"{plan.kernel}: NVRTC {'.'.join(map(str, cp.cuda.nvrtc.getVersion()))} could not compile it for "
-                f"{target.name} (sm_{target.capability}) with {' '.join(compiler_options(plan))}:\n{error}"
+                f"{plan.kernel}: could not be compiled for {target.name} (sm_{target.capability}) with NVRTC and "
+                f"{' '.join(compiler_options(plan))}:\n{error}\n`prosparse-cupy doctor` checks NVRTC, headers and driver; before a "
+                "graph capture, call warmup()."
             ) from error
 
 

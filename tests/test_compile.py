@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 
 import pytest
 
-from prosparse_cupy import launch, models
+from prosparse_cupy import _compile, _gpu, launch, models
 from prosparse_cupy._compile import compiler_options, kernel_folder, source
 
 compiler = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
@@ -71,6 +72,26 @@ def test_kernels_refuse_defines_that_make_no_sense(defines, message):
     plan = launch.Launch("ffn_4", (1, 1, 1), (32, 1, 1), defines, "PPPii")
     with pytest.raises(compiler.CompileException, match=message):
         compile_for(plan, 90)
+
+
+def test_a_missing_compiler_is_a_clear_error(monkeypatch):
+    """What CuPy raises without NVRTC or the CUDA headers, on a stand-in for it: this machine may have no GPU."""
+
+    class NoCompiler:
+        class cuda:  # noqa: N801  CuPy's name
+            compiler = compiler
+            Device = staticmethod(lambda index: contextlib.nullcontext())
+
+        @staticmethod
+        def RawModule(**_):  # noqa: N802
+            raise RuntimeError("Failed to find CUDA headers")
+
+    monkeypatch.setattr(_compile, "cupy", lambda: NoCompiler)
+    monkeypatch.setattr(_compile, "gpu", lambda index: _gpu.Gpu(0, "NVIDIA H100", 90))
+    with pytest.raises(_compile.KernelCompileError) as caught:
+        _compile.Kernel(launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16")), 0)
+    for part in ("ffn_4", "NVIDIA H100 (sm_90)", "-DROW_OPT=64", "Failed to find CUDA headers", "prosparse-cupy doctor"):
+        assert part in str(caught.value)
 
 
 def test_the_source_is_self_contained_and_keeps_its_line_numbers():
