@@ -116,8 +116,8 @@ def _compile(plan: launch.Launch, device: int) -> Any:
             target = gpu(device)
             raise KernelCompileError(
                 f"{plan.kernel}: could not be compiled for {target.name} (sm_{target.capability}) with NVRTC and "
-                f"{' '.join(compiler_options(plan))}:\n{error}\n`prosparse-cupy doctor` checks NVRTC, headers and driver; before a "
-                "graph capture, call warmup()."
+                f"{' '.join(compiler_options(plan))}:\n{error}\n`prosparse-cupy doctor` checks NVRTC, headers and driver; "
+                "before a graph capture, call warmup()."
             ) from error
 
 

@@ -78,12 +78,12 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch):
     """What CuPy raises without NVRTC or the CUDA headers, on a stand-in for it: this machine may have no GPU."""
 
     class NoCompiler:
-        class cuda:  # noqa: N801  CuPy's name
+        class cuda:
             compiler = compiler
             Device = staticmethod(lambda index: contextlib.nullcontext())
 
         @staticmethod
-        def RawModule(**_):  # noqa: N802
+        def RawModule(**_):
             raise RuntimeError("Failed to find CUDA headers")
 
     monkeypatch.setattr(_compile, "cupy", lambda: NoCompiler)
