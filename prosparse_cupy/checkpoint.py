@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class CheckpointError(ValueError):
@@ -34,19 +35,26 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
     Raises
     ------
     CheckpointError
-        A file is missing or no checkpoint's, the activation is neither ``relu`` nor ``fatrelu``, or the layer does not exist.
+        A file is missing or no checkpoint's, the activation is neither ``relu`` nor ``fatrelu``, the layer does not exist, or
+        its weights are quantised or do not fit each other.
     """
     threshold = _threshold(_read_json(folder / "config.json"))
     files = _files_by_name(folder)
-    tensors = [_load(folder, files, layer, projection) for projection in _PROJECTIONS]
-    return FFNWeights(*tensors, threshold)
+    w_gate, w_up, w_down = (_load(folder, files, layer, projection) for projection in _PROJECTIONS)
+    if w_gate.ndim != 2 or w_up.shape != w_gate.shape or w_down.shape != w_gate.shape[::-1]:
+        shapes = ", ".join(f"{n} {w.shape}" for n, w in zip(_PROJECTIONS, (w_gate, w_up, w_down), strict=True))
+        raise CheckpointError(f"{folder}: layer {layer} is no gated FFN: {shapes}")
+    return FFNWeights(w_gate, w_up, w_down, threshold)
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _threshold(config: dict) -> float:
@@ -59,7 +67,10 @@ def _threshold(config: dict) -> float:
         )
     if "hidden_act_param" not in config:
         raise CheckpointError("hidden_act is fatrelu, but config.json has no hidden_act_param, its threshold")
-    return float(config["hidden_act_param"])
+    threshold = config["hidden_act_param"]
+    if not isinstance(threshold, int | float) or not 0 <= threshold < float("inf"):
+        raise CheckpointError(f"hidden_act_param, FATReLU's threshold, must be a finite number >= 0, got {threshold!r}")
+    return float(threshold)
 
 
 def _files_by_name(folder: Path) -> dict[str, str]:
@@ -80,6 +91,9 @@ def _load(folder: Path, files: dict[str, str], layer: int, projection: str) -> n
         found = "is no tensor" if not names else f"are {len(names)} tensors"
         raise CheckpointError(f"{folder}: there {found} named *.{ending}")
     with _open(folder / files[names[0]]) as file:
+        kind = file.get_slice(names[0]).get_dtype()
+        if kind not in _FLOATS:
+            raise CheckpointError(f"{folder}: {names[0]} is {kind}: quantised weights are not supported")
         return file.get_tensor(names[0])
 
 

@@ -81,7 +81,7 @@ def _demo(
         run = demo.on_gpu if has_gpu else demo.on_host
         try:
             report = run(made, dtype, progress)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ValueError) as error:  # ValueError: dims that no kernel supports
             raise click.ClickException(str(error)) from None
     if not has_gpu:
         small = "" if checkpoint is not None else "a smaller layer on "

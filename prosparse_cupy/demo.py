@@ -66,8 +66,7 @@ def random_layer(
     d_model: int, d_ff: int, dtype: np.dtype, sparsity: float, threshold: float, progress: Progress
 ) -> synthetic.Layer:
     """A layer with random weights whose token has a realistic mask."""
-    progress(f"making {3 * d_model * d_ff / 1e6:.0f} M random weights")
-    return synthetic.layer(d_model, d_ff, dtype, sparsity, threshold, np.random.default_rng(0))
+    return synthetic.layer(d_model, d_ff, dtype, sparsity, threshold, np.random.default_rng(0), progress)
 
 
 def checkpoint_layer(weights: FFNWeights, dtype: np.dtype, threshold: float) -> synthetic.Layer:

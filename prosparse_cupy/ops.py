@@ -43,8 +43,8 @@ def ffn_1(x: Any, w_gate: Any, *, out: Any = None, specialize: bool = True) -> A
         The token's hidden state. Like every array of a call: bfloat16, float16 or float32, C-contiguous, on one GPU, from one
         library (CuPy, torch, another with ``__dlpack__``); NumPy arrays run `prosparse_cupy.reference` on the host.
     w_gate : array, (d_ff, d_model)
-        ``gate_proj.weight`` as it is. `d_model` must be a multiple of 8 (4 for float32); `x` and `w_gate` start at a multiple
-        of 16 bytes.
+        ``gate_proj.weight`` as it is. `d_model` must be a multiple of 8 (4 for float32), and every array of a call starts
+        at a multiple of 16 bytes (`pack_down` excepted).
     out : array, (d_ff,) or (1, d_ff), optional
         Takes the result; with it nothing is allocated.
     specialize : bool, default True
@@ -124,7 +124,7 @@ def ffn_4(x1: Any, w_down_t: Any, *, out: Any = None, specialize: bool = True) -
     w_down_t : array, (d_ff, d_model)
         The transpose of ``down_proj.weight``, made once with `pack_down`, so that a neuron's weights are one contiguous row.
     out : array, (d_model,) or (1, d_model), optional
-        Takes the result. It must start at a multiple of 16 bytes and not share memory with an input.
+        Takes the result. It must not share memory with an input.
     specialize : bool, default True
         As for `ffn_1`.
 

@@ -6,6 +6,7 @@ of all activations. `popularity` draws such neurons and `hot_mask` a token's act
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,9 +81,22 @@ def steer(w_gate: np.ndarray, x: np.ndarray, gate: np.ndarray) -> np.ndarray:
     return wide.astype(w_gate.dtype)
 
 
-def layer(d_model: int, d_ff: int, dtype: np.dtype, sparsity: float, threshold: float, rng: np.random.Generator) -> Layer:
-    """A random layer whose token has a `hot_mask` of this sparsity."""
+def layer(
+    d_model: int,
+    d_ff: int,
+    dtype: np.dtype,
+    sparsity: float,
+    threshold: float,
+    rng: np.random.Generator,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Layer:
+    """A random layer whose token has a `hot_mask` of this sparsity; `progress` is told before each weight matrix."""
     x = rng.standard_normal(d_model, dtype=np.float32).astype(dtype)
     mask = hot_mask(popularity(d_ff, rng), sparsity, rng)
+    size = f"{d_ff * d_model / 1e6:.1f} M random weights"
+    progress(f"w_gate, 1 of 3: {size}")
     w_gate = steer(weights(d_ff, d_model, dtype, rng), x, gate_of(mask, threshold, rng))
-    return Layer(x, w_gate, weights(d_ff, d_model, dtype, rng), weights(d_model, d_ff, dtype, rng), mask, threshold)
+    progress(f"w_up, 2 of 3: {size}")
+    w_up = weights(d_ff, d_model, dtype, rng)
+    progress(f"w_down, 3 of 3: {size}")
+    return Layer(x, w_gate, w_up, weights(d_model, d_ff, dtype, rng), mask, threshold)

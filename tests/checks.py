@@ -15,6 +15,11 @@ DTYPES = {
     "float32": np.dtype(np.float32),
 }
 
+# (d_model, d_ff) of the GPU tests: the published models', and shapes that are odd or tiny.
+LARGE = [(4096, 11008), (5120, 13824), (1536, 3840)]
+SMALL = [(4104, 1007), (8, 1), (16, 3), (264, 101), (40, 5000)]
+SPARSITIES = [0.0, 0.5, 0.9, 0.99, 1.0, "one"]
+
 
 def ulp(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Distance between neighbours of `dtype` at each value, float64."""

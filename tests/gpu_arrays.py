@@ -42,6 +42,19 @@ class OnTorch:
         return tensor.cpu().view(torch.int16).numpy().view(DTYPES["bfloat16"])
 
 
+class Exporter:
+    """An array of another library, as far as DLPack shows it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
 def vendor_mv(matrix, vector):
     """``matrix @ vector`` of tensors by the vendor's library in their own dtype: what our error is held against."""
     import torch

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from checks import DTYPES, bits, poisoned
+from gpu_arrays import Exporter
 
 import prosparse_cupy as psc
 from prosparse_cupy import ops
@@ -320,19 +321,6 @@ def test_torch_tensors_in_host_memory():
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match=r"ffn_1: x must be on a GPU, got a torch array in host memory.*pass NumPy arrays"):
         psc.ffn_1(torch.zeros(D_MODEL), torch.zeros(D_FF, D_MODEL))
-
-
-class Exporter:
-    """An array of another library, as far as DLPack shows it."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 def test_dlpack_objects_in_host_memory():

@@ -15,12 +15,12 @@ from prosparse_cupy import cli, reference
 from prosparse_cupy.checkpoint import CheckpointError, load_ffn
 
 
-def _checkpoint(folder, *, shards: int = 1, dtype="bfloat16", **config):
+def _checkpoint(folder, *, shards: int = 1, dtype="bfloat16", d_model: int = 64, up: tuple | None = None, **config):
     rng = np.random.default_rng(0)
     tensors = {}
     for layer in range(2):
-        for name, shape in (("gate_proj", (96, 64)), ("up_proj", (96, 64)), ("down_proj", (64, 96))):
-            tensors[f"model.layers.{layer}.mlp.{name}.weight"] = rng.standard_normal(shape).astype(DTYPES[dtype])
+        for name, shape in (("gate_proj", (96, d_model)), ("up_proj", up or (96, d_model)), ("down_proj", (d_model, 96))):
+            tensors[f"model.layers.{layer}.mlp.{name}.weight"] = rng.standard_normal(shape).astype(DTYPES.get(dtype, dtype))
     (folder / "config.json").write_text(json.dumps({"hidden_act": "fatrelu", "hidden_act_param": 0.03, **config}))
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -56,6 +56,17 @@ def test_relu_has_no_threshold(tmp_path):
         (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
         (lambda f: (f / "config.json").write_text('{"hidden_act": "silu"}'), "hidden_act is 'silu': only relu and fatrelu"),
         (lambda f: (f / "config.json").write_text('{"hidden_act": "fatrelu"}'), "no hidden_act_param"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json: must hold a JSON object, got list"),
+        (
+            lambda f: _checkpoint(f, hidden_act_param="x"),
+            "hidden_act_param, FATReLU's threshold, must be a finite number >= 0, got 'x'",
+        ),
+        (lambda f: _checkpoint(f, hidden_act_param=-1), "must be a finite number >= 0, got -1"),
+        (lambda f: _checkpoint(f, dtype=np.int8), "gate_proj.weight is I8: quantised weights are not supported"),
+        (
+            lambda f: _checkpoint(f, up=(90, 64)),
+            "layer 0 is no gated FFN: gate_proj (96, 64), up_proj (90, 64), down_proj (64, 96)",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (lambda f: (f / "model.safetensors").write_bytes(b"not a checkpoint"), "cannot be read as safetensors"),
     ],
@@ -66,13 +77,21 @@ def test_broken_checkpoints_say_what_is_wrong(tmp_path, breakage, message):
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load_ffn(tmp_path, 0)
     done = CliRunner().invoke(cli.main, ["demo", "--checkpoint", str(tmp_path)])
-    assert done.exit_code == 1 and "Error: " in done.output and "Traceback" not in done.output
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit) and "Error: " in done.output
 
 
 def test_a_layer_that_is_not_there(tmp_path):
     _checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no tensor named \*\.layers\.7\.mlp\.gate_proj\.weight"):
         load_ffn(tmp_path, 7)
+
+
+def test_dims_that_no_kernel_supports_are_no_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_has_gpu", lambda: False)
+    _checkpoint(tmp_path, d_model=60)
+    done = CliRunner().invoke(cli.main, ["demo", "--checkpoint", str(tmp_path)])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert "Error: ffn_1: d_model must be a multiple of 8 for bfloat16" in done.output
 
 
 def test_demo_on_a_checkpoint(monkeypatch, tmp_path):

@@ -49,6 +49,12 @@ def test_demo_fails_where_a_result_is_wrong(no_gpu, monkeypatch):
     assert re.search(r"ffn_4 .* - .* - .* wrong", done.output)
 
 
+def test_progress_is_told_before_each_weight_matrix():
+    told: list[str] = []
+    demo.random_layer(64, 96, DTYPES["float32"], 0.5, 0.0, told.append)
+    assert [message[:14] for message in told] == ["w_gate, 1 of 3", "w_up, 2 of 3: ", "w_down, 3 of 3"]
+
+
 def test_demo_rows_are_judged_by_twice_the_dense_error():
     bfloat16 = DTYPES["bfloat16"]
     epsilon = float(ml_dtypes.finfo(bfloat16).eps)
@@ -76,7 +82,7 @@ def test_demo_rows_are_judged_by_twice_the_dense_error():
 )
 def test_wrong_options_get_a_usage_error(arguments, message):
     done = _run(*arguments)
-    assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit) and message in done.output
 
 
 def test_warmup_without_a_gpu_says_what_was_looked_for(monkeypatch):

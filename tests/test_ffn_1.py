@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from checks import (
     DTYPES,
+    LARGE,
+    SMALL,
     assert_no_worse_than_vendor,
     assert_rounded_sum,
     bits,
@@ -20,9 +22,6 @@ import prosparse_cupy as psc
 
 pytestmark = pytest.mark.gpu
 on = OnCupy()
-
-LARGE = [(4096, 11008), (5120, 13824), (1536, 3840)]
-SMALL = [(4104, 1007), (8, 1), (16, 3), (264, 101), (40, 5000)]
 
 
 @pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])

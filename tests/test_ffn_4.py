@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from checks import (
     DTYPES,
+    LARGE,
+    SMALL,
+    SPARSITIES,
     assert_no_worse_than_vendor,
     assert_rounded_sum,
     bits,
@@ -22,10 +25,6 @@ from prosparse_cupy import reference, synthetic
 
 pytestmark = pytest.mark.gpu
 on = OnCupy()
-
-LARGE = [(4096, 11008), (5120, 13824), (1536, 3840)]
-SMALL = [(4104, 1007), (8, 1), (16, 3), (264, 101), (40, 5000)]
-SPARSITIES = [0.0, 0.5, 0.9, 0.99, 1.0, "one"]
 
 
 def _x1(d_ff: int, dtype: str, sparsity: float | str, rng: np.random.Generator) -> np.ndarray:

@@ -130,6 +130,12 @@ def test_a_collective_with_exited_lanes_is_reported(host):
         _tiny(host, "collective", COLLECTIVE, 31)
 
 
+def test_dynamic_shared_memory_is_refused_not_ignored(host):
+    plan = launch.Launch("collective", (1, 1, 1), (32, 1, 1), (), "PPi", shared_bytes=16)
+    with pytest.raises(HostRunError, match="16 bytes of dynamic shared memory"):
+        host.run(plan, [np.zeros(32, np.float32), None, 32], np.zeros(32, np.float32), code=COLLECTIVE)
+
+
 def test_a_deadlock_is_reported(host):
     with pytest.raises(HostRunError, match="deadlock"):
         _tiny(host, "deadlock", DEADLOCK, 16)

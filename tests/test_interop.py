@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from checks import DTYPES, bits, gate, poisoned, token, weights
-from gpu_arrays import OnCupy, OnTorch
+from gpu_arrays import Exporter, OnCupy, OnTorch
 
 import prosparse_cupy as psc
 from prosparse_cupy import reference, synthetic
@@ -56,19 +56,6 @@ def test_torch_results_come_from_torchs_allocator(torch):
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
     psc.ffn_23(g, x, w, T, out=out)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
-
-
-class Exporter:
-    """A CUDA array of another library, as far as DLPack shows it."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 class Namespaced(Exporter):

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,16 +88,19 @@ def test_an_installed_sdist_finds_its_kernels(built, tmp_path):
 
 
 def test_an_editable_install_finds_the_checkouts_kernels(tmp_path):
-    """What an editable install puts on the path is a .pth file with the checkout in it."""
-    pytest.importorskip("hatchling", reason="the `test` extra brings it")
-    out = tmp_path / "dist"
-    build = f"import hatchling.build as b; b.build_editable({str(out)!r})"
-    out.mkdir()
-    _run(sys.executable, "-c", build, cwd=ROOT)
-    wheel = zipfile.ZipFile(next(out.glob("*.whl")))
-    (pth,) = (name for name in wheel.namelist() if name.endswith(".pth"))
-    assert wheel.read(pth).decode().split() == [str(ROOT)]
-    assert _found_kernels(ROOT, tmp_path) == ROOT / "kernels"
+    pytest.importorskip("editables", reason="the `test` extra brings it")
+    options = ("-q", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", "--prefix", str(tmp_path / "env"))
+    _run(sys.executable, "-m", "pip", "install", *options, "-e", str(ROOT))
+    (site,) = (tmp_path / "env").rglob("site-packages")
+    # -S leaves out the environment's own packages; the editable install's come first, then those with NumPy.
+    code = (
+        f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({str(Path(np.__file__).parent.parent)!r})\n"
+        "import prosparse_cupy; from prosparse_cupy._compile import kernel_folder\n"
+        "print(prosparse_cupy.__file__); print(kernel_folder())"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    lines = _run(sys.executable, "-S", "-c", code, cwd=tmp_path, env=clean).splitlines()
+    assert [Path(line) for line in lines] == [ROOT / "prosparse_cupy" / "__init__.py", ROOT / "kernels"]
 
 
 def test_a_broken_installation_says_so(monkeypatch, tmp_path):

@@ -70,6 +70,10 @@ class HostKernels:
 
         `inputs` are the kernel's arguments in order, with None where `out` goes; `code` replaces the shipped source.
         """
+        if launch.shared_bytes:
+            raise HostRunError(
+                f"{launch.kernel}: {launch.shared_bytes} bytes of dynamic shared memory, which the host build has not"
+            )
         library = self._build(launch, source(launch.kernel) if code is None else code)
         request = (str(library), launch.grid, launch.block, launch.arguments, inputs, out, seed)
         worker = self._start()
