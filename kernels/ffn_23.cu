@@ -12,8 +12,9 @@
 #include "row_dot.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_23(const scalar* __restrict__ gate, const scalar* __restrict__ x, const scalar* __restrict__ w_up,
+ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
        scalar* __restrict__ x1, float threshold, int d_ff, int d_model) {
+    wait_for_predecessor();
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= D_FF(d_ff)) return;
 

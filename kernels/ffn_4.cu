@@ -4,8 +4,9 @@
 //
 //   x1 (d_ff,) and w_down_t (d_ff, d_model) row-major, both 16-byte aligned   y (d_model,), every element written
 //   launch   WARPS warps a block; a block owns LANES * 16 bytes of every row, so all blocks do the same work whatever the mask, and no
-//            sum crosses blocks; grid ceil(d_model / (LANES * VEC))
-//            EACH: 16-byte vectors of x1 that a thread looks at before its block writes down the active rows, a tile
+//            sum crosses blocks; grid ceil(d_model / (LANES * VEC)). A warp lists the active ones among its own rows and reads those:
+//            no barrier before the first weight
+//            EACH: 16-byte vectors of x1 that a thread looks at before its warp writes down the active rows, a tile
 //   numerics float32 accumulation in an order that only the mask and the launch shape decide, one rounding at the store
 
 #include "common.cuh"
@@ -15,19 +16,24 @@
 #endif
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int GROUPS = THREADS / LANES;      // groups of LANES lanes, each reading its own row
+constexpr int GROUPS = 32 / LANES;           // of a warp, each reading its own row
 constexpr int SLICE = LANES * VEC;           // columns of a block
 constexpr int TILE = EACH * VEC * THREADS;   // rows of a tile
+constexpr int UNIT = 8;                      // neighbouring vectors of x1 that go to one warp
 static_assert(32 % LANES == 0, "a row segment must not straddle warps");
 static_assert(SLICE <= THREADS, "a thread writes one column");
 static_assert(EACH * VEC <= 32, "a thread keeps a bit per row");
 static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
 
-// First row of the thread's k-th vector in a tile.
-__device__ __forceinline__ int first_row(int k) { return (k * THREADS + threadIdx.x) * VEC; }
+// First row of the thread's k-th vector in a tile. Units go round the warps, so that a mask with its active rows side by side loads all
+// warps alike; 7B, 89 %, H100: 6.2 µs with units of 8, 6.6 with 4.
+__device__ __forceinline__ int first_row(int k) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    return (((k * 32 + lane) / UNIT * WARPS + warp) * UNIT + lane % UNIT) * VEC;
+}
 
 // Bit k * VEC + e: whether x1[first_row(k) + e] is not zero.
-__device__ __forceinline__ unsigned active_bits(const scalar* __restrict__ x1, int rows) {
+__device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows) {
     uint4 v[EACH];  // all loads before the first use
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
@@ -48,38 +54,29 @@ __device__ __forceinline__ unsigned active_bits(const scalar* __restrict__ x1, i
     return bits;
 }
 
-// Writes the rows behind all threads' bits to `list`, in an order that only the bits decide, and returns how many there are. The first
-// barrier also keeps the list of one tile from overwriting that of another, which may still be read.
-__device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list, int* warp_counts) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int count = __popc(bits);
-    int upto = count;  // inclusive sum of the counts over the warp's lanes
+// Writes the rows behind the warp's bits to its `list`, in an order that only the bits decide, and returns how many there are. The first
+// barrier keeps the list of one tile from overwriting that of another, which may still be read.
+__device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
+    const int lane = threadIdx.x % 32, count = __popc(bits);
+    int upto = count;  // inclusive sum of the counts over the lanes
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
         const int lower = __shfl_up_sync(ALL_LANES, upto, step);
         if (lane >= step) upto += lower;
     }
-    if (lane == 31) warp_counts[warp] = upto;
-    __syncthreads();
-
-    int position = upto - count, total = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-        if (w < warp) position += warp_counts[w];
-        total += warp_counts[w];
-    }
-    for (; bits != 0; bits &= bits - 1) {
+    const int total = __shfl_sync(ALL_LANES, upto, 31);
+    __syncwarp();
+    for (int position = upto - count; bits != 0; bits &= bits - 1) {
         const int bit = __ffs(bits) - 1;
         list[position++] = first_row(bit / VEC) + bit % VEC;
     }
-    __syncthreads();
+    __syncwarp();
     return total;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_4(const scalar* __restrict__ x1, const scalar* __restrict__ w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
-    __shared__ unsigned short list[TILE];
-    __shared__ int warp_counts[WARPS];
+ffn_4(const scalar* x1, const scalar* __restrict__ w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
+    __shared__ unsigned short lists[WARPS][TILE / WARPS];
     __shared__ float partial[WARPS][SLICE + 1];
 
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model), chunks = columns / VEC;
@@ -87,10 +84,12 @@ ffn_4(const scalar* __restrict__ x1, const scalar* __restrict__ w_down_t, scalar
     const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
     const uint4* weights = reinterpret_cast<const uint4*>(w_down_t) + chunk;
 
+    wait_for_predecessor();
+    unsigned short* list = lists[warp];
     float sum[VEC] = {};
     for (int tile = 0; tile < rows; tile += TILE) {
-        const int active = list_rows(active_bits(x1 + tile, rows - tile), list, warp_counts);
-        for (int first = threadIdx.x / LANES; first < active; first += GROUPS * LOADS) {
+        const int active = list_rows(active_bits(x1 + tile, rows - tile), list);
+        for (int first = lane / LANES; first < active; first += GROUPS * LOADS) {
             uint4 w[LOADS];
             float s[LOADS];
 #pragma unroll

@@ -3,7 +3,7 @@
 from . import models, reference
 from ._compile import KernelCompileError
 from ._gpu import NoGPUError, UnsupportedGPUError
-from .ops import CompiledKernel, SparseFFN, ffn_1, ffn_4, ffn_23, pack_down, sparse_ffn, warmup
+from .ops import CompiledKernel, SparseFFN, ffn_1, ffn_4, ffn_23, ffn_123, pack_down, sparse_ffn, warmup
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "ffn_1",
     "ffn_4",
     "ffn_23",
+    "ffn_123",
     "models",
     "pack_down",
     "reference",

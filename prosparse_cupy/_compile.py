@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-import struct
-import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from . import launch
+from ._driver import launcher
 from ._gpu import cupy, gpu
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
-_SLOT = 8  # bytes of one kernel argument in the packed buffer
-_MOST_ARGUMENTS = 16
 
 
 class KernelCompileError(RuntimeError):
@@ -64,9 +60,7 @@ class Kernel:
         self.device = device
         # The function keeps its module loaded for as long as this object lives.
         self._function = _compile(plan, device)
-        self._shape = (self._function.ptr, *plan.grid, *plan.block, plan.shared_bytes)
-        self._pack = struct.Struct("".join(_slot_format(a) for a in plan.arguments)).pack_into
-        self._driver_launch = cupy().cuda.driver.launchKernel
+        self._launch = launcher(self._function.ptr, plan, device)
         self._get_device = cupy().cuda.runtime.getDevice
 
     def __call__(self, stream: int, *arguments: int | float) -> None:
@@ -74,36 +68,7 @@ class Kernel:
         if self._get_device() != self.device:
             with cupy().cuda.Device(self.device):
                 return self(stream, *arguments)
-        buffer = _thread_buffer(self.device)
-        self._pack(buffer.values, 0, *arguments)
-        self._driver_launch(*self._shape, stream, buffer.pointers, 0)
-
-
-def _slot_format(argument: str) -> str:
-    return argument + "x" * (_SLOT - struct.calcsize(argument))
-
-
-class _ArgumentBuffer:
-    """Room for one launch's arguments, a slot each, and the array of pointers to the slots that cuLaunchKernel takes."""
-
-    def __init__(self) -> None:
-        self.values = ctypes.create_string_buffer(_SLOT * _MOST_ARGUMENTS)
-        base = ctypes.addressof(self.values)
-        self._slots = (ctypes.c_void_p * _MOST_ARGUMENTS)(*(base + _SLOT * i for i in range(_MOST_ARGUMENTS)))
-        self.pointers = ctypes.addressof(self._slots)
-
-
-_local = threading.local()
-
-
-def _thread_buffer(device: int) -> _ArgumentBuffer:
-    try:
-        return _local.buffers[device]
-    except (AttributeError, KeyError):
-        # A thread's first launch on a GPU: setDevice binds the GPU's primary context to the thread.
-        cupy().cuda.runtime.setDevice(device)
-        _local.__dict__.setdefault("buffers", {})[device] = _ArgumentBuffer()
-        return _local.buffers[device]
+        self._launch(stream, *arguments)
 
 
 def _compile(plan: launch.Launch, device: int) -> Any:
@@ -124,5 +89,5 @@ def _compile(plan: launch.Launch, device: int) -> Any:
 @cache
 def load(kernel: str, d_model: int, d_ff: int, dtype: str, device: int, specialize: bool = True) -> Kernel:
     """The kernel for these dims on this GPU, compiled at the first call and kept."""
-    gpu(device)  # refuses one that is too old
-    return Kernel(launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize)), device)
+    target = launch.Target(gpu(device).capability, gpu(device).multiprocessors)
+    return Kernel(launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize, target)), device)

@@ -25,6 +25,7 @@ class Gpu(NamedTuple):
     name: str
     capability: int
     """Compute capability as major * 10 + minor: 90 for an H100."""
+    multiprocessors: int
 
 
 @cache
@@ -66,4 +67,4 @@ def gpu(index: int) -> Gpu:
             f"prosparse_cupy: GPU {index}, {name}, has compute capability {capability / 10}; "
             f"the kernels need {MINIMUM_CAPABILITY / 10} (Ampere: A100, RTX 30) or later."
         )
-    return Gpu(index, name, capability)
+    return Gpu(index, name, capability, properties["multiProcessorCount"])

@@ -31,6 +31,19 @@ class Launch:
     """Kernel parameters as `struct` characters: P pointer, f float32, i int32."""
     shared_bytes: int = 0
     """Dynamic shared memory."""
+    programmatic: bool = False
+    """Whether it may start while its predecessor on the stream ends (programmatic dependent launch)."""
+
+
+class Target(NamedTuple):
+    """What a launch depends on of the GPU."""
+
+    capability: int
+    """Compute capability as major * 10 + minor: 90 for an H100."""
+    multiprocessors: int
+
+
+H100 = Target(90, 132)
 
 
 class Shape(NamedTuple):
@@ -41,6 +54,12 @@ class Shape(NamedTuple):
     dtype: str
     specialize: bool = True
     """ROW_OPT and COL_OPT as constants (True), or both dims passed at launch."""
+    target: Target = H100
+
+    @property
+    def is_programmatic(self) -> bool:
+        """Whether the GPU has programmatic dependent launch: Hopper and later."""
+        return self.target.capability >= 90
 
 
 def vector_length(dtype: str) -> int:
@@ -52,9 +71,15 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _defines(shape: Shape, **constants: int) -> tuple[tuple[str, int | None], ...]:
+def _defines(shape: Shape, **constants: int | None) -> tuple[tuple[str, int | None], ...]:
     dims = (("ROW_OPT", shape.d_ff), ("COL_OPT", shape.d_model)) if shape.specialize else ()
     return ((f"DTYPE_{shape.dtype.upper()}", None), *dims, *constants.items())
+
+
+def _operator(kernel: str, shape: Shape, blocks: int, warps: int, arguments: str, **constants: int) -> Launch:
+    programmatic: dict[str, int | None] = {"PROGRAMMATIC": None} if shape.is_programmatic else {}
+    defines = _defines(shape, WARPS=warps, **constants, **programmatic)
+    return Launch(kernel, (blocks, 1, 1), (WARP * warps, 1, 1), defines, arguments, programmatic=shape.is_programmatic)
 
 
 def _row_loads(shape: Shape, most: int) -> int:
@@ -65,37 +90,54 @@ def _row_loads(shape: Shape, most: int) -> int:
     return _ceil_div(chunks_per_lane, _ceil_div(chunks_per_lane, most))
 
 
-def _row_per_warp(kernel: str, shape: Shape, arguments: str, most_loads: int) -> Launch:
-    # ffn_23 at 7B, 89 %, H100: 6.1 µs with 4 warps a block and at least 4 blocks an SM (128 registers), 6.4 with 6 blocks;
-    # 8 warps 7.9, 2 warps 6.6; two rows a warp 6.9.
-    warps = 4
-    defines = _defines(shape, WARPS=warps, MIN_BLOCKS=4, LOADS=_row_loads(shape, most_loads))
-    return Launch(kernel, (_ceil_div(shape.d_ff, warps), 1, 1), (WARP * warps, 1, 1), defines, arguments)
+def _row_per_warp(kernel: str, shape: Shape, arguments: str, warps: int, most_loads: int) -> Launch:
+    blocks, loads = _ceil_div(shape.d_ff, warps), _row_loads(shape, most_loads)
+    return _operator(kernel, shape, blocks, warps, arguments, MIN_BLOCKS=4, LOADS=loads)
 
 
 def ffn_1(shape: Shape) -> Launch:
     """Launch of the gate GEMV."""
-    # 20 loads cover a row of 5120 16-bit elements in one pass: 13B, H100: 46.5 µs; 8 loads: 48.8.
-    return _row_per_warp("ffn_1", shape, "PPPii", most_loads=20)
+    # 20 loads cover a row of 5120 16-bit elements in one batch: 13B, H100: 46.5 µs; 8 loads: 48.8.
+    return _row_per_warp("ffn_1", shape, "PPPii", warps=4, most_loads=20)
+
+
+def ffn_123(shape: Shape) -> Launch:
+    """Launch of the gate GEMV, (FAT)ReLU and up-projection in one."""
+    # H100, 89 %, with ffn_4 after it, 7B and 13B: 40.1 and 60.4 µs; two batches of loads 40.0 and 60.6; 5 blocks an SM 40.1 and 61.3;
+    # 8 warps a block 41.0 and 62.3.
+    return _row_per_warp("ffn_123", shape, "PPPPfii", warps=4, most_loads=20)
 
 
 def ffn_23(shape: Shape) -> Launch:
     """Launch of the fused (FAT)ReLU and up-projection."""
-    # Two passes over a row leave registers for more blocks at a time. H100, 89 %, two passes and one: 7B 6.1 µs and 6.7,
-    # 13B 8.4 and 8.7.
-    return _row_per_warp("ffn_23", shape, "PPPPfii", most_loads=10)
+    # The GPU starts about 1.4 blocks a ns, so small blocks wait for their turn, and a large one keeps its place until its last row is
+    # done. H100, µs at 7B 89 % / 7B 99 % / 13B 89 % / 7B 0 %, warps a block (blocks an SM): 7 (4) 5.7 / 3.75 / 7.9 / 30.5; 4 (4) 5.7 /
+    # 4.0 / 8.0 / 30.2; 6 (5) 5.7 / 3.75 / 7.95 / 30.6; 8 (4) 5.95 / 3.7 / 8.0 / 30.7; 16 (2) 6.7 / 3.8 / 9.5 / 31.0; 2 (14) 5.95 / 5.3 /
+    # 8.1 / 30.8. Two batches of loads a row, not one: 7B 6.1 and 6.7, 13B 8.4 and 8.7 (4 warps).
+    return _row_per_warp("ffn_23", shape, "PPPPfii", warps=7, most_loads=10)
 
 
 def ffn_4(shape: Shape) -> Launch:
     """Launch of the down-projection."""
-    # H100, µs, at 7B 89 % / 7B 0 % / 13B 89 %: 16 warps x 4 loads x 4 lanes 7.1 / 33.3 / 9.5; 6 loads 7.0 / 33.5 / 10.1;
-    # 8 lanes and clusters of 2 blocks 8.4 / 34.8 / 11.1; 16 lanes and clusters of 4 8.4 / 34.9 / 10.6; 8 warps 9.1 / 44.6 /
-    # 11.8.
-    warps, lanes, length = 16, 4, vector_length(shape.dtype)
-    most = WARP // length  # a bit a row
+    # H100, µs at 7B 89 % / 7B 0 % / 13B 89 % / 13B 0 %: 16 warps x 4 loads 6.2 / 33.0 / 8.65 / 54.2; 6 loads 6.1 / 33.0 / 9.3 / 59.8; 3 loads
+    # 6.45 / 34.9 / 8.7 / 55.7; 12 warps 6.55 / 36.0 / 9.3 / 57.2; 20 warps 6.4 / 32.6 / 8.8 / 55.3; 24 warps 6.1 / 33.7 / 11.3 / 60.8.
+    warps, length = 16, vector_length(shape.dtype)
+    lanes, most = _slice_lanes(shape), min(WARP // length, 7)  # most: a bit a row, and registers (8 spill on sm_80)
     each = min(most, _ceil_div(shape.d_ff, length * warps * WARP)) if shape.specialize else most
-    defines = _defines(shape, WARPS=warps, MIN_BLOCKS=2, LOADS=4, LANES=lanes, EACH=each)
-    return Launch("ffn_4", (_ceil_div(shape.d_model // length, lanes), 1, 1), (WARP * warps, 1, 1), defines, "PPPii")
+    blocks = _ceil_div(shape.d_model // length, lanes)
+    return _operator("ffn_4", shape, blocks, warps, "PPPii", MIN_BLOCKS=2, LOADS=4, LANES=lanes, EACH=each)
+
+
+def _slice_lanes(shape: Shape) -> int:
+    """16-byte lanes of a block's slice of a row: the fewest, two at least, that make at most 5 blocks for 4 multiprocessors."""
+    # H100, µs: 7B 4 lanes (128 blocks) 6.35, 2 lanes (256) 6.8; 13B 4 lanes (160) 8.65, 2 lanes (320) 10.8, 8 lanes (80) 9.5; 1B 2 lanes
+    # (96) 2.7, 4 lanes (48) 3.1, 1 lane (192) 3.3.
+    if not shape.specialize:
+        return 4
+    chunks, lanes = shape.d_model // vector_length(shape.dtype), 2
+    while lanes < WARP and 4 * _ceil_div(chunks, lanes) > 5 * shape.target.multiprocessors:
+        lanes *= 2
+    return lanes
 
 
 def pack_down(shape: Shape) -> Launch:
@@ -106,7 +148,7 @@ def pack_down(shape: Shape) -> Launch:
 
 
 KERNELS: MappingProxyType[str, Callable[[Shape], Launch]] = MappingProxyType(
-    {"ffn_1": ffn_1, "ffn_23": ffn_23, "ffn_4": ffn_4, "pack_down": pack_down}
+    {"ffn_1": ffn_1, "ffn_123": ffn_123, "ffn_23": ffn_23, "ffn_4": ffn_4, "pack_down": pack_down}
 )
 
 

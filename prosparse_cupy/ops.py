@@ -20,6 +20,7 @@ from ._families import Family
 from ._gpu import cupy, current_device, gpu
 
 FFN_1 = Signature("ffn_1", (vector("x", "d_model"), weight("w_gate")), vector("gate", "d_ff"))
+FFN_123 = Signature("ffn_123", (vector("x", "d_model"), weight("w_gate"), weight("w_up")), vector("x1", "d_ff"))
 FFN_23 = Signature("ffn_23", (vector("gate", "d_ff"), vector("x", "d_model"), weight("w_up")), vector("x1", "d_ff"))
 FFN_4 = Signature("ffn_4", (vector("x1", "d_ff"), weight("w_down_t")), vector("y", "d_model"))
 _WEIGHTS = (weight("w_gate"), weight("w_up"), weight("w_down_t"))
@@ -69,6 +70,42 @@ def ffn_1(x: Any, w_gate: Any, *, out: Any = None, specialize: bool = True) -> A
     if call.on_host:
         return call.result(reference.ffn_1(x, w_gate))
     _launch("ffn_1", call.checked, call.family, specialize, *call.inputs, call.output)
+    return call.result()
+
+
+def ffn_123(x: Any, w_gate: Any, w_up: Any, threshold: float = 0.0, *, out: Any = None, specialize: bool = True) -> Any:
+    """Gate projection, (FAT)ReLU and up-projection in one launch: `ffn_23` of `ffn_1`, to the bit (formulas 1 to 3).
+
+    A warp that finds its neuron active goes on to the neuron's row of `w_up`, so the gate is never written to memory.
+
+    Parameters
+    ----------
+    x : array, (d_model,) or (1, d_model)
+        The token's hidden state.
+    w_gate, w_up : array, (d_ff, d_model)
+        ``gate_proj.weight`` and ``up_proj.weight`` as they are.
+    threshold : float, default 0.0
+        FATReLU's T, as for `ffn_23`; the gate is rounded to the dtype before it is compared.
+    out : array, (d_ff,) or (1, d_ff), optional
+        Takes the result. It must not share memory with an input.
+    specialize : bool, default True
+        As for `ffn_1`.
+
+    Returns
+    -------
+    array, (d_ff,) or (1, d_ff)
+        x1, what `ffn_4` takes.
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError
+        As for `ffn_23`.
+    """
+    threshold = check_threshold("ffn_123", threshold)
+    call = Call(FFN_123, (x, w_gate, w_up), out)
+    if call.on_host:
+        return call.result(reference.ffn_123(x, w_gate, w_up, threshold))
+    _launch("ffn_123", call.checked, call.family, specialize, *call.inputs, call.output, threshold)
     return call.result()
 
 
@@ -179,7 +216,7 @@ def sparse_ffn(
 ) -> Any:
     """The whole gated FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
 
-    Its two (d_ff,) intermediates live in scratch memory that is kept per stream. Decoding loops do better with `SparseFFN`,
+    Two launches, `ffn_123` and `ffn_4`. The (d_ff,) intermediate lives in scratch memory that is kept per stream. Decoding loops do better with `SparseFFN`,
     which checks the weights when it is built and owns its scratch.
 
     Parameters
@@ -323,17 +360,16 @@ def _launch_ffn(
     call: Call, x: int, w_gate: int, w_up: int, w_down_t: int, threshold: float, specialize: bool, scratch: _Scratch
 ) -> None:
     checked, family = call.checked, call.family
-    _launch("ffn_1", checked, family, specialize, x, w_gate, scratch.gate)
-    _launch("ffn_23", checked, family, specialize, scratch.gate, x, w_up, scratch.x1, threshold)
+    _launch("ffn_123", checked, family, specialize, x, w_gate, w_up, scratch.x1, threshold)
     _launch("ffn_4", checked, family, specialize, scratch.x1, w_down_t, call.output)
 
 
 class _Scratch:
-    """The two intermediates of one FFN: the gate and x1, (d_ff,) each."""
+    """The intermediate of one FFN: x1, (d_ff,)."""
 
     def __init__(self, family: Family, checked: Checked) -> None:
-        self._arrays = [family.empty((checked.d_ff,), checked.dtype, checked.device) for _ in range(2)]
-        self.gate, self.x1 = map(family.address, self._arrays)
+        self._array = family.empty((checked.d_ff,), checked.dtype, checked.device)
+        self.x1 = family.address(self._array)
 
 
 _MOST_SCRATCH = 64

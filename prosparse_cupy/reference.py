@@ -37,6 +37,11 @@ def ffn_23(gate: np.ndarray, x: np.ndarray, w_up: np.ndarray, threshold: float =
         return np.where(on, product, 0.0).astype(gate.dtype)
 
 
+def ffn_123(x: np.ndarray, w_gate: np.ndarray, w_up: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    """Formulas 1 to 3: `ffn_23` of `ffn_1`."""
+    return ffn_23(ffn_1(x, w_gate), x, w_up, threshold)
+
+
 def ffn_4(x1: np.ndarray, w_down_t: np.ndarray) -> np.ndarray:
     """Formula 4: `x1 @ w_down_t`, over the rows of `w_down_t` where `x1` is not zero."""
     rows = x1.reshape(-1, x1.shape[-1])
@@ -50,7 +55,7 @@ def ffn_4(x1: np.ndarray, w_down_t: np.ndarray) -> np.ndarray:
 
 def sparse_ffn(x: np.ndarray, w_gate: np.ndarray, w_up: np.ndarray, w_down_t: np.ndarray, threshold: float = 0.0) -> np.ndarray:
     """Formulas 1 to 4."""
-    return ffn_4(ffn_23(ffn_1(x, w_gate), x, w_up, threshold), w_down_t)
+    return ffn_4(ffn_123(x, w_gate, w_up, threshold), w_down_t)
 
 
 def pack_down(w_down: np.ndarray) -> np.ndarray:

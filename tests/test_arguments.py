@@ -28,12 +28,13 @@ def _arrays(dtype: str = "bfloat16") -> dict[str, np.ndarray]:
 
 INPUTS = {
     "ffn_1": ("x", "w_gate"),
+    "ffn_123": ("x", "w_gate", "w_up"),
     "ffn_23": ("gate", "x", "w_up"),
     "ffn_4": ("x1", "w_down_t"),
     "sparse_ffn": ("x", "w_gate", "w_up", "w_down_t"),
     "pack_down": ("w_down",),
 }
-OUT = {"ffn_1": (D_FF,), "ffn_23": (D_FF,), "ffn_4": (D_MODEL,), "sparse_ffn": (D_MODEL,), "pack_down": (D_FF, D_MODEL)}
+OUT = {"ffn_1": (D_FF,), "ffn_123": (D_FF,), "ffn_23": (D_FF,), "ffn_4": (D_MODEL,), "sparse_ffn": (D_MODEL,), "pack_down": (D_FF, D_MODEL)}
 every_input = pytest.mark.parametrize(("operator", "name"), [(op, name) for op, names in INPUTS.items() for name in names])
 every_operator = pytest.mark.parametrize("operator", INPUTS)
 VECTORS = ("x", "gate", "x1")
@@ -206,7 +207,7 @@ def test_out_overlapping_an_input(operator, name):
     np.testing.assert_array_equal(bits(buffer), bits(before))
 
 
-@pytest.mark.parametrize("operator", ["ffn_23", "sparse_ffn", "SparseFFN"])
+@pytest.mark.parametrize("operator", ["ffn_123", "ffn_23", "sparse_ffn", "SparseFFN"])
 def test_thresholds(operator):
     arrays = _arrays()
     inputs = INPUTS.get(operator, ("w_gate", "w_up", "w_down_t"))

@@ -18,7 +18,7 @@ SHAPES = [(m.d_model, m.d_ff, True) for m in (models.LLAMA_2_7B, models.LLAMA_2_
     (4096, 11008, False)
 ]
 # Threads an SM must hold, of its 65536 registers: what launch_bounds promise and the occupancy the times were measured at.
-REGISTERS = {"ffn_1": 128, "ffn_23": 128, "ffn_4": 64, "pack_down": 64}
+REGISTERS = {"ffn_1": 128, "ffn_123": 128, "ffn_23": 72, "ffn_4": 64, "pack_down": 64}
 
 
 def compile_for(plan: launch.Launch, architecture: int, code: str | None = None) -> tuple[bytes, str]:
@@ -44,7 +44,8 @@ def _reported(pattern: str, report: str) -> int:
 @pytest.mark.parametrize("kernel", launch.KERNELS)
 def test_no_spills_within_budget(kernel, dtype, architecture):
     for d_model, d_ff, specialize in SHAPES:
-        plan = launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize))
+        target = launch.Target(architecture, 132)
+        plan = launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize, target))
         code, report = compile_for(plan, architecture)
         assert code
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0
@@ -87,7 +88,7 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch):
             raise RuntimeError("Failed to find CUDA headers")
 
     monkeypatch.setattr(_compile, "cupy", lambda: NoCompiler)
-    monkeypatch.setattr(_compile, "gpu", lambda index: _gpu.Gpu(0, "NVIDIA H100", 90))
+    monkeypatch.setattr(_compile, "gpu", lambda index: _gpu.Gpu(0, "NVIDIA H100", 90, 132))
     with pytest.raises(_compile.KernelCompileError) as caught:
         _compile.Kernel(launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16")), 0)
     for part in ("ffn_4", "NVIDIA H100 (sm_90)", "-DROW_OPT=64", "Failed to find CUDA headers", "prosparse-cupy doctor"):
@@ -104,11 +105,25 @@ def test_the_source_is_self_contained_and_keeps_its_line_numbers():
         assert text.splitlines()[last + 1 :] == lines[number - 1 :]
 
 
-def test_weights_are_read_16_bytes_at_a_time():
-    """The PTX of the readers of weights has 16-byte loads, and no narrower ones but of gate and x1."""
-    for kernel in ("ffn_1", "ffn_23", "ffn_4"):
-        plan = launch.plan(kernel, launch.Shape(4096, 11008, "bfloat16"))
-        program = compiler._NVRTCProgram(source(kernel), f"{kernel}.cu", method="ptx")
-        text = program.compile((*compiler_options(plan), "-arch=compute_90"), None)[0].decode()
-        assert "ld.global.nc.L1::no_allocate.L2::256B.v4.u32" in text
-        assert "ld.global.nc.u32" not in text
+def _ptx(kernel: str, architecture: int) -> str:
+    plan = launch.plan(kernel, launch.Shape(4096, 11008, "bfloat16", target=launch.Target(architecture, 132)))
+    program = compiler._NVRTCProgram(source(kernel), f"{kernel}.cu", method="ptx")
+    return program.compile((*compiler_options(plan), f"-arch=compute_{architecture}"), None)[0].decode()
+
+
+@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_123", "ffn_23", "ffn_4"])
+def test_weights_are_read_16_bytes_at_a_time(kernel):
+    """Nothing is read in words of 4 bytes, and the weights past L1."""
+    text = _ptx(kernel, 90)
+    assert "ld.global.L1::no_allocate.L2::256B.v4.u32" in text
+    assert not re.search(r"ld\.global(\.nc)?\.[usbf]32", text)
+
+
+@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_123", "ffn_23", "ffn_4"])
+def test_a_programmatic_kernel_reads_and_writes_after_its_wait(kernel):
+    """And never through the cache of what does not change while the kernel runs: its predecessor may be writing."""
+    text = _ptx(kernel, 90)
+    before, waits, after = text.partition("griddepcontrol.wait")
+    assert waits and "griddepcontrol" not in after
+    assert not re.search(r"\b(ld|st)\.global", before) and "ld.global.nc" not in text
+    assert not re.search(r"griddepcontrol|cluster", _ptx(kernel, 80)), "sm_80 has none of these"

@@ -24,7 +24,12 @@ def _inputs(kernel: str, shape: launch.Shape) -> tuple[list, np.ndarray]:
     dims = [shape.d_ff, shape.d_model]
     if kernel == "pack_down":
         return [w.reshape(shape.d_model, shape.d_ff), None, *dims], poisoned((shape.d_ff, shape.d_model), shape.dtype)
-    inputs = {"ffn_1": [x, w, None], "ffn_23": [h, x, w, None, 0.0], "ffn_4": [h, w, None]}[kernel]
+    inputs = {
+        "ffn_1": [x, w, None],
+        "ffn_123": [x, w, w, None, 0.0],
+        "ffn_23": [h, x, w, None, 0.0],
+        "ffn_4": [h, w, None],
+    }[kernel]
     return [*inputs, *dims], poisoned(shape.d_model if kernel == "ffn_4" else shape.d_ff, shape.dtype)
 
 
@@ -45,16 +50,23 @@ def test_kernels_have_barriers():
 
 @pytest.mark.parametrize(("kernel", "which"), KERNELS_WITH_BARRIERS)
 def test_a_missing_barrier_is_caught(host, kernel, which):
-    # ffn_4: enough rows that its list is written again.
-    shape = launch.Shape(64, 40 if kernel == "pack_down" else 2 * 32 * 512 + 5, "float32", specialize=False)
+    shape = launch.Shape(64, 40, "float32", specialize=False)
     at = [m.start() for m in re.finditer(re.escape(BARRIER), source(kernel))][which]
     code = source(kernel)[:at] + source(kernel)[at:].replace(BARRIER, ";", 1)
     assert _is_caught(host, kernel, shape, code)
 
 
+def test_a_missing_barrier_of_a_warp_is_caught(host):
+    code = source("ffn_4")
+    assert code.count("__syncwarp();\n    return total;") == 1
+    shape = launch.Shape(64, 2000, "float32", specialize=False)
+    assert _is_caught(host, "ffn_4", shape, code.replace("__syncwarp();\n    return total;", "return total;"))
+
+
 OFF_BY_ONE = [
     ("ffn_1", "c < chunks ?", "c <= chunks ?"),
     ("ffn_1", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
+    ("ffn_123", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
     ("ffn_23", "if (c >= chunks) break;", "if (c > chunks) break;"),
     ("ffn_4", "row + VEC <= rows ?", "row <= rows ?"),
     ("ffn_4", "row + e < rows) value", "row + e <= rows) value"),
@@ -154,7 +166,7 @@ def test_a_misaligned_vector_is_reported(host):
 def test_a_kernel_that_does_not_compile_shows_the_compilers_message(host):
     shape = launch.Shape(8, 1, "float32")
     inputs, out = _inputs("ffn_1", shape)
-    code = source("ffn_1").replace("return warp_sum(sum);", "return no_such_sum(sum);")
+    code = source("ffn_1").replace("return warp_sum(", "return no_such_sum(")
     with pytest.raises(HostRunError, match=r"row_dot\.cuh:\d+:\d+: error: .no_such_sum."):
         host.run(launch.plan("ffn_1", shape), inputs, out, code=code)
 

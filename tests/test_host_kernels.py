@@ -64,6 +64,22 @@ def test_ffn_23(host, d_model, d_ff, dtype, specialize):
 @both
 @dtypes
 @shapes
+def test_ffn_123_is_ffn_1_and_ffn_23_to_the_bit(host, d_model, d_ff, dtype, specialize):
+    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    rng = np.random.default_rng(d_model * d_ff)
+    x, w_gate, w_up = token(d_model, dtype, rng), weights(d_ff, d_model, dtype), weights(d_ff, d_model, dtype, seed=1).copy()
+    g = _run_twice(host, "ffn_1", shape, [x, w_gate, None], poisoned(d_ff, dtype))
+    for threshold in (0.0, 0.25, float(g.max())):
+        w_up[~reference.active(g, threshold)] = np.nan
+        one = _run_twice(host, "ffn_123", shape, [x, w_gate, w_up, None, threshold], poisoned(d_ff, dtype))
+        two = _run_twice(host, "ffn_23", shape, [g, x, w_up, None, threshold], poisoned(d_ff, dtype))
+        np.testing.assert_array_equal(bits(one), bits(two))
+        assert_rounded_sum(one, *exact_ffn_23(g, x, w_up, threshold), d_model + 1)
+
+
+@both
+@dtypes
+@shapes
 def test_ffn_4(host, d_model, d_ff, dtype, specialize):
     shape = launch.Shape(d_model, d_ff, dtype, specialize)
     rng = np.random.default_rng(d_model * d_ff)

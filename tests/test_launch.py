@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from prosparse_cupy import launch, models
 
 shapes = st.builds(
-    lambda vectors, d_ff, dtype, specialize: launch.Shape(vectors * launch.vector_length(dtype), d_ff, dtype, specialize),
+    lambda vectors, d_ff, dtype, *rest: launch.Shape(vectors * launch.vector_length(dtype), d_ff, dtype, *rest),
     st.integers(1, 4096),
     st.integers(1, 60000),
     st.sampled_from(sorted(launch.ITEMSIZE)),
     st.booleans(),
+    st.builds(launch.Target, st.sampled_from([80, 86, 89, 90, 100, 120]), st.integers(1, 200)),
 )
 kernels = st.sampled_from(sorted(launch.KERNELS))
 
@@ -44,7 +45,7 @@ def test_defines_say_the_dtype_and_the_dims(kernel, shape):
     assert dims == ((shape.d_ff, shape.d_model) if shape.specialize else (None, None))
 
 
-@given(st.sampled_from(["ffn_1", "ffn_23"]), shapes)
+@given(st.sampled_from(["ffn_1", "ffn_123", "ffn_23"]), shapes)
 def test_every_row_has_one_warp(kernel, shape):
     plan = launch.plan(kernel, shape)
     defines = _defines(plan)
@@ -60,18 +61,20 @@ def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
     each, length = _defines(plan)["EACH"], launch.vector_length(shape.dtype)
     assert each >= 1 and each * length <= 32
     tile = each * plan.block[0] * length
+    warps, unit = plan.block[0] // 32, 8
     starts = [
-        first + (k * plan.block[0] + t) * length
+        first + (((k * 32 + lane) // unit * warps + warp) * unit + lane % unit) * length
         for first in range(0, shape.d_ff, tile)
         for k in range(each)
-        for t in range(plan.block[0])
+        for warp in range(warps)
+        for lane in range(32)
     ]
-    assert starts == list(range(0, -(-shape.d_ff // tile) * tile, length))
+    assert sorted(starts) == list(range(0, -(-shape.d_ff // tile) * tile, length))
     if shape.specialize:
-        assert each == 32 // length or (each - 1) * plan.block[0] * length < shape.d_ff <= tile
+        assert each == min(32 // length, 7) or (each - 1) * plan.block[0] * length < shape.d_ff <= tile
 
 
-@given(st.sampled_from([("ffn_1", 20), ("ffn_23", 10)]), shapes)
+@given(st.sampled_from([("ffn_1", 20), ("ffn_123", 20), ("ffn_23", 10)]), shapes)
 def test_passes_over_a_row_are_even(kernel_and_most, shape):
     kernel, most = kernel_and_most
     loads = _defines(launch.plan(kernel, shape))["LOADS"]
@@ -89,7 +92,24 @@ def test_every_column_has_one_block_of_ffn_4(shape):
     assert plan.block == (32 * defines["WARPS"], 1, 1)
     columns = defines["LANES"] * launch.vector_length(shape.dtype)
     assert plan.grid[0] * columns >= shape.d_model > (plan.grid[0] - 1) * columns
-    assert 32 % defines["LANES"] == 0
+    assert 32 % defines["LANES"] == 0 and columns <= plan.block[0]
+
+
+@pytest.mark.parametrize(
+    ("d_model", "dtype", "multiprocessors", "lanes"),
+    [(4096, "bfloat16", 132, 4), (5120, "bfloat16", 132, 4), (1536, "bfloat16", 132, 2), (4096, "float32", 132, 8)]
+    + [(8, "bfloat16", 132, 2), (5120, "bfloat16", 108, 8), (16384, "float32", 20, 32)],
+)
+def test_slices_of_ffn_4_follow_the_number_of_multiprocessors(d_model, dtype, multiprocessors, lanes):
+    target = launch.Target(90, multiprocessors)
+    assert _defines(launch.ffn_4(launch.Shape(d_model, 1000, dtype, target=target)))["LANES"] == lanes
+
+
+@given(kernels, shapes)
+def test_only_hopper_and_later_get_programmatic_launches(kernel, shape):
+    plan = launch.plan(kernel, shape)
+    assert plan.programmatic == ("PROGRAMMATIC" in _defines(plan))
+    assert plan.programmatic == (kernel != "pack_down" and shape.target.capability >= 90)
 
 
 @given(shapes)

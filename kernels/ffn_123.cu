@@ -1,0 +1,29 @@
+// ffn_123: ffn_1 and ffn_23 in one launch (formulas 1 to 3): a warp whose gate turns out active goes on to the neuron's up-projection.
+//
+//   g     = dot(x, w_gate[j, :]), rounded
+//   x1[j] = active(g) ? g * dot(x, w_up[j, :]) : +0                    0 <= j < d_ff
+//   active(g) = not (g < threshold) and g != 0                         so NaN is active
+//
+//   x (d_model,), w_gate and w_up (d_ff, d_model) row-major, all 16-byte aligned   x1 (d_ff,), every element written
+//   launch   WARPS warps a block, one neuron a warp; grid ceil(d_ff / WARPS)
+//   numerics as ffn_1 followed by ffn_23, to the bit: float32 accumulation, one rounding of the gate and one of x1
+
+#include "common.cuh"
+#include "row_dot.cuh"
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
+ffn_123(const scalar* x, const scalar* __restrict__ w_gate, const scalar* __restrict__ w_up, scalar* __restrict__ x1,
+        float threshold, int d_ff, int d_model) {
+    wait_for_predecessor();
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32;
+    if (row >= D_FF(d_ff)) return;
+
+    const int chunks = D_MODEL(d_model) / VEC;
+    const long long offset = (long long)row * chunks;
+    const uint4* token = reinterpret_cast<const uint4*>(x);
+    const float gate = row_dot(reinterpret_cast<const uint4*>(w_gate) + offset, token, chunks);
+    const float s = to_float(from_float(gate));
+    float product = 0.0f;
+    if (is_active(s, threshold)) product = s * row_dot(reinterpret_cast<const uint4*>(w_up) + offset, token, chunks);
+    if (threadIdx.x % 32 == 0) x1[row] = from_float(product);
+}

@@ -1,0 +1,45 @@
+"""ffn_123 on the GPU: ffn_1 and ffn_23 in one launch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from checks import DTYPES, SMALL, assert_rounded_sum, bits, exact_ffn_23, gate, poisoned, token, weights
+from gpu_arrays import OnCupy
+
+import prosparse_cupy as psc
+from prosparse_cupy import reference, synthetic
+
+pytestmark = pytest.mark.gpu
+on = OnCupy()
+
+
+@pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d_model", "d_ff"), [*SMALL, (4096, 11008), (5120, 13824), (1536, 3840)])
+def test_ffn_1_and_ffn_23_to_the_bit(d_model, d_ff, dtype, specialize):
+    rng, threshold = np.random.default_rng(), 0.25
+    x = token(d_model, dtype, rng)
+    for sparsity in (0.0, 0.5, 0.9, "one"):
+        w_gate = synthetic.steer(weights(d_ff, d_model, dtype), x, gate(d_ff, "float32", sparsity, rng, threshold))
+        arrays = on.put(x), on.put(w_gate), on.put(weights(d_ff, d_model, dtype, seed=1))
+        out = on.put(poisoned(d_ff, dtype))
+        assert psc.ffn_123(*arrays, threshold, out=out, specialize=specialize) is out
+        g = psc.ffn_1(*arrays[:2])
+        two = psc.ffn_23(g, arrays[0], arrays[2], threshold)
+        np.testing.assert_array_equal(bits(on.get(out)), bits(on.get(two)))
+    assert_rounded_sum(on.get(out), *exact_ffn_23(on.get(g), x, weights(d_ff, d_model, dtype, seed=1), threshold), d_model + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_inactive_neurons_are_not_read_into_the_result(dtype):
+    rng, threshold = np.random.default_rng(), 0.25
+    x, w_up = token(512, dtype, rng), weights(1000, 512, dtype).copy()
+    w_gate = synthetic.steer(weights(1000, 512, dtype, seed=1), x, gate(1000, "float32", 0.8, rng, threshold))
+    clean = on.get(psc.ffn_123(on.put(x), on.put(w_gate), on.put(w_up), threshold))
+    active = reference.active(on.get(psc.ffn_1(on.put(x), on.put(w_gate))), threshold)
+    assert 100 < np.count_nonzero(active) < 300
+    w_up[~active] = np.nan
+    again = on.get(psc.ffn_123(on.put(x), on.put(w_gate), on.put(w_up), threshold))
+    np.testing.assert_array_equal(bits(again), bits(clean))
+    assert not bits(again[~active]).any(), "an inactive output is not +0"
