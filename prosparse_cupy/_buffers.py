@@ -1,12 +1,14 @@
 """What an operator does with its arguments before the launch: every check, then the addresses.
 
-`bind` is what an operator calls. All that is known of an array except its address goes into a `Meta`, and `check` is a pure,
-memoised function of them: a decoding loop pays for the checks once per shape, and after that for reading the addresses.
+`Call` is what an operator makes. All that is known of an array except its address goes into a `Meta`, and `check` is a pure
+function of them, memoised by `_checked`: a decoding loop pays for the checks once per shape, and after that for reading the
+addresses.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
@@ -54,8 +56,9 @@ def weight(name: str) -> Operand:
     return Operand(name, ("d_ff", "d_model"), aligned=True)
 
 
-class Signature(NamedTuple):
-    """An operator's name, its array arguments in order, and its result."""
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """An operator's name, its array arguments in order, and its result. Hashed by identity: a call looks it up."""
 
     operator: str
     inputs: tuple[Operand, ...]
@@ -92,26 +95,24 @@ class Call:
     __slots__ = ("_given", "_like", "checked", "family", "inputs", "out", "output")
 
     def __init__(self, signature: Signature, arrays: tuple[Any, ...], given: Any) -> None:
-        family = _common_family(signature, arrays if given is None else (*arrays, given))
-        views, out = arrays, given
+        views = arrays if given is None else (*arrays, given)
+        family = _common_family(signature, views)
         if family.is_foreign:
-            views, out = [family.bring_in(a) for a in arrays], None if given is None else family.bring_in(given)
-        checked = check(
-            signature,
-            tuple([Meta(family, *family.describe(a)) for a in views]),
-            None if out is None else Meta(family, *family.describe(out)),
-        )
-        inputs = [family.address(a) for a in views]
-        if out is None:
+            views = [family.bring_in(a) for a in views]
+        checked = _checked(signature, family, tuple([family.describe(a) for a in views]), given is not None)
+        addresses = [family.address(a) for a in views]
+        if given is None:
             out = family.empty(checked.out_shape, checked.dtype, checked.device)
-        output = family.address(out)
-        every = output
-        for address in inputs:
-            every |= address
-        if every % VECTOR_BYTES and checked.device != HOST:
-            _check_alignment(signature, checked, inputs, output)
-        if given is not None:
-            _check_overlap(signature, checked, inputs, output)
+            addresses.append(family.address(out))
+        else:
+            out = views[-1]
+            _check_overlap(signature, checked, addresses)
+        bits = 0
+        for address in addresses:
+            bits |= address
+        if bits % VECTOR_BYTES and checked.device != HOST:
+            _check_alignment(signature, checked, addresses)
+        *inputs, output = addresses
         self.checked, self.family, self.inputs, self.out, self.output = checked, family, inputs, out, output
         self._given, self._like = given, arrays[-1]
 
@@ -128,21 +129,20 @@ class Call:
 
 
 def _common_family(signature: Signature, arrays: tuple[Any, ...]) -> Family:
+    kinds = {*map(type, arrays)}
     try:
-        families = {family_of(type(a)) for a in arrays}
+        families = {*map(family_of, kinds)}
     except TypeError as error:
-        names = _names(signature)
-        wrong = next(n for n, a in zip(names, arrays, strict=False) if _is_unknown(a))
+        wrong = next(n for n, a in zip(_names(signature), arrays, strict=False) if _is_unknown(a))
         raise TypeError(
             f"{signature.operator}: {wrong} must be a CuPy array, a CUDA torch tensor, a NumPy array or a CUDA object with "
             f"__dlpack__, got {error}"
         ) from None
     if len(families) > 1:
         named = zip(_names(signature), arrays, strict=False)
-        named = zip(_names(signature), arrays, strict=False)
-        kinds = ", ".join(f"{n} is {type(a).__module__}.{type(a).__qualname__}" for n, a in named)
+        found = ", ".join(f"{n} is {type(a).__module__}.{type(a).__qualname__}" for n, a in named)
         raise TypeError(
-            f"{signature.operator}: all arrays of a call must come from one library, got {kinds}: "
+            f"{signature.operator}: all arrays of a call must come from one library, got {found}: "
             "convert them first, nothing is copied behind your back"
         )
     return families.pop()
@@ -161,9 +161,15 @@ def _names(signature: Signature) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
+def _checked(signature: Signature, family: Family, described: tuple[tuple[Any, ...], ...], has_out: bool) -> Checked:
+    """`check` of what `family.describe` says of the inputs and, last, `out`."""
+    metas = tuple(Meta(family, *d) for d in described)
+    return check(signature, metas[:-1], metas[-1]) if has_out else check(signature, metas, None)
+
+
 def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None) -> Checked:
     """Check dtypes, devices, shapes and layout of a call; TypeError or ValueError says what is wrong and what to do."""
-    operator, operands, output = signature
+    operator, operands, output = signature.operator, signature.inputs, signature.output
     given = [*zip(operands, metas, strict=True)] + ([] if out is None else [(output._replace(name="out"), out)])
     _check_dtypes(operator, given)
     _check_devices(operator, given)
@@ -284,8 +290,8 @@ def _check_d_model(operator: str, d_model: int, dtype: str) -> None:
         )
 
 
-def _check_alignment(signature: Signature, checked: Checked, inputs: list[int], output: int) -> None:
-    for address, aligned, name in zip((*inputs, output), checked.aligned, _names(signature), strict=True):
+def _check_alignment(signature: Signature, checked: Checked, addresses: list[int]) -> None:
+    for address, aligned, name in zip(addresses, checked.aligned, _names(signature), strict=True):
         if aligned and address % VECTOR_BYTES:
             raise ValueError(
                 f"{signature.operator}: {name} must start at a multiple of {VECTOR_BYTES} bytes, got address {address:#x}: "
@@ -293,13 +299,14 @@ def _check_alignment(signature: Signature, checked: Checked, inputs: list[int], 
             )
 
 
-def _check_overlap(signature: Signature, checked: Checked, inputs: list[int], output: int) -> None:
-    end = output + checked.nbytes[-1]
-    for address, nbytes, operand in zip(inputs, checked.nbytes, signature.inputs, strict=False):
-        if address < end and output < address + nbytes:
+def _check_overlap(signature: Signature, checked: Checked, addresses: list[int]) -> None:
+    start = addresses[-1]
+    end = start + checked.nbytes[-1]
+    for i in range(len(addresses) - 1):
+        if addresses[i] < end and start < addresses[i] + checked.nbytes[i]:
             raise ValueError(
-                f"{signature.operator}: out must not share memory with {operand.name}: kernels read it while out is written, "
-                "pass another array"
+                f"{signature.operator}: out must not share memory with {signature.inputs[i].name}: kernels read it while out "
+                "is written, pass another array"
             )
 
 

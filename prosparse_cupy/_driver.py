@@ -1,7 +1,7 @@
 """The driver's launch call, with its arguments packed in one go, and programmatic where the GPU and the driver can.
 
-CuPy's own launch knows no launch attributes, so cuLaunchKernelEx is called through ctypes; where the driver lacks it, launches go
-through CuPy and wait for their predecessor's end as ever.
+CuPy's own launch knows no launch attributes, so cuLaunchKernelEx is called through ctypes; where the driver lacks it, launches
+go through CuPy and wait for their predecessor's end as ever.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .launch import Launch
 _SLOT = 8  # bytes of one kernel argument
 _MOST_ARGUMENTS = 16
 # CUlaunchConfig: grid, block, dynamic shared memory; stream; attributes and their number.
-_CONFIG = "7I4x" "QQI4x"
+_CONFIG = "7I4xQQI4x"
 _CONFIG_BYTES = struct.calcsize(_CONFIG)
 # CUlaunchAttribute: id, and a union of 64 bytes at offset 8. CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6.
 _PROGRAMMATIC = ctypes.create_string_buffer(struct.pack("i4xi60x", 6, 1))

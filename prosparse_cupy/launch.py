@@ -103,24 +103,23 @@ def ffn_1(shape: Shape) -> Launch:
 
 def ffn_123(shape: Shape) -> Launch:
     """Launch of the gate GEMV, (FAT)ReLU and up-projection in one."""
-    # H100, 89 %, with ffn_4 after it, 7B and 13B: 40.1 and 60.4 µs; two batches of loads 40.0 and 60.6; 5 blocks an SM 40.1 and 61.3;
-    # 8 warps a block 41.0 and 62.3.
+    # H100, 89 %, with ffn_4 after it, µs at 7B / 13B: 40.1 / 60.4; two batches of loads 40.0 / 60.6; 5 blocks an SM 40.1 / 61.3;
+    # 8 warps a block 41.0 / 62.3.
     return _row_per_warp("ffn_123", shape, "PPPPfii", warps=4, most_loads=20)
 
 
 def ffn_23(shape: Shape) -> Launch:
     """Launch of the fused (FAT)ReLU and up-projection."""
-    # The GPU starts about 1.4 blocks a ns, so small blocks wait for their turn, and a large one keeps its place until its last row is
-    # done. H100, µs at 7B 89 % / 7B 99 % / 13B 89 % / 7B 0 %, warps a block (blocks an SM): 7 (4) 5.7 / 3.75 / 7.9 / 30.5; 4 (4) 5.7 /
-    # 4.0 / 8.0 / 30.2; 6 (5) 5.7 / 3.75 / 7.95 / 30.6; 8 (4) 5.95 / 3.7 / 8.0 / 30.7; 16 (2) 6.7 / 3.8 / 9.5 / 31.0; 2 (14) 5.95 / 5.3 /
-    # 8.1 / 30.8. Two batches of loads a row, not one: 7B 6.1 and 6.7, 13B 8.4 and 8.7 (4 warps).
+    # The GPU starts about 1.4 blocks a ns, so small blocks queue, and a large block keeps its place until its last row is done.
+    # H100, µs at 7B 89 % / 7B 99 % / 13B 89 %: 7 warps a block 5.7 / 3.75 / 7.9; 4 warps 5.7 / 4.0 / 8.0; 8 warps 5.95 / 3.7 /
+    # 8.0; 16 warps 6.7 / 3.8 / 9.5; 2 warps 5.95 / 5.3 / 8.1. A row in two batches of loads and in one: 7B 6.1 and 6.7.
     return _row_per_warp("ffn_23", shape, "PPPPfii", warps=7, most_loads=10)
 
 
 def ffn_4(shape: Shape) -> Launch:
     """Launch of the down-projection."""
-    # H100, µs at 7B 89 % / 7B 0 % / 13B 89 % / 13B 0 %: 16 warps x 4 loads 6.2 / 33.0 / 8.65 / 54.2; 6 loads 6.1 / 33.0 / 9.3 / 59.8; 3 loads
-    # 6.45 / 34.9 / 8.7 / 55.7; 12 warps 6.55 / 36.0 / 9.3 / 57.2; 20 warps 6.4 / 32.6 / 8.8 / 55.3; 24 warps 6.1 / 33.7 / 11.3 / 60.8.
+    # H100, µs at 7B 89 % / 7B 0 % / 13B 89 % / 13B 0 %: 16 warps x 4 loads 6.2 / 33.0 / 8.65 / 54.2; 6 loads 6.1 / 33.0 / 9.3 /
+    # 59.8; 3 loads 6.45 / 34.9 / 8.7 / 55.7; 12 warps 6.55 / 36.0 / 9.3 / 57.2; 20 warps 6.4 / 32.6 / 8.8 / 55.3.
     warps, length = 16, vector_length(shape.dtype)
     lanes, most = _slice_lanes(shape), min(WARP // length, 7)  # most: a bit a row, and registers (8 spill on sm_80)
     each = min(most, _ceil_div(shape.d_ff, length * warps * WARP)) if shape.specialize else most
@@ -130,8 +129,8 @@ def ffn_4(shape: Shape) -> Launch:
 
 def _slice_lanes(shape: Shape) -> int:
     """16-byte lanes of a block's slice of a row: the fewest, two at least, that make at most 5 blocks for 4 multiprocessors."""
-    # H100, µs: 7B 4 lanes (128 blocks) 6.35, 2 lanes (256) 6.8; 13B 4 lanes (160) 8.65, 2 lanes (320) 10.8, 8 lanes (80) 9.5; 1B 2 lanes
-    # (96) 2.7, 4 lanes (48) 3.1, 1 lane (192) 3.3.
+    # H100, 89 %, µs: 7B 4 lanes (128 blocks) 6.35, 2 lanes (256) 6.8; 13B 4 lanes (160) 8.65, 2 lanes (320) 10.8, 8 lanes (80)
+    # 9.5; 1B 2 lanes (96) 2.7, 4 lanes (48) 3.1, 1 lane (192) 3.3.
     if not shape.specialize:
         return 4
     chunks, lanes = shape.d_model // vector_length(shape.dtype), 2

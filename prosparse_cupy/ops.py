@@ -216,8 +216,8 @@ def sparse_ffn(
 ) -> Any:
     """The whole gated FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
 
-    Two launches, `ffn_123` and `ffn_4`. The (d_ff,) intermediate lives in scratch memory that is kept per stream. Decoding loops do better with `SparseFFN`,
-    which checks the weights when it is built and owns its scratch.
+    Two launches, `ffn_123` and `ffn_4`. The (d_ff,) intermediate lives in scratch memory that is kept per stream. Decoding
+    loops do better with `SparseFFN`, which checks the weights when it is built and owns its scratch.
 
     Parameters
     ----------

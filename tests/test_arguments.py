@@ -34,7 +34,14 @@ INPUTS = {
     "sparse_ffn": ("x", "w_gate", "w_up", "w_down_t"),
     "pack_down": ("w_down",),
 }
-OUT = {"ffn_1": (D_FF,), "ffn_123": (D_FF,), "ffn_23": (D_FF,), "ffn_4": (D_MODEL,), "sparse_ffn": (D_MODEL,), "pack_down": (D_FF, D_MODEL)}
+OUT = {
+    "ffn_1": (D_FF,),
+    "ffn_123": (D_FF,),
+    "ffn_23": (D_FF,),
+    "ffn_4": (D_MODEL,),
+    "sparse_ffn": (D_MODEL,),
+    "pack_down": (D_FF, D_MODEL),
+}
 every_input = pytest.mark.parametrize(("operator", "name"), [(op, name) for op, names in INPUTS.items() for name in names])
 every_operator = pytest.mark.parametrize("operator", INPUTS)
 VECTORS = ("x", "gate", "x1")
@@ -285,13 +292,13 @@ def test_alignment():
         ops.FFN_4, (Meta(CUPY, (D_FF,), "bfloat16", 0, True), Meta(CUPY, (D_FF, D_MODEL), "bfloat16", 0, True)), None
     )
     assert isinstance(checked, Checked)
-    _check_alignment(ops.FFN_4, checked, [16, 32], 64)
+    _check_alignment(ops.FFN_4, checked, [16, 32, 64])
     with pytest.raises(ValueError, match="ffn_4: x1 must start at a multiple of 16 bytes"):
-        _check_alignment(ops.FFN_4, checked, [2, 32], 64)
+        _check_alignment(ops.FFN_4, checked, [2, 32, 64])
     with pytest.raises(ValueError, match="ffn_4: w_down_t must start at a multiple of 16 bytes, got address 0x28: copy it"):
-        _check_alignment(ops.FFN_4, checked, [16, 40], 64)
+        _check_alignment(ops.FFN_4, checked, [16, 40, 64])
     with pytest.raises(ValueError, match="ffn_4: out must start at a multiple of 16 bytes"):
-        _check_alignment(ops.FFN_4, checked, [16, 32], 66)
+        _check_alignment(ops.FFN_4, checked, [16, 32, 66])
 
 
 @pytest.mark.parametrize(

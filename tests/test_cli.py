@@ -98,7 +98,7 @@ def test_warmup_without_a_gpu_says_what_was_looked_for(monkeypatch):
 def test_warmup_lists_every_kernel():
     done = _run("warmup", "--model", "1b", "--dtype", "float16")
     assert done.exit_code == 0, done.output
-    for kernel in ("ffn_1", "ffn_23", "ffn_4", "pack_down"):
+    for kernel in ("ffn_1", "ffn_123", "ffn_23", "ffn_4", "pack_down"):
         assert kernel in done.output
     assert re.search(r"\d\.\d\d s in all", done.output)
 

@@ -97,8 +97,15 @@ def test_every_column_has_one_block_of_ffn_4(shape):
 
 @pytest.mark.parametrize(
     ("d_model", "dtype", "multiprocessors", "lanes"),
-    [(4096, "bfloat16", 132, 4), (5120, "bfloat16", 132, 4), (1536, "bfloat16", 132, 2), (4096, "float32", 132, 8)]
-    + [(8, "bfloat16", 132, 2), (5120, "bfloat16", 108, 8), (16384, "float32", 20, 32)],
+    [
+        (4096, "bfloat16", 132, 4),
+        (5120, "bfloat16", 132, 4),
+        (1536, "bfloat16", 132, 2),
+        (4096, "float32", 132, 8),
+        (8, "bfloat16", 132, 2),
+        (5120, "bfloat16", 108, 8),
+        (16384, "float32", 20, 32),
+    ],
 )
 def test_slices_of_ffn_4_follow_the_number_of_multiprocessors(d_model, dtype, multiprocessors, lanes):
     target = launch.Target(90, multiprocessors)

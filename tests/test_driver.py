@@ -1,0 +1,168 @@
+"""Launches through the driver: what is packed, programmatic launches, and the path where the driver has none."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from checks import DTYPES, bits, gate, poisoned, token, weights
+from gpu_arrays import OnCupy
+
+import prosparse_cupy as psc
+from prosparse_cupy import _compile, _driver, launch, synthetic
+
+PLAN = launch.plan("ffn_23", launch.Shape(4096, 11008, "bfloat16"))
+ARGUMENTS = (0x7F0000000010, 0x7F0000000020, 0x7F0000000030, 0x7F0000000040, 0.25, 11008, 4096)
+PORTABLE, HOPPER = launch.Target(80, 132), launch.Target(90, 132)
+
+
+class _FakeDriver:
+    """Notes what a launch hands to the driver."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.calls = status, []
+        error = type("CUDADriverError", (RuntimeError,), {})
+        runtime = SimpleNamespace(setDevice=lambda index: None)
+        driver = SimpleNamespace(launchKernel=self.launch_kernel, CUDADriverError=error)
+        self.cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, driver=driver))
+
+    def _arguments(self, pointers: int) -> tuple:
+        slots = (ctypes.c_void_p * len(ARGUMENTS)).from_address(pointers)
+        kinds = {"P": ctypes.c_uint64, "f": ctypes.c_float, "i": ctypes.c_int}
+        return tuple(kinds[a].from_address(s).value for a, s in zip(PLAN.arguments, slots, strict=True))
+
+    def launch_kernel_ex(self, config: int, function: int, pointers: int, extra: None) -> int:
+        *shape, stream, attribute, count = struct.unpack("7I4xQQI4x", ctypes.string_at(config, 56))
+        attributes = ctypes.string_at(attribute, 72) if count else b""
+        self.calls.append((function, tuple(shape), stream, count, attributes, self._arguments(pointers)))
+        return self.status
+
+    def launch_kernel(self, function: int, *rest) -> None:
+        *shape, stream, pointers, _ = rest
+        self.calls.append((function, tuple(shape), stream, 0, b"", self._arguments(pointers)))
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    fake = _FakeDriver()
+    monkeypatch.setattr(_driver, "cupy", lambda: fake.cupy)
+    monkeypatch.setattr(_driver, "launch_kernel_ex", lambda: fake.launch_kernel_ex)
+    monkeypatch.setattr(_driver, "_local", SimpleNamespace())
+    return fake
+
+
+def test_a_programmatic_launch_is_packed_as_the_driver_reads_it(driver):
+    _driver.launcher(0xF00, PLAN, 0)(0x57, *ARGUMENTS)
+    [(function, shape, stream, count, attribute, arguments)] = driver.calls
+    assert (function, shape, stream, count) == (0xF00, (*PLAN.grid, *PLAN.block, 0), 0x57, 1)
+    assert struct.unpack("i4xi60x", attribute) == (6, 1)  # PROGRAMMATIC_STREAM_SERIALIZATION, on
+    assert arguments == ARGUMENTS
+
+
+@pytest.mark.parametrize("why", ["the plan", "the driver"])
+def test_a_launch_without_the_attribute_goes_through_cupy(driver, monkeypatch, why):
+    plan = PLAN
+    if why == "the plan":
+        plan = launch.plan("ffn_23", launch.Shape(4096, 11008, "bfloat16", target=PORTABLE))
+        monkeypatch.setattr(_driver, "launch_kernel_ex", pytest.fail)
+    else:
+        monkeypatch.setattr(_driver, "launch_kernel_ex", lambda: None)
+    _driver.launcher(0xF00, plan, 0)(0x57, *ARGUMENTS)
+    assert driver.calls == [(0xF00, (*plan.grid, *plan.block, 0), 0x57, 0, b"", ARGUMENTS)]
+
+
+def test_the_drivers_refusal_is_an_error(driver):
+    driver.status = 701
+    with pytest.raises(driver.cupy.cuda.driver.CUDADriverError, match="701"):
+        _driver.launcher(0xF00, PLAN, 0)(0, *ARGUMENTS)
+
+
+@pytest.mark.parametrize("missing", [OSError, AttributeError])
+def test_a_driver_without_the_call_is_no_error(monkeypatch, missing):
+    def load(name):
+        raise missing(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert _driver.launch_kernel_ex.__wrapped__() is None
+
+
+# On a GPU
+
+on = OnCupy()
+
+
+def _run(kernel: str, target: launch.Target, arrays: list, scalars: tuple = ()) -> np.ndarray:
+    d_ff, d_model = arrays[-2].shape
+    plan = launch.plan(kernel, launch.Shape(d_model, d_ff, "bfloat16", target=target))
+    out = arrays[-1]
+    out.view(np.uint8).fill(0xFF)
+    _compile.Kernel(plan, 0)(0, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model)
+    return on.get(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("d_model", "d_ff"), [(4096, 11008), (264, 101)])
+def test_the_path_without_hopper_instructions_gives_the_same_bits(d_model, d_ff):
+    rng = np.random.default_rng()
+    x, g, w = token(d_model, "bfloat16", rng), gate(d_ff, "bfloat16", 0.9, rng), weights(d_ff, d_model, "bfloat16")
+    x, g, w, x1, y = (on.put(a) for a in (x, g, w, poisoned(d_ff, "bfloat16"), poisoned(d_model, "bfloat16")))
+    runs = {
+        "ffn_1": ([x, w, x1], ()),
+        "ffn_123": ([x, w, w, x1], (0.1,)),
+        "ffn_23": ([g, x, w, x1], (0.1,)),
+        "ffn_4": ([g, w, y], ()),
+    }
+    for kernel, (arrays, scalars) in runs.items():
+        portable, hopper = (_run(kernel, target, arrays, scalars) for target in (PORTABLE, HOPPER))
+        assert np.isfinite(portable.astype(np.float32)).all()
+        np.testing.assert_array_equal(bits(portable), bits(hopper))
+
+
+@pytest.mark.gpu
+def test_overlapping_launches_see_what_their_predecessors_wrote():
+    """A chain of FFNs, each reading what the last one wrote and reusing the same scratch, against one that waits after every call."""
+    import cupy
+
+    d_model, d_ff, layers = 1024, 3000, 48
+    rng = np.random.default_rng()
+    w = [on.put(synthetic.weights(d_ff, d_model, DTYPES["bfloat16"], rng)) for _ in range(9)]
+    ffns = [psc.SparseFFN(*w[i : i + 3]) for i in (0, 3, 6)]
+    start = on.put(token(d_model, "bfloat16", rng))
+    hidden = [on.put(poisoned(d_model, "bfloat16")) for _ in range(2)]
+
+    def chain(after_call=lambda: None) -> None:
+        hidden[0][...] = start
+        for layer in range(layers):
+            ffns[layer % 3](hidden[layer % 2], out=hidden[1 - layer % 2])
+            hidden[1 - layer % 2] *= 4  # a kernel of another library in between, which also keeps the values from dying out
+            after_call()
+
+    chain(cupy.cuda.Device().synchronize)
+    expected = on.get(hidden[layers % 2])
+    assert np.isfinite(expected.astype(np.float32)).all() and np.abs(expected.astype(np.float32)).max() > 0
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        chain()
+        graph = stream.end_capture()
+    for _ in range(20):
+        for run in (chain, graph.launch):
+            run()
+            cupy.cuda.Device().synchronize()
+            np.testing.assert_array_equal(bits(on.get(hidden[layers % 2])), bits(expected))
+
+
+@pytest.mark.gpu
+def test_a_launch_that_the_gpu_cannot_do_is_an_error():
+    import cupy
+
+    for target in (PORTABLE, HOPPER):
+        plan = launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16", target=target))
+        kernel = _compile.Kernel(dataclasses.replace(plan, block=(4096, 1, 1)), 0)
+        w, y = on.put(weights(64, 64, "bfloat16")), on.put(poisoned(64, "bfloat16"))
+        with pytest.raises(cupy.cuda.driver.CUDADriverError):
+            kernel(0, y.data.ptr, w.data.ptr, y.data.ptr, 64, 64)
