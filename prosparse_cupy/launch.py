@@ -103,8 +103,8 @@ def ffn_1(shape: Shape) -> Launch:
 
 def ffn_123(shape: Shape) -> Launch:
     """Launch of the gate GEMV, (FAT)ReLU and up-projection in one."""
-    # H100, 89 %, with ffn_4 after it, µs at 7B / 13B: 40.1 / 60.4; two batches of loads 40.0 / 60.6; 5 blocks an SM 40.1 / 61.3;
-    # 8 warps a block 41.0 / 62.3.
+    # H100, 89 %, with ffn_4 after it, µs at 7B / 13B: 40.1 / 60.4; two batches of loads 40.0 / 60.6; 5 blocks an SM 40.1 /
+    # 61.3; 8 warps a block 41.0 / 62.3.
     return _row_per_warp("ffn_123", shape, "PPPPfii", warps=4, most_loads=20)
 
 

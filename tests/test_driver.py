@@ -124,26 +124,27 @@ def test_the_path_without_hopper_instructions_gives_the_same_bits(d_model, d_ff)
 
 @pytest.mark.gpu
 def test_overlapping_launches_see_what_their_predecessors_wrote():
-    """A chain of FFNs, each reading what the last one wrote and reusing the same scratch, against one that waits after every call."""
+    """A chain of FFNs, each reading what the last one wrote and reusing the scratch, against one that waits every time."""
     import cupy
 
     d_model, d_ff, layers = 1024, 3000, 48
     rng = np.random.default_rng()
-    w = [on.put(synthetic.weights(d_ff, d_model, DTYPES["bfloat16"], rng)) for _ in range(9)]
+    w = [on.put(synthetic.weights(d_ff, d_model, DTYPES["float32"], rng)) for _ in range(9)]
     ffns = [psc.SparseFFN(*w[i : i + 3]) for i in (0, 3, 6)]
-    start = on.put(token(d_model, "bfloat16", rng))
-    hidden = [on.put(poisoned(d_model, "bfloat16")) for _ in range(2)]
+    start = on.put(token(d_model, "float32", rng))
+    hidden = [on.put(poisoned(d_model, "float32")) for _ in range(2)]
 
     def chain(after_call=lambda: None) -> None:
         hidden[0][...] = start
         for layer in range(layers):
-            ffns[layer % 3](hidden[layer % 2], out=hidden[1 - layer % 2])
-            hidden[1 - layer % 2] *= 4  # a kernel of another library in between, which also keeps the values from dying out
+            out = ffns[layer % 3](hidden[layer % 2], out=hidden[1 - layer % 2])
+            out *= 8  # kernels of another library in between, which also keep the values from dying out or growing
+            cupy.clip(out, -1, 1, out=out)
             after_call()
 
     chain(cupy.cuda.Device().synchronize)
     expected = on.get(hidden[layers % 2])
-    assert np.isfinite(expected.astype(np.float32)).all() and np.abs(expected.astype(np.float32)).max() > 0
+    assert np.isfinite(expected).all() and 0.1 < np.abs(expected).mean() <= 1
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -59,3 +59,20 @@ def _capture(calls: Sequence[timing.Call]) -> timing.Call:
         for call in calls:
             call()
     return graph.replay
+
+
+def to_torch(array: object) -> torch.Tensor:
+    """A CuPy array as a tensor, without a copy."""
+    return torch.from_dlpack(array)
+
+
+def eager_ffn(x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The FFN of one token as a model's code runs it: three `linear` and a ReLU, eagerly."""
+    linear = torch.nn.functional.linear
+    token = x[None]
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            return linear(torch.relu(linear(token, w_gate)) * linear(token, w_up), w_down)
+
+    return call

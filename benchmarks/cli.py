@@ -1,0 +1,181 @@
+"""The commands: each measures, checks, prints a table and writes what it found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from prosparse_cupy._dense import best_dense
+from prosparse_cupy._families import NUMPY_DTYPES
+from prosparse_cupy._gpu import NoGPUError, cupy, current_device
+from prosparse_cupy.models import LLAMA_2_7B, LLAMA_2_13B, MINICPM_S_1B
+
+from . import conditions, tables
+from . import host as host_times
+from .layers import STEPS, Layers
+from .measure import GRAPH, WALLCLOCK, Setting, measure, portable
+from .paper import PUBLISHED
+from .results import Result, write_csv, write_json
+
+MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B}
+SPARSITIES = (0.0, 0.3, 0.5, 0.66, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
+
+_json = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here.")
+_csv = click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows here.")
+_quick = click.option("--quick", is_flag=True, help="Fewer settings and repeats: a look, not a result.")
+_method = click.option(
+    "--method",
+    type=click.Choice([GRAPH, WALLCLOCK]),
+    default=GRAPH,
+    show_default=True,
+    help="graph: many layers in a CUDA graph, cache cold. wallclock: the paper's, the host's clock around launch and "
+    "synchronise, one layer over and over.",
+)
+_portable = click.option("--portable", "is_portable", is_flag=True, help="Kernels as an sm_80 GPU gets them.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Timings of prosparse-cupy's operators. Every row is checked against float64 on the very arrays that were timed."""
+
+
+def _options(command):
+    for option in (_json, _csv, _quick, _method, _portable):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_options
+def paper(**options) -> None:
+    """The eight settings of the ProSparse paper's table, beside the published times."""
+    published = PUBLISHED[:1] if options["quick"] else PUBLISHED
+    settings = [Setting(op, p.model, p.label, "bfloat16", "hot", p.sparsity) for p in published for op in STEPS[1:]]
+    _run("paper", settings, **options)
+
+
+@main.command()
+@_options
+@click.option("--model", "names", type=click.Choice(list(MODELS)), multiple=True, help="Only these.  [default: all]")
+@click.option("--dtype", "dtypes", type=click.Choice(list(NUMPY_DTYPES)), multiple=True, help="Only these.  [default: all]")
+@click.option("--mask", "masks", type=click.Choice(["hot", "uniform", "contiguous"]), multiple=True, default=["hot"])
+@click.option("--at", "sparsities", type=click.FloatRange(0, 1), multiple=True, help="Only these sparsities.")
+def sweep(names, dtypes, masks, sparsities, **options) -> None:
+    """Every operator and the whole FFN over sparsities, models and dtypes."""
+    some = (0.0, 0.9) if options["quick"] else SPARSITIES
+    settings = [
+        Setting(op, MODELS[name], name, dtype, mask, sparsity)
+        for name in names or MODELS
+        for dtype in dtypes or NUMPY_DTYPES
+        for mask in masks
+        for sparsity in sparsities or some
+        for op in ("ffn_23", "ffn_4", "SparseFFN")
+    ]
+    _run("sweep", settings, **options)
+
+
+@main.command()
+@_options
+def ffn(**options) -> None:
+    """The whole FFN at each model's own sparsity: its operators, and ways to call all of it."""
+    settings = [
+        Setting(op, model, name, "bfloat16", "hot", model.sparsity)
+        for name, model in MODELS.items()
+        for op in (*STEPS, "three operators", "sparse_ffn", "SparseFFN")
+        if not (options["quick"] and name == "13B")
+    ]
+    _run("ffn", settings, **options)
+
+
+@main.command()
+@_json
+@_csv
+@_quick
+def host(json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
+    """Time on the calling thread per call, by array family."""
+    _need_gpu()
+    yard, watch = conditions.yardsticks(), conditions.Watch()
+    rows = host_times.measure(LLAMA_2_7B, "7B", 20 if quick else 100)
+    _finish(Result(conditions.head("host", "host thread", "torch eager FFN", yard, watch), tuple(rows)), json_path, csv_path)
+
+
+def _run(
+    command: str,
+    settings: list[Setting],
+    quick: bool,
+    method: str,
+    json_path: Path | None,
+    csv_path: Path | None,
+    is_portable: bool,
+) -> None:
+    _need_gpu()
+    with portable() if is_portable else nullcontext():
+        result = _measure_all(command, settings, 15 if quick else 40, method, is_portable)
+    _finish(result, json_path, csv_path)
+
+
+def _need_gpu() -> None:
+    try:
+        current_device()
+    except (ImportError, NoGPUError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _finish(result: Result, json_path: Path | None, csv_path: Path | None) -> None:
+    """Print, write; exit status 1 where a check failed."""
+    Console(width=None if sys.stdout.isatty() else 150).print(tables.terminal(result))
+    for disturbance in result.head.disturbances:
+        click.echo(f"disturbed: {disturbance}", err=True)
+    if json_path:
+        write_json(result, json_path)
+    if csv_path:
+        write_csv(result, csv_path)
+    for row in result.failed:
+        click.echo(
+            f"CHECK FAILED: {row.op} {row.model} {row.dtype} {row.mask} {row.sparsity:.2%}: error {row.error:.3g}", err=True
+        )
+    sys.exit(1 if result.failed else 0)
+
+
+def _measure_all(command: str, settings: list[Setting], repeats: int, method: str, is_portable: bool) -> Result:
+    yard, watch, rows = conditions.yardsticks(), conditions.Watch(), []
+    names: dict[str, str] = {}
+    with _progress(len(settings)) as advance:
+        for (model, dtype), group in _by_layers(settings):
+            dense = best_dense(NUMPY_DTYPES[dtype])
+            names[dtype] = dense.name
+            advance(f"{model.name}, {dtype}: making layers", 0)
+            layers = Layers(model, dtype, dense)
+            for setting in group:
+                advance(f"{setting.label} {dtype} {setting.op} {setting.mask} {setting.sparsity:.2%}", 0)
+                rows.append(measure(layers, setting, dense, yard, method, repeats))
+                advance("", 1)
+            watch.look(f"{model.name}, {dtype}")
+            del layers
+            cupy().get_default_memory_pool().free_all_blocks()
+    name = command + (" --portable" if is_portable else "")
+    rows.sort(key=lambda row: [s.label for s in settings].index(row.model))
+    return Result(conditions.head(name, method, "; ".join(sorted({*names.values()})), yard, watch), tuple(rows))
+
+
+def _by_layers(settings: list[Setting]) -> Iterator[tuple[tuple, list[Setting]]]:
+    groups: dict[tuple, list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault((setting.model, setting.dtype), []).append(setting)
+    yield from groups.items()
+
+
+@contextmanager
+def _progress(total: int) -> Iterator:
+    """A bar on a terminal, and nothing where there is none."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text, done: bar.update(task, advance=done, **({"description": text} if text else {}))

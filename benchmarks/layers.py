@@ -1,0 +1,197 @@
+"""Layers on the GPU, and the calls of each operator on them: many different weights and masks, so that nothing stays in L2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import prosparse_cupy as psc
+from prosparse_cupy import launch, synthetic
+from prosparse_cupy._dense import Dense
+from prosparse_cupy._families import NUMPY_DTYPES
+from prosparse_cupy._gpu import cupy, current_device
+from prosparse_cupy.models import Model
+
+MASKS = {
+    "hot": lambda d_ff, sparsity, rng: synthetic.hot_mask(synthetic.popularity(d_ff, rng), sparsity, rng),
+    "uniform": synthetic.uniform_mask,
+    "contiguous": synthetic.contiguous_mask,
+}
+STEPS = ("ffn_1", "ffn_23", "ffn_4")
+WHOLE = ("SparseFFN", "sparse_ffn", "three operators")
+_LEAST_LAYERS = 16
+_TIMES_L2 = 4
+_MOST_CALLS = 256
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One operator on one layer and mask: the call, where its result lands, and what it should be."""
+
+    call: Callable[[], Any]
+    out: Any
+    exact: Callable[[], np.ndarray]
+    dense: Callable[[], Any]
+    dense_out: Any
+
+
+class Layers:
+    """Random FFN layers of one model and dtype, made on the GPU once; masks change from setting to setting."""
+
+    def __init__(self, model: Model, dtype: str, dense: Dense, count: int | None = None, seed: int = 0) -> None:
+        cp = cupy()
+        self.model, self.dtype, self._dense = model, NUMPY_DTYPES[dtype], dense
+        self._random = cp.random.default_rng(seed)
+        self._l2 = cp.cuda.runtime.getDeviceProperties(current_device())["l2CacheSize"]
+        weight_bytes = model.d_ff * model.d_model * launch.ITEMSIZE[dtype]
+        wanted = max(_LEAST_LAYERS, math.ceil(_TIMES_L2 * self._l2 / weight_bytes))
+        free = cp.cuda.runtime.memGetInfo()[0]
+        self.count = count or max(1, min(wanted, int(free * 0.8 // (4 * weight_bytes))))
+        self.x = self._normal((model.d_model,), 1.0)
+        scale = model.d_model**-0.5
+        shapes = [(model.d_ff, model.d_model)] * 2 + [(model.d_model, model.d_ff)]
+        self._weights = [[self._normal(shape, scale) for shape in shapes] for _ in range(self.count)]
+        self._packed = [psc.pack_down(w[2]) for w in self._weights]
+
+    def _normal(self, shape: tuple[int, ...], scale: float) -> Any:
+        return (self._random.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(self.dtype)
+
+    def touched(self, op: str, active: int) -> int:
+        """Bytes that one call must move: active rows once, and its vectors."""
+        d_model, d_ff = self.model.d_model, self.model.d_ff
+        elements = {
+            "ffn_1": d_ff * d_model + d_model + d_ff,
+            "ffn_23": active * d_model + d_model + 2 * d_ff,
+            "ffn_4": active * d_model + d_ff + d_model,
+            **dict.fromkeys(WHOLE, (d_ff + 2 * active) * d_model + 2 * d_model),
+        }
+        return elements[op] * self.dtype.itemsize
+
+    def calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
+        """Calls of an operator; as many masks a layer as touch several times the L2 cache."""
+        active = synthetic.active_count(self.model.d_ff, sparsity)
+        masks = math.ceil(_TIMES_L2 * self._l2 / max(1, self.touched(op, active)) / self.count)
+        masks = min(masks, _MOST_CALLS // self.count) if op in ("ffn_23", "ffn_4") and active else 1
+        rng = np.random.default_rng(1)
+        make = {"ffn_1": self._ffn_1, "ffn_23": self._ffn_23, "ffn_4": self._ffn_4}.get(op, partial(self._ffn, op))
+        return [
+            make(layer, MASKS[mask](self.model.d_ff, sparsity, rng), rng) for _ in range(masks) for layer in range(self.count)
+        ]
+
+    def _gate(self, neurons: np.ndarray, rng: np.random.Generator) -> Any:
+        return cupy().asarray(synthetic.gate_of(neurons, self.model.threshold, rng)).astype(self.dtype)
+
+    def _poisoned(self, size: int) -> Any:
+        return cupy().full(size * self.dtype.itemsize, 0xFF, np.uint8).view(self.dtype)
+
+    def _timed(self, size: int, call: Callable, dense: Callable, exact: Callable) -> Timed:
+        out, dense_out = self._poisoned(size), self._poisoned(size)
+        adopted = self._dense.adopt(dense_out)
+        return Timed(lambda: call(out), out, exact, lambda: dense(adopted), dense_out)
+
+    def _ffn_1(self, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
+        x, w = self.x, self._weights[layer][0]
+        x_, w_ = map(self._dense.adopt, (x, w))
+        return self._timed(
+            self.model.d_ff,
+            lambda out: psc.ffn_1(x, w, out=out),
+            lambda out: self._dense.mv(w_, x_, out),
+            lambda: _dot(w, x),
+        )
+
+    def _ffn_23(self, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
+        gate, x, w, threshold = self._gate(neurons, rng), self.x, self._weights[layer][1], self.model.threshold
+        gate_, x_, w_ = map(self._dense.adopt, (gate, x, w))
+        return self._timed(
+            self.model.d_ff,
+            lambda out: psc.ffn_23(gate, x, w, threshold, out=out),
+            lambda out: self._dense.step_2(gate_, x_, w_, threshold, out),
+            lambda: _x1(gate, w, x, neurons),
+        )
+
+    def _ffn_4(self, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
+        values = rng.standard_normal(self.model.d_ff, dtype=np.float32) * neurons
+        x1, w, packed = cupy().asarray(values).astype(self.dtype), self._weights[layer][2], self._packed[layer]
+        x1_, w_ = map(self._dense.adopt, (x1, w))
+        return self._timed(
+            self.model.d_model,
+            lambda out: psc.ffn_4(x1, packed, out=out),
+            lambda out: self._dense.mv(w_, x1_, out),
+            lambda: _down(x1, packed),
+        )
+
+    def _ffn(self, how: str, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
+        (w_gate, w_up, w_down), packed, x, threshold = self._weights[layer], self._packed[layer], self.x, self.model.threshold
+        _steer(w_gate, x, cupy().asarray(synthetic.gate_of(neurons, threshold, rng)))
+        gate, x1 = self._poisoned(self.model.d_ff), self._poisoned(self.model.d_ff)
+        bound = psc.SparseFFN(w_gate, w_up, packed, threshold)
+        sparse = {
+            "SparseFFN": lambda out: bound(x, out=out),
+            "sparse_ffn": lambda out: psc.sparse_ffn(x, w_gate, w_up, packed, threshold, out=out),
+            "three operators": lambda out: psc.ffn_4(
+                psc.ffn_23(psc.ffn_1(x, w_gate, out=gate), x, w_up, threshold, out=x1), packed, out=out
+            ),
+        }
+        dense_gate, dense_x1 = self._poisoned(self.model.d_ff), self._poisoned(self.model.d_ff)
+        x_, gate_, x1_, *w_ = map(self._dense.adopt, (x, dense_gate, dense_x1, w_gate, w_up, w_down))
+
+        def dense(out: Any) -> None:
+            self._dense.mv(w_[0], x_, gate_)
+            self._dense.step_2(gate_, x_, w_[1], threshold, x1_)
+            self._dense.mv(w_[2], x1_, out)
+
+        def exact() -> np.ndarray:
+            rounded = cupy().asarray(_dot(w_gate, x)).astype(self.dtype)
+            on = cupy().asnumpy(rounded.astype(np.float32)) >= np.float32(threshold)
+            np.testing.assert_array_equal(on, neurons)
+            return _down(cupy().asarray(_x1(rounded, w_up, x, on)).astype(self.dtype), packed)
+
+        return self._timed(self.model.d_model, sparse[how], dense, exact)
+
+
+# Float64 on the GPU, from elementwise products and sums: no code of the operators and no vendor library.
+
+
+def _wide(array: Any) -> Any:
+    return array.astype(np.float32).astype(np.float64)
+
+
+def _dot(weights: Any, x: Any) -> np.ndarray:
+    """``weights @ x``"""
+    wide = _wide(x)
+    parts = [(_wide(weights[i : i + 2048]) * wide).sum(axis=1) for i in range(0, len(weights), 2048)]
+    return cupy().asnumpy(cupy().concatenate(parts)) if parts else np.zeros(0)
+
+
+def _x1(gate: Any, w_up: Any, x: Any, neurons: np.ndarray) -> np.ndarray:
+    """Formulas 2 and 3 for these active neurons."""
+    on = np.flatnonzero(neurons)
+    x1 = np.zeros(len(neurons))
+    if len(on):
+        x1[on] = cupy().asnumpy(_wide(gate))[on] * _dot(w_up[cupy().asarray(on)], x)
+    return x1
+
+
+def _down(x1: Any, packed: Any) -> np.ndarray:
+    """Formula 4."""
+    on = cupy().flatnonzero(x1.astype(np.float32))
+    y = cupy().zeros(packed.shape[1])
+    for i in range(0, len(on), 2048):
+        part = on[i : i + 2048]
+        y += (_wide(x1[part])[:, None] * _wide(packed[part])).sum(axis=0)
+    return cupy().asnumpy(y)
+
+
+def _steer(w_gate: Any, x: Any, gate: Any) -> None:
+    """Move `w_gate` along `x` so that ``w_gate @ x`` is `gate`, up to rounding."""
+    wide = x.astype(np.float32)
+    along = wide / (wide * wide).sum()
+    for i in range(0, len(w_gate), 2048):
+        rows = w_gate[i : i + 2048].astype(np.float32)
+        rows += (gate[i : i + 2048] - (rows * wide).sum(axis=1))[:, None] * along
+        w_gate[i : i + 2048] = rows.astype(w_gate.dtype)

@@ -1,0 +1,129 @@
+"""The format of results: a head that says where and how, and rows. JSON and CSV in and out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where, when and how rows were measured."""
+
+    command: str
+    gpu: str
+    driver: str
+    cuda: str
+    cupy: str
+    torch: str
+    dense: str
+    """What the dense times were measured with."""
+    commit: str
+    clean: bool
+    """Whether the tree had no uncommitted changes."""
+    date: str
+    method: str
+    read_peak_GBps: float
+    launch_us: float
+    disturbances: tuple[str, ...] = ()
+    """What was seen of other work on the GPU or of a clock that dropped."""
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator in one setting. Times in µs per call; errors are ‖out - float64‖ / ‖float64‖."""
+
+    op: str
+    variant: str
+    model: str
+    d_model: int
+    d_ff: int
+    dtype: str
+    batch: int
+    mask: str
+    sparsity: float
+    layers: int
+    time_us: float
+    p10_us: float
+    p90_us: float
+    dense_us: float
+    bytes: int
+    floor_us: float
+    error: float
+    dense_error: float
+    checked: bool
+    """Whether every output of the very arrays timed was within twice the dense path's error."""
+    noisy: bool
+    ratio: float = field(init=False)
+    speedup: float = field(init=False)
+    achieved_GBps: float = field(init=False)
+    error_ratio: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        derived = {
+            "ratio": self.time_us / self.floor_us,
+            "speedup": self.dense_us / self.time_us,
+            "achieved_GBps": self.bytes / self.time_us * 1e-3,
+            "error_ratio": self.error / self.dense_error if self.dense_error else math.nan,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes two rows of two results the same measurement."""
+        return (self.op, self.variant, self.model, self.d_model, self.d_ff, self.dtype, self.batch, self.mask, self.sparsity)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one benchmark command found."""
+
+    head: Head
+    rows: tuple[Row, ...]
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.checked)
+
+    def find(self, **wanted: object) -> Row:
+        """The one row with these values."""
+        found = [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} rows with {wanted}")
+        return found[0]
+
+
+def write_json(result: Result, path: Path) -> None:
+    """NaN, which JSON has not, is written as null."""
+    rows = [{k: None if v != v else v for k, v in asdict(row).items()} for row in result.rows]
+    text = json.dumps({"head": asdict(result.head), "rows": rows}, indent=1, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_csv(result: Result, path: Path) -> None:
+    """The rows alone."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [f.name for f in fields(Row)])
+        table.writeheader()
+        table.writerows(asdict(row) for row in result.rows)
+
+
+def read_json(path: Path) -> Result:
+    """A result of `write_json`; ValueError says what does not fit."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        head = Head(**{**data["head"], "disturbances": tuple(data["head"]["disturbances"])})
+        given = [f.name for f in fields(Row) if f.init]
+        rows = tuple(Row(**{name: math.nan if row[name] is None else row[name] for name in given}) for row in data["rows"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of these benchmarks: {type(error).__name__}: {error}") from error
+    if head.version != VERSION:
+        raise ValueError(f"{path} has version {head.version}, this reads {VERSION}: measure it again")
+    return Result(head, rows)
