@@ -114,7 +114,7 @@ def _wallclock_times(timed: list[Timed], dense: Dense, repeats: int) -> dict[str
 
 
 def _errors(timed: Iterable[Timed], dtype: str) -> tuple[float, float, bool]:
-    """Largest errors of ours and of the dense path, and whether every one of ours is within twice the dense path's and an eps."""
+    """Largest error of ours and of the dense path, and whether each of ours is within twice the dense path's and an eps."""
     epsilon = float(ml_dtypes.finfo(np.dtype(getattr(ml_dtypes, dtype, dtype))).eps)
     worst, worst_dense, right = 0.0, 0.0, True
     for t in timed:

@@ -10,6 +10,8 @@ import numpy as np
 NOISY = 0.05
 """Spread above which a time is marked."""
 _MOST_ROUNDS = 3
+_TURN = 8
+_UNCOUNTED = 2
 
 Clock = Callable[[Callable[[], object]], float]
 """Runs a call and returns the microseconds that it took."""
@@ -38,20 +40,21 @@ def summarise(samples: np.ndarray) -> Times:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], clock: Clock, calls: Mapping[str, int], repeats: int, warmup: int = 3
+    variants: Mapping[str, Callable[[], object]], clock: Clock, calls: Mapping[str, int], repeats: int
 ) -> dict[str, Times]:
-    """Time the variants in turn, so that a change of the GPU's clock meets all of them alike; per call.
+    """Time the variants in turns, so that a change of the GPU's clock meets all of them alike; per call.
 
-    A variant whose spread is above `NOISY` is what its quietest of up to three rounds says.
+    A turn is `_TURN` repeats of one variant after two that do not count: the first ones find the vectors, which an operator's
+    predecessor has just written in real use, evicted by the variant before. A variant whose spread is above `NOISY` is what its
+    quietest of up to three rounds says.
     """
     best: dict[str, Times] = {}
     for _ in range(_MOST_ROUNDS):
         samples: dict[str, list[float]] = {name: [] for name in variants}
-        for repeat in range(-warmup, repeats):
+        for _ in range(-(-repeats // _TURN)):
             for name, call in variants.items():
-                elapsed = clock(call) / calls[name]
-                if repeat >= 0:
-                    samples[name].append(elapsed)
+                turn = [clock(call) / calls[name] for _ in range(_TURN + _UNCOUNTED)]
+                samples[name] += turn[_UNCOUNTED:]
         for name, values in samples.items():
             times = summarise(np.array(values))
             if name not in best or times.spread < best[name].spread:

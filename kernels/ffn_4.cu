@@ -7,26 +7,27 @@
 //            sum crosses blocks; grid ceil(d_model / (LANES * VEC)). A warp lists the active ones among its own rows and reads those:
 //            no barrier before the first weight
 //            EACH: 16-byte vectors of x1 that a thread looks at before its warp writes down the active rows, a tile
+//            UNIT: neighbouring vectors of x1 that go to one warp
 //   numerics float32 accumulation in an order that only the mask and the launch shape decide, one rounding at the store
 
 #include "common.cuh"
 
-#if !defined(LANES) || !defined(LOADS) || !defined(EACH)
-#error "define LANES, LOADS and EACH"
+#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT)
+#error "define LANES, LOADS, EACH and UNIT"
 #endif
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int GROUPS = 32 / LANES;           // of a warp, each reading its own row
 constexpr int SLICE = LANES * VEC;           // columns of a block
 constexpr int TILE = EACH * VEC * THREADS;   // rows of a tile
-constexpr int UNIT = 8;                      // neighbouring vectors of x1 that go to one warp
 static_assert(32 % LANES == 0, "a row segment must not straddle warps");
+static_assert(32 % UNIT == 0, "a unit must not straddle warps");
 static_assert(SLICE <= THREADS, "a thread writes one column");
 static_assert(EACH * VEC <= 32, "a thread keeps a bit per row");
 static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
 
 // First row of the thread's k-th vector in a tile. Units go round the warps, so that a mask with its active rows side by side loads all
-// warps alike; 7B, 89 %, H100: 6.2 µs with units of 8, 6.6 with 4.
+// warps alike.
 __device__ __forceinline__ int first_row(int k) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     return (((k * 32 + lane) / UNIT * WARPS + warp) * UNIT + lane % UNIT) * VEC;

@@ -15,16 +15,18 @@ constexpr int SUMS = 2;
 __device__ __forceinline__ float row_dot(const uint4* __restrict__ row, const uint4* x, int chunks) {
     const int lane = threadIdx.x % 32;
     float sums[SUMS] = {};
-    for (int first = lane; first < chunks; first += 32 * LOADS) {
+    for (int first = 0; first < chunks; first += 32 * LOADS) {
         uint4 w[LOADS];
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            const int c = first + 32 * i;
+            const int c = first + 32 * i + lane;
             w[i] = c < chunks ? load_once(row + c) : uint4{0, 0, 0, 0};
         }
+        // Or the compiler would start on the first vectors before it has asked for the last: ffn_23, 7B, 89 %, H100: 6.1 µs, not 5.6.
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            const int c = first + 32 * i;
+            const int c = first + 32 * i + lane;
             if (c >= chunks) break;
             const uint4 v = x[c];
 #pragma unroll

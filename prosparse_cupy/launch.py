@@ -6,6 +6,7 @@ host build of the tests does) without a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -103,9 +104,9 @@ def ffn_1(shape: Shape) -> Launch:
 
 def ffn_123(shape: Shape) -> Launch:
     """Launch of the gate GEMV, (FAT)ReLU and up-projection in one."""
-    # H100, 89 %, with ffn_4 after it, µs at 7B / 13B: 40.1 / 60.4; two batches of loads 40.0 / 60.6; 5 blocks an SM 40.1 /
-    # 61.3; 8 warps a block 41.0 / 62.3.
-    return _row_per_warp("ffn_123", shape, "PPPPfii", warps=4, most_loads=20)
+    # H100, 89 %, with ffn_4 after it, µs at 7B / 13B: 40.0 / 60.6; a row in one batch of loads 40.1 / 60.4, on which NVRTC 12.9
+    # crashes for float32; 5 blocks an SM 40.1 / 61.3; 8 warps a block 41.0 / 62.3.
+    return _row_per_warp("ffn_123", shape, "PPPPfii", warps=4, most_loads=10)
 
 
 def ffn_23(shape: Shape) -> Launch:
@@ -124,7 +125,20 @@ def ffn_4(shape: Shape) -> Launch:
     lanes, most = _slice_lanes(shape), min(WARP // length, 7)  # most: a bit a row, and registers (8 spill on sm_80)
     each = min(most, _ceil_div(shape.d_ff, length * warps * WARP)) if shape.specialize else most
     blocks = _ceil_div(shape.d_model // length, lanes)
-    return _operator("ffn_4", shape, blocks, warps, "PPPii", MIN_BLOCKS=2, LOADS=4, LANES=lanes, EACH=each)
+    return _operator(
+        "ffn_4", shape, blocks, warps, "PPPii", MIN_BLOCKS=2, LOADS=4, LANES=lanes, EACH=each, UNIT=_unit(shape, warps)
+    )
+
+
+def _unit(shape: Shape, warps: int) -> int:
+    """Neighbouring vectors of x1 that go to one warp of ffn_4: 16 where that loads the warps as evenly as 8 does."""
+    # Longer runs of rows read better, uneven warps wait. H100, units of 16 and 8, 0 % sparsity: 13B (7 of 6.75 units, 14 of 13.5)
+    # 53.0 and 54.0 µs, 7B (6 of 5.4, 11 of 10.75) 34.3 and 33.2; 4 at 7B, 89 %: 6.6 instead of 6.2.
+    if not shape.specialize:
+        return 8
+    vectors = shape.d_ff / vector_length(shape.dtype)
+    shares = {unit: math.ceil(vectors / unit / warps) * unit for unit in (16, 8)}
+    return 16 if shares[16] <= shares[8] else 8
 
 
 def _slice_lanes(shape: Shape) -> int:

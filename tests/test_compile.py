@@ -66,7 +66,7 @@ def test_older_architectures_are_refused_by_name():
         ((("DTYPE_FLOAT16", None), ("DTYPE_FLOAT32", None)), "exactly one of DTYPE_"),
         ((("DTYPE_FLOAT16", None), ("ROW_OPT", 64)), "ROW_OPT and COL_OPT go together"),
         ((("DTYPE_FLOAT16", None), ("ROW_OPT", 64), ("COL_OPT", 12)), "multiple of 16 bytes"),
-        ((("DTYPE_FLOAT32", None),), "define LANES, LOADS and EACH"),
+        ((("DTYPE_FLOAT32", None),), "define LANES, LOADS, EACH and UNIT"),
     ],
 )
 def test_kernels_refuse_defines_that_make_no_sense(defines, message):

@@ -61,7 +61,7 @@ def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
     each, length = _defines(plan)["EACH"], launch.vector_length(shape.dtype)
     assert each >= 1 and each * length <= 32
     tile = each * plan.block[0] * length
-    warps, unit = plan.block[0] // 32, 8
+    warps, unit = plan.block[0] // 32, _defines(plan)["UNIT"]
     starts = [
         first + (((k * 32 + lane) // unit * warps + warp) * unit + lane % unit) * length
         for first in range(0, shape.d_ff, tile)
@@ -74,7 +74,7 @@ def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
         assert each == min(32 // length, 7) or (each - 1) * plan.block[0] * length < shape.d_ff <= tile
 
 
-@given(st.sampled_from([("ffn_1", 20), ("ffn_123", 20), ("ffn_23", 10)]), shapes)
+@given(st.sampled_from([("ffn_1", 20), ("ffn_123", 10), ("ffn_23", 10)]), shapes)
 def test_passes_over_a_row_are_even(kernel_and_most, shape):
     kernel, most = kernel_and_most
     loads = _defines(launch.plan(kernel, shape))["LOADS"]
