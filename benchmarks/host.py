@@ -34,7 +34,8 @@ def host_clock(call: Callable[[], object]) -> float:
 def measure(model: Model, label: str, repeats: int) -> list[Row]:
     """Rows of `ffn_23`, `ffn_4` and `SparseFFN` by array family.
 
-    `floor_us` is a bare RawKernel launch of the same kernel (for `SparseFFN` the sum of these two), `dense_us` torch's eager FFN.
+    `floor_us` is a bare RawKernel launch of the same kernel (for `SparseFFN` the sum of these two), `dense_us` the eager FFN of
+    torch.
     """
     arrays = {"CuPy": _arrays(model)}
     dense: Callable[[], object] | None = None

@@ -15,6 +15,7 @@ constexpr int SUMS = 2;
 __device__ __forceinline__ float row_dot(const uint4* __restrict__ row, const uint4* x, int chunks) {
     const int lane = threadIdx.x % 32;
     float sums[SUMS] = {};
+#pragma unroll 1
     for (int first = 0; first < chunks; first += 32 * LOADS) {
         uint4 w[LOADS];
 #pragma unroll

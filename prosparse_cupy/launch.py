@@ -132,8 +132,8 @@ def ffn_4(shape: Shape) -> Launch:
 
 def _unit(shape: Shape, warps: int) -> int:
     """Neighbouring vectors of x1 that go to one warp of ffn_4: 16 where that loads the warps as evenly as 8 does."""
-    # Longer runs of rows read better, uneven warps wait. H100, units of 16 and 8, 0 % sparsity: 13B (7 of 6.75 units, 14 of 13.5)
-    # 53.0 and 54.0 µs, 7B (6 of 5.4, 11 of 10.75) 34.3 and 33.2; 4 at 7B, 89 %: 6.6 instead of 6.2.
+    # Longer runs of rows read better, uneven warps wait. H100, units of 16 and 8, 0 % sparsity, µs: 13B (7 of 6.75 units, 14 of
+    # 13.5) 53.0 and 54.0, 7B (6 of 5.4, 11 of 10.75) 34.3 and 33.2; 4 at 7B, 89 %: 6.6 instead of 6.2.
     if not shape.specialize:
         return 8
     vectors = shape.d_ff / vector_length(shape.dtype)
