@@ -16,14 +16,17 @@ from prosparse_cupy._families import NUMPY_DTYPES
 from prosparse_cupy._gpu import NoGPUError, cupy, current_device
 from prosparse_cupy.models import LLAMA_2_7B, LLAMA_2_13B, MINICPM_S_1B
 
-from . import conditions, tables
+from . import compare, conditions, tables
 from . import host as host_times
 from .layers import STEPS, Layers
 from .measure import GRAPH, WALLCLOCK, Setting, measure, portable
 from .paper import PUBLISHED
-from .results import Result, write_csv, write_json
+from .results import Result, read_json, write_csv, write_json
 
 MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B}
+_ROOT = Path(__file__).resolve().parent.parent
+RESULTS = _ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/performance.md")
 SPARSITIES = (0.0, 0.3, 0.5, 0.66, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
 
 _json = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here.")
@@ -105,6 +108,52 @@ def host(json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
     _finish(Result(conditions.head("host", "host thread", "torch eager FFN", yard, watch), tuple(rows)), json_path, csv_path)
 
 
+@main.command("compare")
+@click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--percent", type=click.FloatRange(0), default=3.0, show_default=True, help="Slower by more is a regression.")
+def compare_command(old: Path, new: Path, percent: float) -> None:
+    """What got faster or slower from OLD.json to NEW.json beyond the noise; exit status 1 on a regression."""
+    before, after = _read(old), _read(new)
+    for difference in compare.differences(before, after):
+        click.echo(f"not the same {difference}", err=True)
+    found = compare.compare(before, after, percent)
+    if not found:
+        raise click.ClickException(f"{old} and {new} have no row in common")
+    Console(width=None if sys.stdout.isatty() else 120).print(tables.changes(found))
+    bad = {compare.Verdict.REGRESSION, compare.Verdict.BROKEN}
+    sys.exit(any(change.verdict in bad for change in found))
+
+
+@main.command()
+@click.argument("pages", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def report(pages: tuple[Path, ...]) -> None:
+    """Make the tables in PAGES (README.md, docs/performance.md) and the figures anew from the committed results."""
+    results = stored_results()
+    for page in pages or tuple(_ROOT / name for name in PAGES):
+        page.write_text(tables.fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    try:
+        from . import figures
+    except ImportError as error:
+        raise click.ClickException(f'figures need matplotlib, which the extra "bench" brings: {error}') from error
+    for model in ("7B", "13B"):
+        figures.save(figures.speedup(results["sweep"], model), RESULTS / f"h100-speedup-{model.lower()}.svg")
+    figures.save(figures.where_time_goes(results["ffn"]), RESULTS / "h100-where-time-goes.svg")
+    figures.save(figures.paper(results["paper"]), RESULTS / "h100-paper.svg")
+
+
+def stored_results() -> dict[str, Result]:
+    """The committed results of an H100."""
+    return {name: _read(RESULTS / tables.RESULT_FILE.format(name)) for name in tables.TABLES}
+
+
+def _read(path: Path) -> Result:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
 def _run(
     command: str,
     settings: list[Setting],
@@ -154,7 +203,7 @@ def _measure_all(command: str, settings: list[Setting], repeats: int, method: st
             layers = Layers(model, dtype, dense)
             for setting in group:
                 advance(f"{setting.label} {dtype} {setting.op} {setting.mask} {setting.sparsity:.2%}", 0)
-                rows.append(measure(layers, setting, dense, yard, method, repeats))
+                rows += measure(layers, setting, dense, yard, method, repeats)
                 advance("", 1)
             watch.look(f"{model.name}, {dtype}")
             del layers

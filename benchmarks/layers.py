@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +40,17 @@ class Timed:
     exact: Callable[[], np.ndarray]
     dense: Callable[[], Any]
     dense_out: Any
+    first: Callable[[], Any] | None = None
+    """The operators' first release, where it is installed."""
+    first_out: Any = None
+
+
+def first_release() -> tuple[Callable, Callable] | None:
+    """`torch_launch_ffn_fuse_23` and `torch_launch_ffn_4` of the first release's modules, or None if they are not installed."""
+    if not all(importlib.util.find_spec(name) for name in ("ffn_23", "ffn_4", "torch")):
+        return None
+    modules = importlib.import_module("ffn_23"), importlib.import_module("ffn_4")
+    return modules[0].torch_launch_ffn_fuse_23, modules[1].torch_launch_ffn_4
 
 
 class Layers:
@@ -46,6 +59,7 @@ class Layers:
     def __init__(self, model: Model, dtype: str, dense: Dense, count: int | None = None, seed: int = 0) -> None:
         cp = cupy()
         self.model, self.dtype, self._dense = model, NUMPY_DTYPES[dtype], dense
+        self._first = first_release()
         self._random = cp.random.default_rng(seed)
         self._l2 = cp.cuda.runtime.getDeviceProperties(current_device())["l2CacheSize"]
         weight_bytes = model.d_ff * model.d_model * launch.ITEMSIZE[dtype]
@@ -89,10 +103,11 @@ class Layers:
     def _poisoned(self, size: int) -> Any:
         return cupy().full(size * self.dtype.itemsize, 0xFF, np.uint8).view(self.dtype)
 
-    def _timed(self, size: int, call: Callable, dense: Callable, exact: Callable) -> Timed:
-        out, dense_out = self._poisoned(size), self._poisoned(size)
-        adopted = self._dense.adopt(dense_out)
-        return Timed(lambda: call(out), out, exact, lambda: dense(adopted), dense_out)
+    def _timed(self, size: int, call: Callable, dense: Callable, exact: Callable, first: Callable | None = None) -> Timed:
+        out, dense_out, first_out = (self._poisoned(size) for _ in range(3))
+        adopted, first_adopted = self._dense.adopt(dense_out), self._dense.adopt(first_out)
+        first_call = (lambda: first(first_adopted)) if first is not None and self._first is not None else None
+        return Timed(lambda: call(out), out, exact, lambda: dense(adopted), dense_out, first_call, first_out)
 
     def _ffn_1(self, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
         x, w = self.x, self._weights[layer][0]
@@ -112,17 +127,19 @@ class Layers:
             lambda out: psc.ffn_23(gate, x, w, threshold, out=out),
             lambda out: self._dense.step_2(gate_, x_, w_, threshold, out),
             lambda: _x1(gate, w, x, neurons),
+            lambda out: self._first[0](gate_, x_, w_, out, self.model.d_model, self.model.d_ff, threshold),
         )
 
     def _ffn_4(self, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
         values = rng.standard_normal(self.model.d_ff, dtype=np.float32) * neurons
         x1, w, packed = cupy().asarray(values).astype(self.dtype), self._weights[layer][2], self._packed[layer]
-        x1_, w_ = map(self._dense.adopt, (x1, w))
+        x1_, w_, packed_ = map(self._dense.adopt, (x1, w, packed))
         return self._timed(
             self.model.d_model,
             lambda out: psc.ffn_4(x1, packed, out=out),
             lambda out: self._dense.mv(w_, x1_, out),
             lambda: _down(x1, packed),
+            lambda out: self._first[1](packed_, x1_, out, self.model.d_ff, self.model.d_model),
         )
 
     def _ffn(self, how: str, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from .results import Row
 from .stats import Times, interleave
 
 GRAPH, WALLCLOCK = "graph", "wallclock"
+OURS, FIRST = "prosparse", "first release"
 _LEAST_CALLS = 64  # in a graph, whose own launch costs 4 µs
 
 
@@ -64,68 +65,72 @@ def portable() -> Iterator[None]:
         _compile.load.cache_clear()
 
 
-def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, method: str, repeats: int) -> Row:
-    """One row; `checked` is whether every output was right after the timing."""
+def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, method: str, repeats: int) -> list[Row]:
+    """A row of ours, and one of the first release where it is installed; `checked` after the timing, on every output timed."""
     timed = layers.calls(setting.op, setting.mask, setting.sparsity)
-    times = (_graph_times if method == GRAPH else _wallclock_times)(timed, dense, repeats)
     if method == WALLCLOCK:
         timed = timed[:1]
-    error, dense_error, right = _errors(timed, setting.dtype)
+    calls: dict[str, list[Callable]] = {OURS: [t.call for t in timed], "dense": [t.dense for t in timed]}
+    outs = {OURS: [t.out for t in timed], "dense": [t.dense_out for t in timed]}
+    if all(t.first is not None for t in timed):
+        calls[FIRST], outs[FIRST] = [t.first for t in timed], [t.first_out for t in timed]
+    times = (_graph_times if method == GRAPH else _wallclock_times)(calls, outs, dense, repeats)
+    errors = _errors(timed, outs)
     active = round(setting.model.d_ff * (1 - setting.sparsity))
     nbytes = layers.touched(setting.op, active)
-    ours, theirs = times["ours"], times["dense"]
-    # The floor has one launch however many a variant makes: what it spends on more of them is not at the floor.
-    return Row(
-        op=setting.op,
-        variant="prosparse",
-        model=setting.label,
-        d_model=setting.model.d_model,
-        d_ff=setting.model.d_ff,
-        dtype=setting.dtype,
-        batch=1,
-        mask=setting.mask,
-        sparsity=setting.sparsity,
-        layers=layers.count,
-        time_us=ours.median,
-        p10_us=ours.p10,
-        p90_us=ours.p90,
-        dense_us=theirs.median,
-        bytes=nbytes,
-        floor_us=yard.floor_us(nbytes),
-        error=error,
-        dense_error=dense_error,
-        checked=right,
-        noisy=ours.is_noisy or theirs.is_noisy,
-    )
+    epsilon = float(ml_dtypes.finfo(layers.dtype).eps)
+    return [
+        Row(
+            op=setting.op,
+            variant=variant,
+            model=setting.label,
+            d_model=setting.model.d_model,
+            d_ff=setting.model.d_ff,
+            dtype=setting.dtype,
+            batch=1,
+            mask=setting.mask,
+            sparsity=setting.sparsity,
+            layers=layers.count,
+            time_us=times[variant].median,
+            p10_us=times[variant].p10,
+            p90_us=times[variant].p90,
+            dense_us=times["dense"].median,
+            bytes=nbytes,
+            # One launch however many an operator makes: what it spends on more of them is not at the floor.
+            floor_us=yard.floor_us(nbytes),
+            error=max(errors[variant]),
+            dense_error=max(errors["dense"]),
+            checked=all(e <= 2 * d + epsilon for e, d in zip(errors[variant], errors["dense"], strict=True)),  # NaN is not
+            noisy=times[variant].is_noisy or times["dense"].is_noisy,
+        )
+        for variant in times
+        if variant != "dense"
+    ]
 
 
-def _graph_times(timed: list[Timed], dense: Dense, repeats: int) -> dict[str, Times]:
-    again = -(-_LEAST_CALLS // len(timed))
+def _graph_times(calls: dict[str, list[Callable]], outs: dict[str, list], dense: Dense, repeats: int) -> dict[str, Times]:
+    number = len(calls[OURS])
+    again = -(-_LEAST_CALLS // number)
     replays = {
-        "ours": timing.capture([t.call for t in timed] * again),
-        "dense": dense.capture([t.dense for t in timed] * again),
+        variant: (timing.capture if variant == OURS else dense.capture)(several * again) for variant, several in calls.items()
     }
-    for t in timed:  # what the capture left there proves nothing about the replays
-        t.out.view(np.uint8).fill(0xFF)
-    return interleave(replays, graph_clock, dict.fromkeys(replays, again * len(timed)), repeats)
+    for out in outs[OURS]:  # what the capture left there proves nothing about the replays
+        out.view(np.uint8).fill(0xFF)
+    return interleave(replays, graph_clock, dict.fromkeys(replays, again * number), repeats)
 
 
-def _wallclock_times(timed: list[Timed], dense: Dense, repeats: int) -> dict[str, Times]:
-    calls = {"ours": timed[0].call, "dense": timed[0].dense}
-    return interleave(calls, wall_clock, dict.fromkeys(calls, 1), 10 * repeats)
+def _wallclock_times(calls: dict[str, list[Callable]], outs: dict[str, list], dense: Dense, repeats: int) -> dict[str, Times]:
+    one = {variant: several[0] for variant, several in calls.items()}
+    return interleave(one, wall_clock, dict.fromkeys(one, 1), 10 * repeats)
 
 
-def _errors(timed: Iterable[Timed], dtype: str) -> tuple[float, float, bool]:
-    """Largest error of ours and of the dense path, and whether each of ours is within twice the dense path's and an eps."""
-    epsilon = float(ml_dtypes.finfo(np.dtype(getattr(ml_dtypes, dtype, dtype))).eps)
-    worst, worst_dense, right = 0.0, 0.0, True
-    for t in timed:
+def _errors(timed: list[Timed], outs: dict[str, list]) -> dict[str, list[float]]:
+    """‖out - float64‖ / ‖float64‖ of every call by variant; where the exact result is zero, ‖out‖."""
+    errors: dict[str, list[float]] = {variant: [] for variant in outs}
+    for i, t in enumerate(timed):
         exact = t.exact()
         norm = float(np.linalg.norm(exact)) or 1.0
-        ours, theirs = (
-            float(np.linalg.norm(cupy().asnumpy(out.astype(np.float32)).astype(np.float64) - exact)) / norm
-            for out in (t.out, t.dense_out)
-        )
-        right &= ours <= 2 * theirs + epsilon  # NaN is not
-        worst, worst_dense = max(worst, ours), max(worst_dense, theirs)
-    return worst, worst_dense, bool(right)
+        for variant, several in outs.items():
+            out = cupy().asnumpy(several[i].astype(np.float32)).astype(np.float64)
+            errors[variant].append(float(np.linalg.norm(out - exact)) / norm)
+    return errors

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.table import Table
 
+from .compare import Change
 from .paper import PUBLISHED
 from .results import Result, Row
+
+RESULT_FILE = "h100-{}.json"
+_MARKED = re.compile(r"(?P<open><!-- table: (?P<name>\w+) -->)\n.*?<!-- end -->", re.DOTALL)
 
 
 def terminal(result: Result) -> Table:
@@ -69,9 +75,62 @@ def paper(result: Result) -> str:
     for p in PUBLISHED:
         cells = [p.label, f"{p.sparsity:.2%}"]
         for op, ours_us, dense_us in zip(("ffn_23", "ffn_4"), (p.step_2_us, p.step_3_us), p.dense_us, strict=True):
-            row = result.find(op=op, model=p.label)
+            row = result.find(op=op, model=p.label, variant="prosparse")
             cells += [f"{row.dense_us:.1f}", f"{row.time_us:.1f}", f"{row.speedup:.2f}x"]
             cells += [f"{ours_us:.1f}", f"{dense_us / ours_us:.2f}x"]
         rows.append(cells)
     step = ["dense µs", "µs", "speed-up", "published µs", "published speed-up"]
     return markdown(["", "sparsity", *(f"({n}) {s}" for n in (2, 3) for s in step)], rows)
+
+
+def sweep(result: Result, dtype: str = "bfloat16") -> str:
+    """Times and speed-ups over sparsities."""
+    models = [m for m in dict.fromkeys(r.model for r in result.rows) if m != "1B"]
+    ops = ("ffn_23", "ffn_4", "SparseFFN")
+    rows = []
+    for sparsity in dict.fromkeys(r.sparsity for r in result.rows):
+        found = [
+            result.find(op=op, model=m, dtype=dtype, mask="hot", sparsity=sparsity, variant="prosparse")
+            for m in models
+            for op in ops
+        ]
+        rows.append([f"{sparsity:.0%}", *(f"{r.time_us:.1f} ({r.speedup:.1f}x)" for r in found)])
+    return markdown(["sparsity", *(f"{m} `{op}`" for m in models for op in ops)], rows)
+
+
+def host(result: Result) -> str:
+    """Host time per call by array family."""
+    rows = [
+        [f"`{r.op}`", r.variant, f"{r.time_us:.1f}", f"{r.floor_us:.1f}", f"{r.ratio:.1f}", f"{r.dense_us:.0f}"]
+        for r in result.rows
+    ]
+    return markdown(["", "arrays", "µs on the calling thread", "bare RawKernel", "ratio", "torch eager FFN"], rows)
+
+
+def changes(found: list[Change]) -> Table:
+    """What `compare` found."""
+    table = Table()
+    for name in ("op", "model", "dtype", "mask", "sparsity"):
+        table.add_column(name)
+    for name in ("old µs", "new µs", "change", "verdict"):
+        table.add_column(name, justify="right")
+    for change in found:
+        row = change.new
+        cells = f"{change.old.time_us:.2f}", f"{row.time_us:.2f}", f"{change.percent:+.1f} %", change.verdict.value
+        table.add_row(row.op, row.model, row.dtype, row.mask, f"{row.sparsity:.2%}", *cells)
+    return table
+
+
+TABLES = {"ffn": ffn, "paper": paper, "sweep": sweep, "host": host}
+
+
+def fill(text: str, results: dict[str, Result]) -> str:
+    """A page with the tables between its markers made anew: ``<!-- table: ffn -->`` to ``<!-- end -->``."""
+
+    def table(match: re.Match[str]) -> str:
+        result = results[match["name"]]
+        head = result.head
+        source = f"{head.gpu}, commit {head.commit}, `benchmarks/results/{RESULT_FILE.format(match['name'])}`"
+        return f"{match['open']}\n{TABLES[match['name']](result)}\n{source}\n\n<!-- end -->"
+
+    return _MARKED.sub(table, text)

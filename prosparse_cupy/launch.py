@@ -112,8 +112,8 @@ def ffn_123(shape: Shape) -> Launch:
 def ffn_23(shape: Shape) -> Launch:
     """Launch of the fused (FAT)ReLU and up-projection."""
     # The GPU starts about 1.4 blocks a ns, so small blocks queue, and a large block keeps its place until its last row is done.
-    # H100, µs at 7B 89 % / 7B 99 % / 13B 89 %: 8 warps a block 5.6 / 3.5 / 8.0; 7 warps 5.55 / 3.6 / 7.9; 4 warps 5.6 / 3.8 / 7.9;
-    # 16 warps 6.7 / 3.8 / 9.5; 2 warps 5.9 / 5.3 / 8.1. A row in two batches of loads and in one: 7B 5.6 and 6.3.
+    # H100, µs at 7B 89 % / 7B 99 % / 13B 89 %: 8 warps a block 5.6 / 3.5 / 8.0; 7 warps 5.55 / 3.6 / 7.9; 4 warps 5.6 / 3.8 /
+    # 7.9; 16 warps 6.7 / 3.8 / 9.5; 2 warps 5.9 / 5.3 / 8.1. A row in two batches of loads and in one: 7B 5.6 and 6.3.
     most_loads = 10
     warps = 8 if _row_loads(shape, most_loads) <= 8 else 7  # 64 registers hold 8 loads, 72 hold 10
     return _row_per_warp("ffn_23", shape, "PPPPfii", warps, most_loads)

@@ -1,0 +1,116 @@
+"""Results as pictures: SVG that reads on a light and on a dark page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .paper import PUBLISHED
+from .results import Result
+
+# A grey with enough contrast on white and on GitHub's dark page, and colours of the Okabe-Ito palette.
+_INK = "#7d8590"
+_COLOURS = {"ffn_23": "#0072b2", "ffn_4": "#d55e00", "SparseFFN": "#009e73", "published": "#9aa4b2", "rest": "#d55e00"}
+_STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _INK,
+    "grid.alpha": 0.25,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "prosparse",
+}
+
+
+def speedup(result: Result, model: str, dtype: str = "bfloat16") -> Any:
+    """Speed-up against sparsity per operator, and what the byte floor would give."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for op in ("ffn_23", "ffn_4", "SparseFFN"):
+            wanted = (op, model, dtype, "hot", "prosparse")
+            rows = [r for r in result.rows if (r.op, r.model, r.dtype, r.mask, r.variant) == wanted]
+            rows.sort(key=lambda r: r.sparsity)
+            sparsity = [100 * r.sparsity for r in rows]
+            axes.plot(sparsity, [r.speedup for r in rows], "o-", color=_COLOURS[op], label=op, ms=4)
+            floor = [r.dense_us / r.floor_us for r in rows]
+            axes.plot(sparsity, floor, "--", color=_COLOURS[op], lw=1, alpha=0.8, label=f"{op} at the byte floor")
+        axes.axhline(1, color=_INK, lw=1)
+        axes.set(xlabel="sparsity, %", ylabel="speed-up over dense", yscale="log", xlim=(0, 100))
+        axes.set_yticks([1, 2, 3, 5, 10, 20, 40], ["1x", "2x", "3x", "5x", "10x", "20x", "40x"])
+        axes.minorticks_off()
+        axes.set_title(f"{model}, {dtype}, {result.head.gpu}", loc="left", fontsize=10)
+        axes.legend(fontsize=8, ncols=2)
+        figure.tight_layout()
+        return figure
+
+
+def where_time_goes(result: Result) -> Any:
+    """Each operator's time as bytes at the read peak, the launch, and the rest."""
+    with plt.rc_context(_STYLE):
+        rows = [r for r in result.rows if r.op in ("ffn_1", "ffn_23", "ffn_4", "SparseFFN")]
+        figure, axes = plt.subplots(figsize=(7, 0.32 * len(rows) + 1.4))
+        launch = result.head.launch_us
+        labels = [f"{r.op} {r.model}" for r in rows]
+        left = np.zeros(len(rows))
+        parts = {
+            "bytes at the read peak": ("#0072b2", [r.floor_us - launch for r in rows]),
+            "one launch": ("#9aa4b2", [launch] * len(rows)),
+            "rest": ("#d55e00", [max(0.0, r.time_us - r.floor_us) for r in rows]),
+        }
+        for label, (colour, widths) in parts.items():
+            axes.barh(labels, widths, left=left, color=colour, label=label)
+            left += widths
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="time per token and layer, µs")
+        axes.set_title(f"Models' own sparsities, {rows[0].dtype}, {result.head.gpu}", loc="left", fontsize=10)
+        axes.legend(fontsize=8, loc="lower right")
+        figure.tight_layout()
+        return figure
+
+
+def paper(result: Result) -> Any:
+    """Speed-ups of the paper's settings, published beside measured."""
+    with plt.rc_context(_STYLE):
+        figure, both = plt.subplots(2, 1, figsize=(7, 5.2), sharex=True)
+        at = np.arange(len(PUBLISHED))
+        for step, (op, axes) in enumerate(zip(("ffn_23", "ffn_4"), both, strict=True)):
+            published = [p.dense_us[step] / (p.step_2_us, p.step_3_us)[step] for p in PUBLISHED]
+            measured = [result.find(op=op, model=p.label, variant="prosparse").speedup for p in PUBLISHED]
+            for shift, values, colour, label in (
+                (-0.2, published, _COLOURS["published"], "published"),
+                (0.2, measured, _COLOURS[op], f"measured, {result.head.gpu}"),
+            ):
+                bars = axes.bar(at + shift, values, 0.38, color=colour, label=label)
+                axes.bar_label(bars, [f"{v:.1f}" for v in values], fontsize=7, color=_INK)
+            axes.axhline(1, color=_INK, lw=1)
+            axes.grid(axis="x", visible=False)
+            axes.set_ylabel(f"step ({step + 2}), {op}:\nspeed-up over dense", fontsize=9)
+            axes.legend(fontsize=8, loc="upper left")
+        both[1].set_xticks(at, [f"{p.label}\n{p.sparsity:.1%}" for p in PUBLISHED], fontsize=7, rotation=30, ha="right")
+        figure.tight_layout()
+        return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """As SVG without a date, so that the same result gives the same file."""
+    with plt.rc_context(_STYLE):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    plt.close(figure)

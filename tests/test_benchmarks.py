@@ -1,0 +1,303 @@
+"""The benchmarks without a GPU: statistics and the timing loop, results, tables, figures, comparisons, commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+sys.path.append(str(ROOT))  # last: the installed package goes before the checkout's
+
+from benchmarks import cli, compare, conditions, stats, tables  # noqa: E402
+from benchmarks.paper import PUBLISHED  # noqa: E402
+from benchmarks.results import Head, Result, Row, read_json, write_csv, write_json  # noqa: E402
+
+HEAD = Head(
+    "sweep",
+    "NVIDIA H100",
+    "580",
+    "13.0",
+    "14.2",
+    "2.11",
+    "torch",
+    "abc1234",
+    True,
+    "2026-11-24",
+    "graph",
+    3000.0,
+    1.0,
+    ("a clock",),
+)
+
+
+def _row(op: str = "ffn_23", time_us: float = 6.0, **changes) -> Row:
+    given = {
+        "op": op,
+        "variant": "prosparse",
+        "model": "7B",
+        "d_model": 4096,
+        "d_ff": 11008,
+        "dtype": "bfloat16",
+        "batch": 1,
+        "mask": "hot",
+        "sparsity": 0.9,
+        "layers": 16,
+        "time_us": time_us,
+        "p10_us": time_us * 0.99,
+        "p90_us": time_us * 1.01,
+        "dense_us": 36.0,
+        "bytes": 9_000_000,
+        "floor_us": 4.0,
+        "error": 0.002,
+        "dense_error": 0.004,
+        "checked": True,
+        "noisy": False,
+    }
+    return Row(**{**given, **changes})
+
+
+# The timing loop, on a clock that is not one
+
+
+class _FakeClock:
+    """Says how long each call takes, and notes in which order they are made."""
+
+    def __init__(self, micros: dict[str, object]) -> None:
+        self.order: list[str] = []
+        self._micros = {name: iter(values) if isinstance(values, list) else None for name, values in micros.items()}
+        self._constant = micros
+
+    def variant(self, name: str):
+        return lambda: self.order.append(name)
+
+    def __call__(self, call) -> float:
+        call()
+        values = self._micros[self.order[-1]]
+        return next(values) if values is not None else self._constant[self.order[-1]]
+
+
+def test_variants_take_turns_and_the_first_of_a_turn_do_not_count():
+    turn, uncounted = stats._TURN, stats._UNCOUNTED
+    slow_first = ([1000.0] * uncounted + [20.0] * turn) * 2
+    clock = _FakeClock({"ours": slow_first, "dense": 100.0})
+    variants = {name: clock.variant(name) for name in ("ours", "dense")}
+    times = stats.interleave(variants, clock, {"ours": 10, "dense": 2}, repeats=2 * turn)
+    assert times == {"ours": stats.Times(2.0, 2.0, 2.0), "dense": stats.Times(50.0, 50.0, 50.0)}
+    one = turn + uncounted
+    assert clock.order == (["ours"] * one + ["dense"] * one) * 2
+
+
+def test_a_noisy_variant_is_measured_again_and_the_quietest_round_counts():
+    one = stats._TURN + stats._UNCOUNTED
+    noisy, quiet = [10.0, 20.0] * (one // 2), [12.0] * one
+    clock = _FakeClock({"a": noisy + quiet})
+    times = stats.interleave({"a": clock.variant("a")}, clock, {"a": 1}, repeats=stats._TURN)
+    assert times["a"].median == 12.0 and not times["a"].is_noisy and len(clock.order) == 2 * one
+    clock = _FakeClock({"a": noisy * stats._MOST_ROUNDS})
+    times = stats.interleave({"a": clock.variant("a")}, clock, {"a": 1}, repeats=stats._TURN)
+    assert times["a"].is_noisy and len(clock.order) == stats._MOST_ROUNDS * one
+
+
+def test_statistics():
+    times = stats.summarise(np.arange(1, 102, dtype=float))
+    assert times == (51.0, 11.0, 91.0)
+    assert times.spread == pytest.approx(80 / 51) and times.is_noisy
+    assert stats.summarise(np.array([np.nan, 1.0])).is_noisy, "a time that is not a number is not quiet"
+
+
+# Results
+
+
+def test_derived_columns():
+    row = _row(time_us=6.0)
+    assert (row.ratio, row.speedup, row.error_ratio) == (1.5, 6.0, 0.5)
+    assert row.achieved_GBps == pytest.approx(9e6 / 6e-6 * 1e-9)
+    assert math.isnan(_row(error=0.0, dense_error=0.0).error_ratio)
+
+
+def test_results_survive_their_file(tmp_path):
+    result = Result(HEAD, (_row(), _row("ffn_4", dense_us=math.nan, checked=False)))
+    write_json(result, tmp_path / "r.json")
+    again = read_json(tmp_path / "r.json")
+    assert again.head == HEAD and again.rows[0] == result.rows[0]
+    assert math.isnan(again.rows[1].dense_us) and again.failed == again.rows[1:]
+    write_csv(result, tmp_path / "r.csv")
+    lines = (tmp_path / "r.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines[0].split(",") == [f.name for f in dataclasses.fields(Row)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "JSONDecodeError"),
+        ('{"head": {}}', "KeyError"),
+        ("[]", "TypeError"),
+        ('{"head": {"disturbances": []}, "rows": []}', "TypeError"),
+    ],
+)
+def test_a_file_that_is_no_result_is_said_to_be_none(tmp_path, text, message):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"r\.json is not a result of these benchmarks: {message}"):
+        read_json(tmp_path / "r.json")
+
+
+def test_a_result_of_another_version_is_refused(tmp_path):
+    write_json(Result(dataclasses.replace(HEAD, version=2), ()), tmp_path / "r.json")
+    with pytest.raises(ValueError, match="version 2, this reads 1"):
+        read_json(tmp_path / "r.json")
+
+
+def test_find_wants_exactly_one_row():
+    result = Result(HEAD, (_row(), _row("ffn_4")))
+    assert result.find(op="ffn_4") is result.rows[1]
+    for wanted in ({"op": "ffn_1"}, {"model": "7B"}):
+        with pytest.raises(LookupError, match=r"[02] rows with"):
+            result.find(**wanted)
+
+
+# Comparisons
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        (6.0, 6.0, compare.Verdict.SAME),
+        (6.0, 6.1, compare.Verdict.SAME),
+        (6.0, 6.15, compare.Verdict.SLOWER),
+        (6.0, 6.4, compare.Verdict.REGRESSION),
+        (6.4, 6.0, compare.Verdict.FASTER),
+    ],
+)
+def test_verdicts(old, new, verdict):
+    [change] = compare.compare(Result(HEAD, (_row(time_us=old),)), Result(HEAD, (_row(time_us=new),)), 5.0)
+    assert change.verdict is verdict and change.percent == pytest.approx((new / old - 1) * 100)
+
+
+def test_a_row_whose_check_fails_is_never_an_improvement():
+    [change] = compare.compare(Result(HEAD, (_row(),)), Result(HEAD, (_row(time_us=1.0, checked=False),)), 5.0)
+    assert change.verdict is compare.Verdict.BROKEN
+
+
+def test_only_the_same_measurement_is_compared():
+    old, new = Result(HEAD, (_row(), _row("ffn_4"))), Result(HEAD, (_row(sparsity=0.5), _row("ffn_4"), _row(dtype="float32")))
+    assert [c.new.op for c in compare.compare(old, new, 5.0)] == ["ffn_4"]
+    assert compare.differences(old, Result(dataclasses.replace(HEAD, gpu="A100"), ())) == ["gpu: NVIDIA H100 and A100"]
+
+
+@pytest.mark.parametrize(("new_us", "status"), [(6.0, 0), (5.0, 0), (7.0, 1)])
+def test_the_compare_command(tmp_path, new_us, status):
+    for name, time_us in (("old", 6.0), ("new", new_us)):
+        write_json(Result(HEAD, (_row(time_us=time_us),)), tmp_path / f"{name}.json")
+    done = CliRunner().invoke(cli.main, ["compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    assert done.exit_code == status and "ffn_23" in done.output and f"{new_us:.2f}" in done.output
+
+
+def test_the_compare_command_refuses_what_it_cannot_compare(tmp_path):
+    write_json(Result(HEAD, (_row(),)), tmp_path / "old.json")
+    write_json(Result(HEAD, (_row("ffn_4"),)), tmp_path / "new.json")
+    done = CliRunner().invoke(cli.main, ["compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    assert done.exit_code == 1 and "no row in common" in done.output
+
+
+# What disturbs
+
+
+def test_a_clock_that_drops_and_other_processes_are_noted(monkeypatch):
+    watch = conditions.Watch()
+    monkeypatch.setattr(conditions.os, "getpid", lambda: 10)
+    watch.note("first", 1980.0, {10})
+    watch.note("second", 1900.0, {999})  # one process: ours, seen under another number from inside a container
+    assert watch.disturbances == []
+    watch.note("third", 1500.0, {10, 11, 12})
+    assert watch.disturbances == ["third: the clock fell to 1500 MHz from 1980", "third: 2 other process(es) on the GPU"]
+
+
+def test_floors():
+    yard = conditions.Yardsticks(read_peak=3e6, launch_us=1.0)
+    assert yard.floor_us(9_000_000) == 4.0 and yard.floor_us(9_000_000, launches=3) == 6.0
+
+
+# Commands without a GPU
+
+
+@pytest.mark.parametrize("command", ["paper", "sweep", "ffn", "host"])
+def test_without_a_gpu_a_command_says_so(monkeypatch, command):
+    def none():
+        raise cli.NoGPUError("no CUDA GPU: looked for one")
+
+    monkeypatch.setattr(cli, "current_device", none)
+    done = CliRunner().invoke(cli.main, [command])
+    assert done.exit_code == 1 and "Error: no CUDA GPU: looked for one" in done.output and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_failed_check_is_reported_and_ends_in_an_error(monkeypatch, tmp_path, fails):
+    """The whole of a command but the GPU: what it measures is made up."""
+    monkeypatch.setattr(cli, "current_device", lambda: 0)
+    monkeypatch.setattr(cli.conditions, "yardsticks", lambda: conditions.Yardsticks(3e6, 1.0))
+    monkeypatch.setattr(cli.conditions, "head", lambda *_: HEAD)
+    monkeypatch.setattr(cli.conditions.Watch, "look", lambda self, during: None)
+    monkeypatch.setattr(cli, "best_dense", lambda dtype: SimpleNamespace(name="dense"))
+    monkeypatch.setattr(cli, "Layers", lambda *_: None)
+    pool = SimpleNamespace(free_all_blocks=lambda: None)
+    monkeypatch.setattr(cli, "cupy", lambda: SimpleNamespace(get_default_memory_pool=lambda: pool))
+
+    def measured(layers, setting, *_):
+        return [_row(setting.op, model=setting.label, sparsity=setting.sparsity, checked=not fails, error=0.5)]
+
+    monkeypatch.setattr(cli, "measure", measured)
+    files = [tmp_path / "r.json", tmp_path / "r.csv"]
+    done = CliRunner().invoke(cli.main, ["paper", "--json", str(files[0]), "--csv", str(files[1])])
+    assert done.exit_code == fails, done.output
+    assert ("CHECK FAILED: ffn_23 ReluLLaMA-7B bfloat16 hot 66.98%: error 0.5" in done.output) == fails
+    result = read_json(files[0])
+    assert [(r.model, r.op) for r in result.rows] == [(p.label, op) for p in PUBLISHED for op in ("ffn_23", "ffn_4")]
+    assert len(files[1].read_text().splitlines()) == len(result.rows) + 1
+
+
+# The committed results, and what is made of them
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Result]:
+    return cli.stored_results()
+
+
+def test_stored_results_are_whole(stored):
+    for name, result in stored.items():
+        assert result.head.command == name and "H100" in result.head.gpu and result.head.clean and result.head.commit
+        assert result.rows and not result.failed
+        assert all(math.isfinite(row.time_us) and row.p10_us <= row.time_us <= row.p90_us for row in result.rows)
+    assert len(stored["paper"].rows) == 2 * len(PUBLISHED)
+
+
+@pytest.mark.parametrize("page", cli.PAGES)
+def test_pages_agree_with_the_results(stored, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert tables.fill(text, stored) == text, "run python -m benchmarks report"
+
+
+def test_figures_are_drawings_with_axes_named(stored, tmp_path):
+    figures = pytest.importorskip("benchmarks.figures", reason='the extra "bench" brings matplotlib')
+    drawn = {
+        "speedup": (figures.speedup(stored["sweep"], "7B"), ["sparsity, %", "speed-up over dense", "byte floor", "H100"]),
+        "time": (figures.where_time_goes(stored["ffn"]), ["time per token and layer, µs", "one launch", "rest", "H100"]),
+        "paper": (figures.paper(stored["paper"]), ["speed-up over dense", "published", "measured", "ProSparse-13B", "H100"]),
+    }
+    for name, (figure, words) in drawn.items():
+        figures.save(figure, tmp_path / f"{name}.svg")
+        text = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        ElementTree.fromstring(text)
+        assert all(word in text for word in words), name
