@@ -99,8 +99,8 @@ class Call:
         family = _common_family(signature, views)
         if family.is_foreign:
             views = [family.bring_in(a) for a in views]
-        checked = _checked(signature, family, tuple([family.describe(a) for a in views]), given is not None)
-        addresses = [family.address(a) for a in views]
+        checked = _checked(signature, family, family.describe_all(views), given is not None)
+        addresses = family.addresses(views)
         if given is None:
             out = family.empty(checked.out_shape, checked.dtype, checked.device)
             addresses.append(family.address(out))
@@ -131,6 +131,8 @@ class Call:
 def _common_family(signature: Signature, arrays: tuple[Any, ...]) -> Family:
     kinds = {*map(type, arrays)}
     try:
+        if len(kinds) == 1:
+            return family_of(*kinds)
         families = {*map(family_of, kinds)}
     except TypeError as error:
         wrong = next(n for n, a in zip(_names(signature), arrays, strict=False) if _is_unknown(a))

@@ -60,7 +60,8 @@ class Kernel:
         self.device = device
         # The function keeps its module loaded for as long as this object lives.
         self._function = _compile(plan, device)
-        self._launch = launcher(self._function.ptr, plan, device)
+        with cupy().cuda.Device(device):
+            self._launch = launcher(self._function.ptr, plan, device)
         self._get_device = cupy().cuda.runtime.getDevice
 
     def __call__(self, stream: int, *arguments: int | float) -> None:

@@ -16,68 +16,48 @@ from ._gpu import cupy
 from .launch import Launch
 
 _SLOT = 8  # bytes of one kernel argument
-_MOST_ARGUMENTS = 16
-# CUlaunchConfig: grid, block, dynamic shared memory; stream; attributes and their number.
-_CONFIG = "7I4xQQI4x"
-_CONFIG_BYTES = struct.calcsize(_CONFIG)
+# CUlaunchConfig: grid, block and dynamic shared memory; then stream, attributes and their number.
+_SHAPE, _REST = struct.Struct("7I4x"), "QQI4x"
+_CONFIG_BYTES = _SHAPE.size + struct.calcsize(_REST)
 # CUlaunchAttribute: id, and a union of 64 bytes at offset 8. CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6.
 _PROGRAMMATIC = ctypes.create_string_buffer(struct.pack("i4xi60x", 6, 1))
 
 Launcher = Callable[..., None]
 
 
-class _Buffer:
-    """One thread's room for a launch: the configuration, an argument in each slot, and pointers to the slots."""
+class _Buffer(threading.local):
+    """A thread's room for one kernel's launches: the configuration, an argument in each slot, and pointers to the slots."""
 
-    def __init__(self) -> None:
-        self.bytes = ctypes.create_string_buffer(_CONFIG_BYTES + _SLOT * _MOST_ARGUMENTS)
+    def __init__(self, shape: tuple[int, ...], arguments: int, device: int) -> None:
+        cupy().cuda.runtime.setDevice(device)  # binds the GPU's primary context to a thread that has none yet
+        self.bytes = ctypes.create_string_buffer(_CONFIG_BYTES + _SLOT * arguments)
+        _SHAPE.pack_into(self.bytes, 0, *shape)
         self.config = ctypes.addressof(self.bytes)
         first = self.config + _CONFIG_BYTES
-        self._slots = (ctypes.c_void_p * _MOST_ARGUMENTS)(*(first + _SLOT * i for i in range(_MOST_ARGUMENTS)))
+        self._slots = (ctypes.c_void_p * arguments)(*(first + _SLOT * i for i in range(arguments)))
         self.arguments = ctypes.addressof(self._slots)
 
 
-_local = threading.local()
-
-
-def _buffer(device: int) -> _Buffer:
-    try:
-        return _local.buffers[device]
-    except (AttributeError, KeyError):
-        # A thread's first launch on a GPU: setDevice binds the GPU's primary context to the thread.
-        cupy().cuda.runtime.setDevice(device)
-        _local.__dict__.setdefault("buffers", {})[device] = _Buffer()
-        return _local.buffers[device]
-
-
 def launcher(function: int, plan: Launch, device: int) -> Launcher:
-    """A function that launches `function` (a CUfunction) as planned: its stream, then the kernel's arguments."""
-    pack = struct.Struct(_CONFIG + "".join(_slot(a) for a in plan.arguments)).pack_into
+    """A function that launches `function` (a CUfunction) as planned, with the GPU current: its stream, then the arguments."""
     shape = (*plan.grid, *plan.block, plan.shared_bytes)
+    buffer = _Buffer(shape, len(plan.arguments), device)
+    pack = struct.Struct(_REST + "".join(_slot(a) for a in plan.arguments)).pack_into
+    start = _SHAPE.size
     extended = launch_kernel_ex() if plan.programmatic else None
-    if extended is None:
-        return _plain_launcher(function, shape, pack, device)
     attribute = ctypes.addressof(_PROGRAMMATIC)
 
-    def launch(stream: int, *arguments: int | float) -> None:
-        buffer = _buffer(device)
-        pack(buffer.bytes, 0, *shape, stream, attribute, 1, *arguments)
+    def programmatic(stream: int, *arguments: int | float) -> None:
+        pack(buffer.bytes, start, stream, attribute, 1, *arguments)
         status = extended(buffer.config, function, buffer.arguments, None)
         if status:
             raise cupy().cuda.driver.CUDADriverError(status)
 
-    return launch
+    def plain(stream: int, *arguments: int | float) -> None:
+        pack(buffer.bytes, start, stream, 0, 0, *arguments)
+        cupy().cuda.driver.launchKernel(function, *shape, stream, buffer.arguments, 0)
 
-
-def _plain_launcher(function: int, shape: tuple[int, ...], pack: Callable[..., None], device: int) -> Launcher:
-    launch_kernel = cupy().cuda.driver.launchKernel
-
-    def launch(stream: int, *arguments: int | float) -> None:
-        buffer = _buffer(device)
-        pack(buffer.bytes, 0, *shape, stream, 0, 0, *arguments)
-        launch_kernel(function, *shape, stream, buffer.arguments, 0)
-
-    return launch
+    return plain if extended is None else programmatic
 
 
 def _slot(argument: str) -> str:

@@ -51,7 +51,6 @@ def driver(monkeypatch):
     fake = _FakeDriver()
     monkeypatch.setattr(_driver, "cupy", lambda: fake.cupy)
     monkeypatch.setattr(_driver, "launch_kernel_ex", lambda: fake.launch_kernel_ex)
-    monkeypatch.setattr(_driver, "_local", SimpleNamespace())
     return fake
 
 
