@@ -81,7 +81,7 @@ def where_time_goes(result: Result) -> Any:
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="time per token and layer, µs")
         axes.set_title(f"Models' own sparsities, {rows[0].dtype}, {result.head.gpu}", loc="left", fontsize=10)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="upper right")
         figure.tight_layout()
         return figure
 
@@ -103,7 +103,7 @@ def paper(result: Result) -> Any:
             axes.axhline(1, color=_INK, lw=1)
             axes.grid(axis="x", visible=False)
             axes.set_ylabel(f"step ({step + 2}), {op}:\nspeed-up over dense", fontsize=9)
-            axes.legend(fontsize=8, loc="upper left")
+            axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         both[1].set_xticks(at, [f"{p.label}\n{p.sparsity:.1%}" for p in PUBLISHED], fontsize=7, rotation=30, ha="right")
         figure.tight_layout()
         return figure
