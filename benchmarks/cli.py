@@ -88,7 +88,7 @@ def sweep(names, dtypes, masks, sparsities, **options) -> None:
 def ffn(**options) -> None:
     """The whole FFN at each model's own sparsity: its operators, and ways to call all of it."""
     settings = [
-        Setting(op, model, name, "bfloat16", "hot", model.sparsity)
+        Setting(op, model, name, "bfloat16", "hot", model.sparsity, with_dense=op == "SparseFFN")
         for name, model in MODELS.items()
         for op in (*STEPS, "three operators", "sparse_ffn", "SparseFFN")
         if not (options["quick"] and name == "13B")

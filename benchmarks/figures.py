@@ -64,7 +64,7 @@ def speedup(result: Result, model: str, dtype: str = "bfloat16") -> Any:
 def where_time_goes(result: Result) -> Any:
     """Each operator's time as bytes at the read peak, the launch, and the rest."""
     with plt.rc_context(_STYLE):
-        rows = [r for r in result.rows if r.op in ("ffn_1", "ffn_23", "ffn_4", "SparseFFN")]
+        rows = [r for r in result.rows if r.op in ("ffn_1", "ffn_23", "ffn_4", "SparseFFN") and r.variant == "prosparse"]
         figure, axes = plt.subplots(figsize=(7, 0.32 * len(rows) + 1.4))
         launch = result.head.launch_us
         labels = [f"{r.op} {r.model}" for r in rows]

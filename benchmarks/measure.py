@@ -21,7 +21,7 @@ from .results import Row
 from .stats import Times, interleave
 
 GRAPH, WALLCLOCK = "graph", "wallclock"
-OURS, FIRST = "prosparse", "first release"
+OURS, FIRST, EAGER = "prosparse", "first release", "dense eager"
 _LEAST_CALLS = 64  # in a graph, whose own launch costs 4 µs
 
 
@@ -35,6 +35,8 @@ class Setting:
     dtype: str
     mask: str
     sparsity: float
+    with_dense: bool = False
+    """Whether the dense path gets rows of its own: in a graph, and launched eagerly."""
 
 
 def graph_clock(replay: Callable[[], object]) -> float:
@@ -75,6 +77,10 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
     if all(t.first is not None for t in timed):
         calls[FIRST], outs[FIRST] = [t.first for t in timed], [t.first_out for t in timed]
     times = (_graph_times if method == GRAPH else _wallclock_times)(calls, outs, dense, repeats)
+    if setting.with_dense:
+        eager = {EAGER: lambda: [call() for call in calls["dense"]]}
+        times |= interleave(eager, graph_clock, {EAGER: len(timed)}, repeats)
+        outs[EAGER] = outs["dense"]
     errors = _errors(timed, outs)
     active = round(setting.model.d_ff * (1 - setting.sparsity))
     nbytes = layers.touched(setting.op, active)
@@ -104,7 +110,7 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
             noisy=times[variant].is_noisy or times["dense"].is_noisy,
         )
         for variant in times
-        if variant != "dense"
+        if variant != "dense" or setting.with_dense
     ]
 
 

@@ -52,11 +52,18 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def _name(row: Row) -> str:
+    """The operator, or what stands in for it; `dense` is the dense path in a graph."""
+    if row.variant != "prosparse":
+        return row.variant if row.op == "SparseFFN" else f"`{row.op}`, {row.variant}"
+    return row.op if " " in row.op else f"`{row.op}`"
+
+
 def ffn(result: Result) -> str:
     """Operators and whole FFN of each model."""
     rows = [
         [
-            f"`{r.op}`" if " " not in r.op else r.op,
+            _name(r),
             r.model,
             f"{r.sparsity:.2%}",
             *(f"{us:.1f}" for us in (r.dense_us, r.time_us)),

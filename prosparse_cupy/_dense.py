@@ -56,7 +56,7 @@ class CupyDense(_Elementwise):
 class OwnDense(_Elementwise):
     """This library's dense GEMV, `ffn_1`."""
 
-    name = "ffn_1, this library's dense GEMV (no cuBLAS found)"
+    name = "ffn_1, this library's dense GEMV (no cuBLAS found: torch or cuda-toolkit[cublas] brings it)"
 
     def mv(self, weights: Any, x: Any, out: Any) -> None:
         ops.ffn_1(x, weights, out=out)

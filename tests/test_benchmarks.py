@@ -301,3 +301,55 @@ def test_figures_are_drawings_with_axes_named(stored, tmp_path):
         text = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
         ElementTree.fromstring(text)
         assert all(word in text for word in words), name
+
+
+# What is measured, with everything of the GPU made up
+
+
+def _measured(monkeypatch, setting_changes: dict, first=None, wrong: bool = False) -> list[Row]:
+    from benchmarks import measure
+    from benchmarks.layers import Timed
+    from prosparse_cupy.models import LLAMA_2_7B
+
+    exact = np.array([1.0, 2.0])
+
+    def timed() -> Timed:
+        outs = [np.full(2, np.nan, np.float32) for _ in range(3)]
+
+        def fill(out, value):
+            return lambda: out.__setitem__(slice(None), value)
+
+        first_call = fill(outs[2], exact) if first else None
+        ours = fill(outs[0], exact * 1.5 if wrong else exact)
+        return Timed(ours, outs[0], lambda: exact, fill(outs[1], exact), outs[1], first_call, outs[2])
+
+    layers = SimpleNamespace(
+        calls=lambda *_: [timed(), timed()], count=2, touched=lambda *_: 3_000_000, dtype=np.dtype(np.float32)
+    )
+
+    def capture(calls):
+        return lambda: [call() for call in calls]
+
+    monkeypatch.setattr(measure.timing, "capture", capture)
+    monkeypatch.setattr(measure, "cupy", lambda: SimpleNamespace(asnumpy=np.asarray))
+    monkeypatch.setattr(measure, "graph_clock", lambda call: (call(), 640.0)[1])
+    setting = measure.Setting("SparseFFN", LLAMA_2_7B, "7B", "float32", "hot", 0.9, **setting_changes)
+    dense = SimpleNamespace(capture=capture)
+    return measure.measure(layers, setting, dense, conditions.Yardsticks(3e6, 1.0), measure.GRAPH, 8)
+
+
+def test_a_row_is_what_the_clock_and_the_check_say(monkeypatch):
+    [row] = _measured(monkeypatch, {})
+    assert row.checked and row.variant == "prosparse" and (row.error, row.dense_error) == (0.0, 0.0)
+    assert (row.time_us, row.dense_us, row.floor_us) == (10.0, 10.0, 2.0)  # a graph of 64 calls takes 640 µs
+
+
+def test_a_wrong_result_is_not_checked(monkeypatch):
+    [row] = _measured(monkeypatch, {}, wrong=True)
+    assert not row.checked and row.error == pytest.approx(0.5)
+
+
+def test_the_first_release_and_the_dense_path_get_rows_of_their_own(monkeypatch):
+    rows = _measured(monkeypatch, {"with_dense": True}, first=True)
+    assert [row.variant for row in rows] == ["prosparse", "dense", "first release", "dense eager"]
+    assert [row.time_us for row in rows] == [10.0, 10.0, 10.0, 320.0]  # eagerly: the two calls, not 64
