@@ -1,7 +1,7 @@
 """The operators. Each is a straight line: check, allocate, plan, launch, return.
 
 One call, followed down: `ffn_23` -> `Call` (`_buffers`: checks and addresses) -> `load` (`_compile`: the plan of `launch`,
-compiled and cached) -> `Kernel.__call__` (the driver's launch).
+compiled and cached) -> the kernel's launch (`_driver`).
 """
 
 from __future__ import annotations
