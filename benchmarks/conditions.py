@@ -46,8 +46,8 @@ class Yardsticks:
     launch_us: float
     """An empty kernel in a graph of them, per call."""
 
-    def floor_us(self, nbytes: int, launches: int = 1) -> float:
-        return nbytes / self.read_peak + launches * self.launch_us
+    def floor_us(self, nbytes: int) -> float:
+        return nbytes / self.read_peak + self.launch_us
 
 
 def yardsticks(read_bytes: int = _READ_BYTES) -> Yardsticks:
@@ -131,7 +131,7 @@ def _torch() -> str:
 
 
 def _commit() -> tuple[str, bool]:
-    """The commit of this checkout and whether nothing is changed; PROSPARSE_COMMIT names it where there is no git."""
+    """The commit of this checkout and whether nothing is changed; whoever sets PROSPARSE_COMMIT vouches for both."""
     given = os.environ.get("PROSPARSE_COMMIT")
     if given:
         return given, True

@@ -40,11 +40,12 @@ def measure(model: Model, label: str, repeats: int) -> list[Row]:
     arrays = {"CuPy": _arrays(model)}
     dense: Callable[[], object] | None = None
     if importlib.util.find_spec("torch") is not None:
-        from prosparse_cupy.torch.dense import eager_ffn, sees_gpu, to_torch
+        from prosparse_cupy.torch.dense import TorchDense, eager_ffn, sees_gpu
 
         if sees_gpu():
-            arrays["torch"] = {name: to_torch(array) for name, array in arrays["CuPy"].items()}
+            arrays["torch"] = {name: TorchDense().adopt(array) for name, array in arrays["CuPy"].items()}
             dense = eager_ffn(*(arrays["torch"][name] for name in ("x", "w", "w", "w_down")))
+    outs = {"ffn_23": arrays["CuPy"]["x1"], "ffn_4": arrays["CuPy"]["y"], "SparseFFN": arrays["CuPy"]["y"]}
     variants: dict[str, Callable[[], object]] = {f"bare {op}": _bare(op, model, arrays["CuPy"]) for op in ("ffn_23", "ffn_4")}
     for family, a in arrays.items():
         variants[f"ffn_23 {family}"] = lambda a=a: psc.ffn_23(a["gate"], a["x"], a["w"], out=a["x1"])
@@ -54,6 +55,7 @@ def measure(model: Model, label: str, repeats: int) -> list[Row]:
     if dense is not None:
         variants["dense"] = dense
     times = interleave(variants, host_clock, dict.fromkeys(variants, _CALLS), repeats)
+    right = {(op, family): _fills(variants[f"{op} {family}"], outs[op]) for op in outs for family in arrays}
     bare = {op: times[f"bare {op}"].median for op in ("ffn_23", "ffn_4")}
     bare["SparseFFN"] = sum(bare.values())
     return [
@@ -76,12 +78,19 @@ def measure(model: Model, label: str, repeats: int) -> list[Row]:
             floor_us=bare[op],
             error=0.0,
             dense_error=0.0,
-            checked=True,
+            checked=right[op, family],
             noisy=times[f"{op} {family}"].is_noisy,
         )
         for family in arrays
-        for op in ("ffn_23", "ffn_4", "SparseFFN")
+        for op in outs
     ]
+
+
+def _fills(call: Callable[[], object], out: Any) -> bool:
+    """Whether a call leaves +0, the result of zero weights, in every element of its output (torch shares CuPy's memory)."""
+    out.view(np.uint8).fill(0xFF)
+    call()
+    return not bool(out.view(np.uint8).any())
 
 
 def _arrays(model: Model) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def first_release() -> tuple[Callable, Callable] | None:
 class Layers:
     """Random FFN layers of one model and dtype, made on the GPU once; masks change from setting to setting."""
 
-    def __init__(self, model: Model, dtype: str, dense: Dense, count: int | None = None, seed: int = 0) -> None:
+    def __init__(self, model: Model, dtype: str, dense: Dense, seed: int = 0) -> None:
         cp = cupy()
         self.model, self.dtype, self._dense = model, NUMPY_DTYPES[dtype], dense
         self._first = first_release()
@@ -65,7 +65,7 @@ class Layers:
         weight_bytes = model.d_ff * model.d_model * launch.ITEMSIZE[dtype]
         wanted = max(_LEAST_LAYERS, math.ceil(_TIMES_L2 * self._l2 / weight_bytes))
         free = cp.cuda.runtime.memGetInfo()[0]
-        self.count = count or max(1, min(wanted, int(free * 0.8 // (4 * weight_bytes))))
+        self.count = max(1, min(wanted, int(free * 0.8 // (4 * weight_bytes))))
         self.x = self._normal((model.d_model,), 1.0)
         scale = model.d_model**-0.5
         shapes = [(model.d_ff, model.d_model)] * 2 + [(model.d_model, model.d_ff)]

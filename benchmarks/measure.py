@@ -1,4 +1,4 @@
-"""Settings measured: check first, then time ours and the dense path in turn, then check what the timed calls left."""
+"""Settings measured: ours and the dense path timed in turn, then every output that the timed calls left is checked."""
 
 from __future__ import annotations
 

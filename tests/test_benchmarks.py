@@ -225,7 +225,7 @@ def test_a_clock_that_drops_and_other_processes_are_noted(monkeypatch):
 
 def test_floors():
     yard = conditions.Yardsticks(read_peak=3e6, launch_us=1.0)
-    assert yard.floor_us(9_000_000) == 4.0 and yard.floor_us(9_000_000, launches=3) == 6.0
+    assert yard.floor_us(9_000_000) == 4.0
 
 
 # Commands without a GPU
@@ -353,3 +353,20 @@ def test_the_first_release_and_the_dense_path_get_rows_of_their_own(monkeypatch)
     rows = _measured(monkeypatch, {"with_dense": True}, first=True)
     assert [row.variant for row in rows] == ["prosparse", "dense", "first release", "dense eager"]
     assert [row.time_us for row in rows] == [10.0, 10.0, 10.0, 320.0]  # eagerly: the two calls, not 64
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_host_rows_are_checked(monkeypatch, wrong):
+    """On NumPy arrays, which run the reference."""
+    from benchmarks import host
+    from prosparse_cupy.models import Model
+
+    monkeypatch.setattr(host, "cupy", lambda: SimpleNamespace(zeros=np.zeros))
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(host, "_bare", lambda *_: lambda: None)
+    monkeypatch.setattr(host, "host_clock", lambda call: 100.0 * host._CALLS)
+    if wrong:
+        monkeypatch.setattr(host.psc, "ffn_4", lambda x1, w, *, out: out.__setitem__(0, 0))
+    rows = host.measure(Model("tiny", 16, 24, 1, 0.0, 0.5), "tiny", repeats=8)
+    assert {row.op: row.checked for row in rows} == {"ffn_23": True, "ffn_4": not wrong, "SparseFFN": True}
+    assert [row.ratio for row in rows] == [1.0, 1.0, 0.5] and all(math.isnan(row.dense_us) for row in rows)

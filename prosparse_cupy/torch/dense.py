@@ -61,11 +61,6 @@ def _capture(calls: Sequence[timing.Call]) -> timing.Call:
     return graph.replay
 
 
-def to_torch(array: object) -> torch.Tensor:
-    """A CuPy array as a tensor, without a copy."""
-    return torch.from_dlpack(array)
-
-
 def eager_ffn(x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor) -> Callable[[], torch.Tensor]:
     """The FFN of one token as a model's code runs it: three `linear` and a ReLU, eagerly."""
     linear = torch.nn.functional.linear
