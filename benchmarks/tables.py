@@ -11,7 +11,7 @@ from .paper import PUBLISHED
 from .results import Result, Row
 
 RESULT_FILE = "h100-{}.json"
-_MARKED = re.compile(r"(?P<open><!-- table: (?P<name>\w+) -->)\n.*?<!-- end -->", re.DOTALL)
+_MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[\w-]+) -->)\n.*?<!-- end -->", re.DOTALL)
 
 
 def terminal(result: Result) -> Table:
@@ -52,6 +52,11 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def _us(row: Row) -> str:
+    """The time, with a mark where its spread, or that of the dense path beside it, is above 5 %."""
+    return f"{row.time_us:.1f}{' ~' if row.noisy else ''}"
+
+
 def _name(row: Row) -> str:
     """The operator, or what stands in for it; `dense` is the dense path in a graph."""
     if row.variant != "prosparse":
@@ -66,7 +71,8 @@ def ffn(result: Result) -> str:
             _name(r),
             r.model,
             f"{r.sparsity:.2%}",
-            *(f"{us:.1f}" for us in (r.dense_us, r.time_us)),
+            f"{r.dense_us:.1f}",
+            _us(r),
             f"{r.speedup:.2f}x",
             f"{r.floor_us:.1f}",
             f"{r.ratio:.2f}",
@@ -83,7 +89,7 @@ def paper(result: Result) -> str:
         cells = [p.label, f"{p.sparsity:.2%}"]
         for op, ours_us, dense_us in zip(("ffn_23", "ffn_4"), (p.step_2_us, p.step_3_us), p.dense_us, strict=True):
             row = result.find(op=op, model=p.label, variant="prosparse")
-            cells += [f"{row.dense_us:.1f}", f"{row.time_us:.1f}", f"{row.speedup:.2f}x"]
+            cells += [f"{row.dense_us:.1f}", _us(row), f"{row.speedup:.2f}x"]
             cells += [f"{ours_us:.1f}", f"{dense_us / ours_us:.2f}x"]
         rows.append(cells)
     step = ["dense µs", "µs", "speed-up", "published µs", "published speed-up"]
@@ -101,16 +107,13 @@ def sweep(result: Result, dtype: str = "bfloat16") -> str:
             for m in models
             for op in ops
         ]
-        rows.append([f"{sparsity:.0%}", *(f"{r.time_us:.1f} ({r.speedup:.1f}x)" for r in found)])
+        rows.append([f"{sparsity:.0%}", *(f"{_us(r)} ({r.speedup:.1f}x)" for r in found)])
     return markdown(["sparsity", *(f"{m} `{op}`" for m in models for op in ops)], rows)
 
 
 def host(result: Result) -> str:
     """Host time per call by array family."""
-    rows = [
-        [f"`{r.op}`", r.variant, f"{r.time_us:.1f}", f"{r.floor_us:.1f}", f"{r.ratio:.1f}", f"{r.dense_us:.0f}"]
-        for r in result.rows
-    ]
+    rows = [[f"`{r.op}`", r.variant, _us(r), f"{r.floor_us:.1f}", f"{r.ratio:.1f}", f"{r.dense_us:.0f}"] for r in result.rows]
     return markdown(["", "arrays", "µs on the calling thread", "bare RawKernel", "ratio", "torch eager FFN"], rows)
 
 
@@ -128,7 +131,7 @@ def changes(found: list[Change]) -> Table:
     return table
 
 
-TABLES = {"ffn": ffn, "paper": paper, "sweep": sweep, "host": host}
+TABLES = {"ffn": ffn, "paper": paper, "paper-wallclock": paper, "sweep": sweep, "host": host}
 
 
 def fill(text: str, results: dict[str, Result]) -> str:
@@ -138,6 +141,8 @@ def fill(text: str, results: dict[str, Result]) -> str:
         result = results[match["name"]]
         head = result.head
         source = f"{head.gpu}, commit {head.commit}, `benchmarks/results/{RESULT_FILE.format(match['name'])}`"
+        if any(row.noisy for row in result.rows):
+            source += "; ~: spread above 5 %"
         return f"{match['open']}\n{TABLES[match['name']](result)}\n{source}\n\n<!-- end -->"
 
     return _MARKED.sub(table, text)

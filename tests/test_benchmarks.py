@@ -276,10 +276,17 @@ def stored() -> dict[str, Result]:
 
 def test_stored_results_are_whole(stored):
     for name, result in stored.items():
-        assert result.head.command == name and "H100" in result.head.gpu and result.head.clean and result.head.commit
+        assert (
+            result.head.command == name.removesuffix("-wallclock")
+            and "H100" in result.head.gpu
+            and result.head.clean
+            and result.head.commit
+        )
         assert result.rows and not result.failed
         assert all(math.isfinite(row.time_us) and row.p10_us <= row.time_us <= row.p90_us for row in result.rows)
-    assert len(stored["paper"].rows) == 2 * len(PUBLISHED)
+    for method in ("graph", "wallclock"):
+        paper = stored["paper" if method == "graph" else "paper-wallclock"]
+        assert paper.head.method == method and len(paper.rows) == 2 * len(PUBLISHED)
 
 
 @pytest.mark.parametrize("page", cli.PAGES)
