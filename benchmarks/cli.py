@@ -108,6 +108,36 @@ def host(json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
     _finish(Result(conditions.head("host", "host thread", "torch eager FFN", yard, watch), tuple(rows)), json_path, csv_path)
 
 
+@main.command()
+@_json
+@_csv
+@_quick
+@click.option("--model", "names", type=click.Choice(["7B", "13B"]), multiple=True, default=["7B", "13B"], show_default=True)
+@click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A model on disk instead.")
+def decode(names: tuple[str, ...], checkpoint: Path | None, json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
+    """Tokens a second of whole models, dense and patched: LLaMA shapes with random weights as sparse as the published models."""
+    _need_gpu()
+    try:
+        from . import decode as models
+    except ImportError as error:
+        raise click.ClickException(f'decode needs torch and transformers, which the extra "hf" brings: {error}') from error
+    yard, watch, rows = conditions.yardsticks(), conditions.Watch(), []
+    dense = best_dense(NUMPY_DTYPES["bfloat16"])
+    wanted = {checkpoint.name: checkpoint} if checkpoint else {name: MODELS[name] for name in names}
+    with _progress(len(wanted)) as advance:
+        for name, source in wanted.items():
+            advance(f"{name}: making the model", 0)
+            model = models.load(source) if checkpoint else models.random_model(source)
+            rows += models.measure_model(
+                model, name, dense, yard, 15 if quick else 40, lambda doing, name=name: advance(f"{name}: {doing}", 0)
+            )
+            watch.look(name)
+            del model
+            models.free_memory()
+            advance("", 1)
+    _finish(Result(conditions.head("decode", "graph", dense.name, yard, watch), tuple(rows)), json_path, csv_path)
+
+
 @main.command("compare")
 @click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))

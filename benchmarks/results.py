@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 VERSION = 1
 
@@ -82,17 +83,78 @@ class Row:
 
 
 @dataclass(frozen=True)
+class DecodeRow:
+    """One model decoding greedily at batch 1: µs and milliseconds per token, of the patched model and of the dense one.
+
+    An FFN's or attention's share is what a step takes less without it. Errors are the largest of an FFN's, as in `Row`.
+    """
+
+    op: str
+    variant: str
+    model: str
+    d_model: int
+    d_ff: int
+    n_layers: int
+    dtype: str
+    context: int
+    sparsity: float
+    """Average over layers and decoded tokens, as measured."""
+    time_us: float
+    p10_us: float
+    p90_us: float
+    dense_us: float
+    ffn_ms: float
+    attention_ms: float
+    rest_ms: float
+    dense_ffn_ms: float
+    dense_attention_ms: float
+    dense_rest_ms: float
+    operator_us: float
+    """`SparseFFN` by itself at these dims and this sparsity, µs per layer."""
+    error: float
+    dense_error: float
+    checked: bool
+    noisy: bool
+    mask: str = "its own"
+    tokens_per_s: float = field(init=False)
+    dense_tokens_per_s: float = field(init=False)
+    speedup: float = field(init=False)
+    ffn_us: float = field(init=False)
+    """Of one layer in the model."""
+
+    def __post_init__(self) -> None:
+        derived = {
+            "tokens_per_s": 1e6 / self.time_us,
+            "dense_tokens_per_s": 1e6 / self.dense_us,
+            "speedup": self.dense_us / self.time_us,
+            "ffn_us": self.ffn_ms * 1e3 / self.n_layers,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes two rows of two results the same measurement."""
+        return (self.op, self.variant, self.model, self.d_model, self.d_ff, self.n_layers, self.dtype, self.context)
+
+
+_ROWS = {"decode": DecodeRow}
+"""What a command's rows are, where not `Row`."""
+
+
+@dataclass(frozen=True)
 class Result:
     """What one benchmark command found."""
 
     head: Head
-    rows: tuple[Row, ...]
+    rows: tuple[Any, ...]
+    """`Row`, or `DecodeRow`."""
 
     @property
-    def failed(self) -> tuple[Row, ...]:
+    def failed(self) -> tuple[Any, ...]:
         return tuple(row for row in self.rows if not row.checked)
 
-    def find(self, **wanted: object) -> Row:
+    def find(self, **wanted: object) -> Any:
         """The one row with these values."""
         found = [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
         if len(found) != 1:
@@ -110,7 +172,7 @@ def write_json(result: Result, path: Path) -> None:
 def write_csv(result: Result, path: Path) -> None:
     """The rows alone."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [f.name for f in fields(Row)])
+        table = csv.DictWriter(file, [f.name for f in fields(_ROWS.get(result.head.command, Row))])
         table.writeheader()
         table.writerows(asdict(row) for row in result.rows)
 
@@ -120,8 +182,9 @@ def read_json(path: Path) -> Result:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         head = Head(**{**data["head"], "disturbances": tuple(data["head"]["disturbances"])})
-        given = [f.name for f in fields(Row) if f.init]
-        rows = tuple(Row(**{name: math.nan if row[name] is None else row[name] for name in given}) for row in data["rows"])
+        made = _ROWS.get(head.command, Row)
+        given = [f.name for f in fields(made) if f.init]
+        rows = tuple(made(**{name: math.nan if row[name] is None else row[name] for name in given}) for row in data["rows"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result of these benchmarks: {type(error).__name__}: {error}") from error
     if head.version != VERSION:

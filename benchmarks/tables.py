@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from rich.table import Table
 
 from .compare import Change
 from .paper import PUBLISHED
-from .results import Result, Row
+from .results import DecodeRow, Result, Row
 
 RESULT_FILE = "h100-{}.json"
 _MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[\w-]+) -->)\n.*?<!-- end -->", re.DOTALL)
@@ -17,6 +18,8 @@ _MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[\w-]+) -->)\n.*?<!-- end -
 def terminal(result: Result) -> Table:
     """All rows, with what the head says above and below."""
     head = result.head
+    if head.command == "decode":
+        return _decode_terminal(result)
     caption = (
         f"{head.gpu} · {head.method} · commit {head.commit}{'' if head.clean else ' (changed)'} · read peak "
         f"{head.read_peak_GBps / 1e3:.2f} TB/s · launch {head.launch_us:.2f} µs · dense: {head.dense}"
@@ -29,6 +32,53 @@ def terminal(result: Result) -> Table:
     for row in result.rows:
         table.add_row(row.op, row.variant, row.model, row.dtype, row.mask, f"{row.sparsity:.2%}", *_numbers(row))
     return table
+
+
+def _decode_terminal(result: Result) -> Table:
+    head = result.head
+    table = Table(title=head.command, caption=f"{head.gpu} · commit {head.commit}{'' if head.clean else ' (changed)'}")
+    for name in _DECODE:
+        table.add_column(name)
+    for row in result.rows:
+        table.add_row(*_decode_cells(row), style=None if row.checked else "red")
+    return table
+
+
+_DECODE = (
+    "model",
+    "how",
+    "sparsity",
+    "dense tokens/s",
+    "tokens/s",
+    "speed-up",
+    "dense ms: FFN, attention, rest",
+    "ms: FFN, attention, rest",
+    "FFN µs a layer",
+    "`SparseFFN` alone µs",
+)
+
+
+def _decode_cells(row: DecodeRow) -> list[str]:
+    def split(*parts: float) -> str:
+        return "" if math.isnan(parts[0]) else " + ".join(f"{ms:.2f}" for ms in parts)
+
+    alone = [f"{us:.1f}" if not math.isnan(us) else "" for us in (row.ffn_us, row.operator_us)]
+    return [
+        row.model,
+        row.variant,
+        f"{row.sparsity:.2%}",
+        f"{row.dense_tokens_per_s:.1f}",
+        f"{row.tokens_per_s:.1f}{' ~' if row.noisy else ''}",
+        f"{row.speedup:.2f}x",
+        split(row.dense_ffn_ms, row.dense_attention_ms, row.dense_rest_ms),
+        split(row.ffn_ms, row.attention_ms, row.rest_ms),
+        *alone,
+    ]
+
+
+def decode(result: Result) -> str:
+    """Tokens a second of whole models."""
+    return markdown(list(_DECODE), [_decode_cells(row) for row in result.rows])
 
 
 def _numbers(row: Row) -> tuple[str, ...]:
@@ -131,7 +181,7 @@ def changes(found: list[Change]) -> Table:
     return table
 
 
-TABLES = {"ffn": ffn, "paper": paper, "paper-wallclock": paper, "sweep": sweep, "host": host}
+TABLES = {"ffn": ffn, "paper": paper, "paper-wallclock": paper, "sweep": sweep, "host": host, "decode": decode}
 
 
 def fill(text: str, results: dict[str, Result]) -> str:

@@ -1,1 +1,24 @@
-"""What needs torch. Nothing outside this folder imports it."""
+"""PyTorch and Hugging Face: the operators as torch ops, a module, and one line that patches a model.
+
+Nothing outside this folder imports torch.
+"""
+
+from . import ops as _ops  # noqa: F401  registers torch.ops.prosparse
+from .activation import FATReLU, register_fatrelu
+from .mlp import SparseGatedMLP
+from .patch import LayerPatch, PatchReport, patch_model, unpatch_model
+from .sparsity import LayerSparsity, SparsityMeter, SparsityReport, measure_sparsity
+
+__all__ = [
+    "FATReLU",
+    "LayerPatch",
+    "LayerSparsity",
+    "PatchReport",
+    "SparseGatedMLP",
+    "SparsityMeter",
+    "SparsityReport",
+    "measure_sparsity",
+    "patch_model",
+    "register_fatrelu",
+    "unpatch_model",
+]

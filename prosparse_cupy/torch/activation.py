@@ -1,0 +1,103 @@
+"""FATReLU for torch, and its name in Hugging Face transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._buffers import check_threshold
+
+_DTYPES = {
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.float16: np.dtype(np.float16),
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
+
+
+class FATReLU(nn.Module):
+    """``x if x >= threshold else 0``: ReLU with its threshold moved up (arXiv 2402.13516, activation threshold shifting).
+
+    One elementwise kernel. It keeps ``x == threshold`` and NaN, as the operators do, and compares with the threshold as float32.
+
+    Parameters
+    ----------
+    threshold : float, optional
+        T, finite and >= 0; 0 is ReLU. None: to be set before the first call, as `register_fatrelu` does.
+    """
+
+    def __init__(self, threshold: float | None = None) -> None:
+        super().__init__()
+        self._below: dict[torch.dtype, float] = {}
+        self._threshold: float | None = None
+        if threshold is not None:
+            self.threshold = threshold
+
+    @property
+    def threshold(self) -> float | None:
+        """T, or None where it was never set."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._threshold = check_threshold("FATReLU", threshold)
+        self._below = {dtype: largest_below(self._threshold, numpy_dtype) for dtype, numpy_dtype in _DTYPES.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._threshold is None:
+            raise RuntimeError("FATReLU has no threshold: set it from the config's hidden_act_param (activation.threshold = T)")
+        return nn.functional.threshold(x, self._below[x.dtype], 0.0)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self._threshold}"
+
+
+def largest_below(threshold: float, dtype: np.dtype) -> float:
+    """The largest number of `dtype` below T as float32: torch's `threshold` keeps what is greater, FATReLU what is equal too."""
+    if threshold == 0.0:
+        return 0.0
+    wanted = np.float32(threshold)
+    kept = wanted.astype(dtype)
+    if kept < wanted:
+        kept = np.nextafter(kept, np.array(np.inf, dtype))
+    return float(np.nextafter(kept, np.zeros((), dtype)))
+
+
+_registered = False
+
+
+def register_fatrelu() -> None:
+    """Make stock Hugging Face models load a config whose `hidden_act` is ``fatrelu``.
+
+    Adds ``fatrelu`` to transformers' `ACT2FN`; each `FATReLU` then takes its threshold, `hidden_act_param`, from the config of the
+    module that it becomes a part of. Calling it again does nothing.
+
+    Raises
+    ------
+    ImportError
+        transformers is not installed.
+
+    Examples
+    --------
+    >>> register_fatrelu()
+    >>> model = AutoModelForCausalLM.from_pretrained(folder)
+    """
+    global _registered
+    from transformers.activations import ACT2FN
+
+    if not _registered:
+        ACT2FN["fatrelu"] = FATReLU
+        nn.modules.module.register_module_module_registration_hook(_take_threshold)
+        _registered = True
+
+
+def _take_threshold(module: nn.Module, name: str, submodule: Any) -> None:
+    """Where a FATReLU without a threshold is registered, give it the one of the module's config."""
+    if isinstance(submodule, FATReLU) and submodule.threshold is None:
+        threshold = getattr(getattr(module, "config", None), "hidden_act_param", None)
+        if threshold is not None:
+            submodule.threshold = threshold

@@ -1,0 +1,118 @@
+"""`torch.ops.prosparse`: the operators in torch's dispatcher, so that `torch.compile` and `torch.export` see them whole.
+
+`ffn_1`, `ffn_123`, `ffn_23`, `ffn_4` and `sparse_ffn` take what the functions of the same name in `prosparse_cupy` take, and each
+has an overload `.out` that writes to `out` and returns nothing. CUDA tensors go to the kernels, CPU tensors to the reference.
+Inference only: a tensor that requires grad is refused while gradients are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import FFN_1, FFN_4, FFN_23, FFN_123, SPARSE_FFN
+
+_SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
+_WITH_THRESHOLD = ("ffn_123", "ffn_23", "sparse_ffn")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_LIBRARY = torch.library.Library("prosparse", "DEF")
+
+
+def _register(name: str) -> None:
+    """Both overloads of an operator: schema, CUDA, CPU and fake implementation."""
+    inputs = ", ".join(f"Tensor {operand.name}" for operand in _SIGNATURES[name].inputs)
+    threshold = ", float threshold=0.0" if name in _WITH_THRESHOLD else ""
+    _LIBRARY.define(f"{name}({inputs}{threshold}) -> Tensor", tags=_TAGS)
+    _LIBRARY.define(f"{name}.out({inputs}{threshold}, *, Tensor(a!) out) -> ()", tags=_TAGS)
+    for key, make in (("CUDA", _on_gpu), ("CPU", _on_host)):
+        call = make(name)
+        _LIBRARY.impl(name, call, key)
+        _LIBRARY.impl(f"{name}.out", _into_out(call), key)
+    torch.library.register_fake(f"prosparse::{name}", _fake(name), lib=_LIBRARY)
+    torch.library.register_fake(f"prosparse::{name}.out", _fake_out(name), lib=_LIBRARY)
+
+
+def _on_gpu(name: str) -> Callable[..., Tensor]:
+    operator = getattr(ops, name)
+
+    def call(*arguments: Any, out: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            _refuse_grad(name, arguments)
+        return operator(*arguments, out=out)
+
+    return call
+
+
+def _on_host(name: str) -> Callable[..., Tensor]:
+    operator = getattr(ops, name)
+
+    def call(*arguments: Any, out: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            _refuse_grad(name, arguments)
+        arrays = [as_numpy(a) if isinstance(a, Tensor) else a for a in arguments]
+        return from_numpy(operator(*arrays, out=None if out is None else as_numpy(out)))
+
+    return call
+
+
+def _into_out(call: Callable[..., Tensor]) -> Callable[..., None]:
+    def call_out(*arguments: Any, out: Tensor) -> None:
+        call(*arguments, out=out)
+
+    return call_out
+
+
+def _fake(name: str) -> Callable[..., Tensor]:
+    """The shape, dtype and device of a result: the first input's leading dims, then d_model or d_ff as the weights have it."""
+    signature = _SIGNATURES[name]
+    axis = ("d_ff", "d_model").index(*signature.output.dims)
+
+    def call(*arguments: Any, **keywords: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            _refuse_grad(name, arguments)
+        first, weights = arguments[0], arguments[len(signature.inputs) - 1]
+        return first.new_empty((*first.shape[:-1], weights.shape[axis]))
+
+    return call
+
+
+def _fake_out(name: str) -> Callable[..., None]:
+    def call(*arguments: Any, out: Tensor, **keywords: Any) -> None:
+        if torch.is_grad_enabled():
+            _refuse_grad(name, (*arguments, out))
+
+    return call
+
+
+def _refuse_grad(name: str, arguments: tuple[Any, ...]) -> None:
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.requires_grad:
+            raise RuntimeError(
+                f"prosparse::{name} is for inference: got a tensor that requires grad while gradients are recorded; call it "
+                "under torch.inference_mode() or torch.no_grad(), or detach() the tensors"
+            )
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """A CPU tensor's memory as a NumPy array; bfloat16 as `ml_dtypes.bfloat16`."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """The inverse of `as_numpy`."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+for _name in _SIGNATURES:
+    _register(_name)

@@ -1,0 +1,180 @@
+"""Patch a loaded Hugging Face model: its gated ReLU FFNs decode sparsely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..launch import VECTOR_BYTES
+from ._text import table
+from .activation import FATReLU
+from .mlp import PROJECTIONS, SparseGatedMLP, unpack
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LARGEST_ERROR = 0.1  # of a layer's output on a random token: another formula is off by about 1, bf16 by 0.01
+
+
+@dataclass(frozen=True)
+class LayerPatch:
+    """What `patch_model` did with one gated MLP."""
+
+    name: str
+    sparse: bool
+    """Whether one token now goes through the sparse operators."""
+    threshold: float
+    reason: str = ""
+    """Why it was left dense."""
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch_model` did, layer by layer; `print` shows a table."""
+
+    layers: tuple[LayerPatch, ...]
+
+    @property
+    def sparse(self) -> tuple[LayerPatch, ...]:
+        return tuple(layer for layer in self.layers if layer.sparse)
+
+    def __str__(self) -> str:
+        title = f"{len(self.sparse)} of {len(self.layers)} gated MLPs decode sparsely"
+        rows = [(x.name, "sparse" if x.sparse else f"dense: {x.reason}", f"{x.threshold:g}") for x in self.layers]
+        return table(title, ("layer", "decoding", "threshold"), rows)
+
+
+def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport:
+    """Let every gated ReLU MLP of a model decode sparsely, exactly as before within rounding; in place.
+
+    An MLP is gated if it has `gate_proj`, `up_proj` and `down_proj`: LLaMA, Mistral, Qwen2, MiniCPM, and remote code like them. Its
+    activation comes from the config, `hidden_act` (``relu``, or ``fatrelu`` with `hidden_act_param`). One token at a time goes
+    through the sparse operators, longer inputs (prefill) through the dense path on the same weights. Every layer is tried on
+    a random token first, which also compiles its kernels; one whose output is not what it was before is left dense.
+
+    Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Loaded, on its device, in bfloat16, float16 or float32.
+    threshold : float, optional
+        FATReLU's T in place of the config's: this moves the activation of the model, and so changes what it says.
+
+    Returns
+    -------
+    PatchReport
+        Per layer what was done; MLPs with biases, quantised, offloaded or meta weights, or hooks are left dense, with the reason.
+
+    Raises
+    ------
+    ValueError
+        No gated MLP, an activation that is not ReLU, a `fatrelu` config without its threshold, a model that is patched already.
+        Nothing has been changed.
+    """
+    found = list(gated_mlps(model))
+    if not found:
+        raise ValueError(f"patch_model: {type(model).__name__} has no module with {', '.join(PROJECTIONS)}: nothing to patch")
+    if found[0][0] == "":
+        raise ValueError("patch_model: this is a gated MLP, not a model with some: use SparseGatedMLP.from_mlp(mlp)")
+    if any(isinstance(mlp, SparseGatedMLP) for _, mlp in found):
+        raise ValueError("patch_model: the model is patched already: call unpatch_model(model) first")
+    thresholds = [_threshold(model, name, mlp, threshold) for name, mlp in found]
+    layers = []
+    for (name, mlp), own in zip(found, thresholds, strict=True):
+        reason = _why_dense(mlp) or _replace(model, name, mlp, own, moved=threshold is not None)
+        layers.append(LayerPatch(name, not reason, own, reason))
+    return PatchReport(tuple(layers))
+
+
+def unpatch_model(model: nn.Module) -> None:
+    """Undo `patch_model`: the MLPs of before, with their weights as they are now, in `nn.Linear`'s layout. Others are left alone."""
+    for name, mlp in list(gated_mlps(model)):
+        original = getattr(mlp, "_original", None)
+        if isinstance(mlp, SparseGatedMLP) and original is not None:
+            unpack(mlp.down_proj)
+            model.set_submodule(name, original[0])
+
+
+def gated_mlps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every gated MLP."""
+    for name, module in model.named_modules():
+        if all(isinstance(getattr(module, p, None), nn.Module) for p in PROJECTIONS):
+            yield name, module
+
+
+def _threshold(model: nn.Module, name: str, mlp: nn.Module, given: float | None) -> float:
+    """T of an MLP, or ValueError."""
+    config = getattr(mlp, "config", None) or getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    activation = getattr(config, "hidden_act", None)
+    own = getattr(mlp, "act_fn", None)
+    if activation is None:
+        activation = {nn.ReLU: "relu", FATReLU: "fatrelu"}.get(type(own), type(own).__name__)
+    if activation not in ("relu", "fatrelu"):
+        raise ValueError(
+            f"patch_model: {name} has the activation {activation!r}: only relu and fatrelu leave neurons at exactly zero, so only "
+            "they can be skipped; nothing was changed"
+        )
+    if given is not None or activation == "relu":
+        return FATReLU(given or 0.0).threshold
+    threshold = own.threshold if isinstance(own, FATReLU) else getattr(config, "hidden_act_param", None)
+    if threshold is None:
+        raise ValueError(
+            f"patch_model: {name} has the activation fatrelu, but the config has no hidden_act_param, its threshold: pass "
+            "patch_model(model, threshold=T); nothing was changed"
+        )
+    return FATReLU(threshold).threshold
+
+
+def _why_dense(mlp: nn.Module) -> str:
+    """Why an MLP cannot be patched, or nothing."""
+    linears = [getattr(mlp, p) for p in PROJECTIONS]
+    for name, linear in zip(PROJECTIONS, linears, strict=True):
+        if type(linear) is not nn.Linear:
+            return f"{name} is a {type(linear).__name__}, not a plain nn.Linear"
+        if linear.bias is not None:
+            return f"{name} has a bias"
+        if type(linear.weight.data) is not torch.Tensor or linear.weight.dtype not in _DTYPES:
+            return (
+                f"{name} is {linear.weight.dtype} in a {type(linear.weight.data).__name__}: bfloat16, float16 or float32 needed"
+            )
+    weights = [linear.weight for linear in linears]
+    if any(hasattr(m, "_hf_hook") or m._forward_hooks or m._forward_pre_hooks for m in (mlp, *linears)):
+        return "it has hooks (offloading, or a user's)"
+    if any(w.is_meta for w in weights):
+        return "its weights are on the meta device: load them first"
+    if len({(w.device, w.dtype) for w in weights}) > 1:
+        return "its weights have different devices or dtypes"
+    if weights[0].device.type not in ("cuda", "cpu"):
+        return f"its weights are on {weights[0].device}"
+    if weights[0].shape != weights[1].shape or weights[0].shape != weights[2].t().shape:
+        return f"its weights do not fit each other: {', '.join(str(tuple(w.shape)) for w in weights)}"
+    vector = VECTOR_BYTES // weights[0].element_size()
+    if weights[0].shape[1] % vector:
+        return f"d_model is {weights[0].shape[1]}, not a multiple of {vector}"
+    if any(w.data_ptr() % VECTOR_BYTES for w in weights) or not all(w.is_contiguous() for w in weights[:2]):
+        return "its weights are views into other memory, strided or not aligned to 16 bytes"
+    return ""
+
+
+@torch.no_grad()
+def _replace(model: nn.Module, name: str, mlp: nn.Module, threshold: float, moved: bool) -> str:
+    """Put a SparseGatedMLP in the place of `mlp`, or say why its output would not be the same and leave `mlp` there."""
+    weight = mlp.gate_proj.weight
+    token = torch.randn(1, 1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    before = None if moved else mlp(token)
+    was_packed = mlp.down_proj.weight.t().is_contiguous()
+    sparse = SparseGatedMLP.from_mlp(mlp, threshold)
+    if before is None:
+        before = sparse(token.expand(1, 2, -1))[:, :1]
+    after = sparse(token)
+    error, norm = (after.float() - before.float()).norm().item(), before.float().norm().item()
+    if not error <= _LARGEST_ERROR * norm:
+        if not was_packed:
+            unpack(mlp.down_proj)
+        return f"its output differs from fatrelu's by {error / norm if norm else error:.2g} of its norm"
+    sparse._original = (mlp,)  # in a tuple: not a submodule
+    model.set_submodule(name, sparse)
+    return ""

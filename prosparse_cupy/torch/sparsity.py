@@ -1,0 +1,156 @@
+"""How sparse a model is: the share of active neurons per layer, counted on the device while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._text import table
+from .mlp import SparseGatedMLP, count_active
+from .patch import gated_mlps
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """One layer, over all tokens counted."""
+
+    name: str
+    active: float
+    """Average share of neurons that are not zero, 0 to 1; NaN where no token came."""
+    tokens: float
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.active
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Active shares per layer; `print` shows a table, `save_figure` draws them."""
+
+    layers: tuple[LayerSparsity, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """Average over layers, 0 to 1."""
+        return sum(layer.sparsity for layer in self.layers) / len(self.layers)
+
+    @property
+    def weights_read(self) -> float:
+        """Share of the FFN's weights that decoding must read: all of the gate, and two rows of three per active neuron."""
+        return (3 - 2 * self.sparsity) / 3
+
+    def __str__(self) -> str:
+        title = f"average sparsity {self.sparsity:.2%}: decoding reads {self.weights_read:.0%} of the FFN's weights"
+        rows = [(x.name, f"{x.active:.2%}", f"{x.sparsity:.2%}", "█" * round(30 * x.active)) for x in self.layers if x.tokens]
+        return table(title, ("layer", "active", "sparsity", ""), rows)
+
+    def save_figure(self, path: str | Path) -> None:
+        """Active share by layer, as a picture in the format of the suffix (SVG, PNG, ...). Needs matplotlib (extra ``bench``)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.add_subplot()
+        axes.bar(range(len(self.layers)), [100 * layer.active for layer in self.layers], color="#0072b2")
+        axes.axhline(100 * (1 - self.sparsity), color="#7a8594", lw=1, label=f"average {1 - self.sparsity:.1%}")
+        axes.set(xlabel="layer", ylabel="active neurons, %", ylim=(0, None))
+        axes.legend(frameon=False, fontsize=8)
+        figure.savefig(path)
+
+
+class SparsityMeter:
+    """Counts active neurons (x1 != 0) of a model's gated MLPs, patched or not, on the device: no call waits for the GPU.
+
+    Counting costs a few small kernels a layer, and works in CUDA graphs captured while the meter is on. It ends with `remove`, or at
+    the end of a ``with`` block.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        As for `patch_model`, of any activation: SiLU and GELU models simply have no zeros.
+
+    Raises
+    ------
+    ValueError
+        No gated MLP, or another meter is on.
+
+    Examples
+    --------
+    >>> with SparsityMeter(model) as meter:
+    ...     model.generate(**inputs)
+    >>> print(meter.report())
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = list(gated_mlps(model))
+        if not found:
+            raise ValueError(f"SparsityMeter: {type(model).__name__} has no gated MLP")
+        if any(getattr(mlp, "counts", None) is not None for _, mlp in found):
+            raise ValueError("SparsityMeter: another meter counts this model already: remove() it first")
+        self._counts: dict[str, Tensor] = {}
+        self._neurons: dict[str, int] = {}
+        self._undo: list[Callable[[], object]] = []
+        for name, mlp in found:
+            counts = torch.zeros(2, dtype=torch.int64, device=mlp.down_proj.weight.device)
+            self._counts[name], self._neurons[name] = counts, mlp.down_proj.in_features
+            mlp.counts = counts
+            if isinstance(mlp, SparseGatedMLP):
+                self._undo.append(lambda mlp=mlp: setattr(mlp, "counts", None))
+            else:
+                handle = mlp.down_proj.register_forward_pre_hook(lambda _, arguments, counts=counts: _count(counts, arguments))
+                self._undo += [handle.remove, lambda mlp=mlp: delattr(mlp, "counts")]
+
+    def report(self) -> SparsityReport:
+        """What was counted so far; waits for the GPU."""
+        layers = []
+        for name, counts in self._counts.items():
+            active, neurons = counts.tolist()
+            tokens = neurons / self._neurons[name]
+            layers.append(LayerSparsity(name, active / neurons if neurons else float("nan"), tokens))
+        return SparsityReport(tuple(layers))
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        for counts in self._counts.values():
+            counts.zero_()
+
+    def remove(self) -> None:
+        """Stop counting; `report` still works."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> SparsityMeter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+
+def _count(counts: Tensor, arguments: tuple[Any, ...]) -> None:
+    count_active(counts, arguments[0].detach())
+
+
+def measure_sparsity(model: nn.Module, input_ids: Tensor, **keywords: Any) -> SparsityReport:
+    """Run the model once over a prompt and report the active share of every layer.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        As for `SparsityMeter`.
+    input_ids : torch.Tensor, (batch, tokens)
+        On the model's device. `keywords` go to the model as well.
+
+    Returns
+    -------
+    SparsityReport
+        ``.sparsity`` is the average that a model card gives; ``.weights_read`` says what decoding would read.
+    """
+    with SparsityMeter(model) as meter, torch.inference_mode():
+        model(input_ids, **keywords)
+    return meter.report()
