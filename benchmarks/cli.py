@@ -115,7 +115,7 @@ def host(json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
 @click.option("--model", "names", type=click.Choice(["7B", "13B"]), multiple=True, default=["7B", "13B"], show_default=True)
 @click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A model on disk instead.")
 def decode(names: tuple[str, ...], checkpoint: Path | None, json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
-    """Tokens a second of whole models, dense and patched: LLaMA shapes with random weights as sparse as the published models."""
+    """Tokens a second of whole models, dense and patched: LLaMA shapes, random weights, as sparse as the published ones."""
     _need_gpu()
     try:
         from . import decode as models

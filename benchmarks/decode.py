@@ -81,8 +81,8 @@ def shares(record: Model) -> np.ndarray:
 def calibrate(model: nn.Module, layer_shares: np.ndarray, threshold: float, seed: int = 0) -> None:
     """Scale the rows of every `gate_proj` so that a layer has this share of active neurons, some far more often than others.
 
-    A token enters the FFN with norm sqrt(d_model), so a gate with random weights of standard deviation s is normal with standard
-    deviation s * sqrt(d_model), and active with probability P where that is threshold / quantile(1 - P).
+    A token enters the FFN with norm sqrt(d_model), so a gate with random weights of standard deviation s is normal with
+    standard deviation s * sqrt(d_model), and active with probability P where that is threshold / quantile(1 - P).
     """
     rng = np.random.default_rng(seed)
     model.get_input_embeddings().weight.normal_(0, 1)  # the residual stream's scale, so that the norm's epsilon does not count
@@ -139,7 +139,11 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, context: int = CONTEXT) -
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(holds: tuple[Any, ...] = (token, cache)) -> None:  # a graph does not keep what was allocated before it
+        graph.replay()
+
+    return replay
 
 
 def _graphs(model: nn.Module, prompt: torch.Tensor, name: str) -> dict[str, Callable[[], object]]:

@@ -1,8 +1,9 @@
 """Train a small byte-level LLaMA with a ReLU gate to be sparse, as ProSparse does in miniature.
 
-The text is the Python standard library's source, which every Python has on hand. The loss is cross entropy plus an L1 penalty on
-the activated gate (arXiv 2402.13516, progressive sparsity regularisation): none while the model learns to write, then growing until
-the wanted share of neurons is at zero. The result is a Hugging Face folder in bfloat16: what `tests/data/relu-lm` holds.
+The text is the Python standard library's source, which every Python has on hand. The loss is cross entropy plus an L1 penalty
+on the activated gate (arXiv 2402.13516, progressive sparsity regularisation): none while the model learns to write, then
+growing until the wanted share of neurons is at zero. The result is a Hugging Face folder in bfloat16: what
+`tests/data/relu-lm` holds.
 
     python examples/train_relu_lm.py relu-lm          # two minutes on an H100
 

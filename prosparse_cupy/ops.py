@@ -247,7 +247,7 @@ def sparse_ffn(
     if call.on_host:
         return call.result(reference.sparse_ffn(x, w_gate, w_up, w_down_t, threshold))
     scratch = _stream_scratch(call.family, call.checked)
-    _launch_ffn(call, *call.inputs, threshold, specialize, scratch)
+    launch_ffn(call, *call.inputs, threshold, specialize, scratch)
     return call.result()
 
 
@@ -278,7 +278,7 @@ class SparseFFN:
         self._specialize = specialize
         bound = Call(BUILD, self._weights, None)
         self.d_model, self.d_ff, self.dtype = bound.checked[:3]
-        self._scratch = None if bound.on_host else _Scratch(bound.family, bound.checked)
+        self._scratch = None if bound.on_host else Scratch(bound.family, bound.checked)
 
     def __call__(self, x: Any, *, out: Any = None) -> Any:
         """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
@@ -286,7 +286,7 @@ class SparseFFN:
         if call.on_host:
             return call.result(reference.sparse_ffn(x, *self._weights, self.threshold))
         *weights, x_address = call.inputs
-        _launch_ffn(call, x_address, *weights, self.threshold, self._specialize, self._scratch)
+        launch_ffn(call, x_address, *weights, self.threshold, self._specialize, self._scratch)
         return call.result()
 
     def __repr__(self) -> str:
@@ -356,16 +356,16 @@ def _launch(kernel: str, checked: Checked, family: Family, specialize: bool, *ar
     load(kernel, d_model, d_ff, dtype, device, specialize)(family.stream(device), *arguments, d_ff, d_model)
 
 
-def _launch_ffn(
-    call: Call, x: int, w_gate: int, w_up: int, w_down_t: int, threshold: float, specialize: bool, scratch: _Scratch
+def launch_ffn(
+    call: Call, x: int, w_gate: int, w_up: int, w_down_t: int, threshold: float, specialize: bool, scratch: Scratch
 ) -> None:
     checked, family = call.checked, call.family
     _launch("ffn_123", checked, family, specialize, x, w_gate, w_up, scratch.x1, threshold)
     _launch("ffn_4", checked, family, specialize, scratch.x1, w_down_t, call.output)
 
 
-class _Scratch:
-    """The intermediate of one FFN: x1, (d_ff,)."""
+class Scratch:
+    """The intermediate of one FFN: x1, (d_ff,), from the array library's allocator."""
 
     def __init__(self, family: Family, checked: Checked) -> None:
         self._array = family.empty((checked.d_ff,), checked.dtype, checked.device)
@@ -373,11 +373,11 @@ class _Scratch:
 
 
 _MOST_SCRATCH = 64
-_scratch: OrderedDict[tuple[Any, ...], _Scratch] = OrderedDict()
-_captured: list[_Scratch] = []
+_scratch: OrderedDict[tuple[Any, ...], Scratch] = OrderedDict()
+_captured: list[Scratch] = []
 
 
-def _stream_scratch(family: Family, checked: Checked) -> _Scratch:
+def _stream_scratch(family: Family, checked: Checked) -> Scratch:
     """Scratch of the current stream: launches on one stream follow each other, so they can share it.
 
     A captured graph replays later, perhaps on another stream, so every captured call gets scratch of its own; where the
@@ -385,13 +385,13 @@ def _stream_scratch(family: Family, checked: Checked) -> _Scratch:
     """
     stream = family.stream(checked.device)
     if cupy().cuda.runtime.streamIsCapturing(stream):
-        fresh = _Scratch(family, checked)
+        fresh = Scratch(family, checked)
         if not family.allocator_knows_graphs:
             _captured.append(fresh)
         return fresh
     key = (family, checked.device, stream, checked.d_ff, checked.dtype)
     if key not in _scratch:
-        _scratch[key] = _Scratch(family, checked)
+        _scratch[key] = Scratch(family, checked)
         if len(_scratch) > _MOST_SCRATCH:
             _scratch.popitem(last=False)
     return _scratch[key]

@@ -10,12 +10,12 @@ from rich.table import Table
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text; wide enough that no cell is cut."""
-    drawn = Table(title=title, title_justify="left")
+    """A title and a table under it."""
+    drawn = Table()
     for heading in headings:
         drawn.add_column(heading, overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     text = io.StringIO()
     Console(file=text, width=120, color_system=None).print(drawn)
-    return text.getvalue().rstrip()
+    return f"{title}\n{text.getvalue().rstrip()}"

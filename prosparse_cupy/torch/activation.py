@@ -22,7 +22,8 @@ _DTYPES = {
 class FATReLU(nn.Module):
     """``x if x >= threshold else 0``: ReLU with its threshold moved up (arXiv 2402.13516, activation threshold shifting).
 
-    One elementwise kernel. It keeps ``x == threshold`` and NaN, as the operators do, and compares with the threshold as float32.
+    One elementwise kernel. It keeps ``x == threshold`` and NaN, as the operators do, and compares with the threshold as
+    float32.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ class FATReLU(nn.Module):
 
 
 def largest_below(threshold: float, dtype: np.dtype) -> float:
-    """The largest number of `dtype` below T as float32: torch's `threshold` keeps what is greater, FATReLU what is equal too."""
+    """The largest number of `dtype` below T as float32: torch's `threshold` keeps what is greater, FATReLU what is equal."""
     if threshold == 0.0:
         return 0.0
     wanted = np.float32(threshold)
@@ -73,8 +74,8 @@ _registered = False
 def register_fatrelu() -> None:
     """Make stock Hugging Face models load a config whose `hidden_act` is ``fatrelu``.
 
-    Adds ``fatrelu`` to transformers' `ACT2FN`; each `FATReLU` then takes its threshold, `hidden_act_param`, from the config of the
-    module that it becomes a part of. Calling it again does nothing.
+    Adds ``fatrelu`` to transformers' `ACT2FN`; each `FATReLU` then takes its threshold, `hidden_act_param`, from the config of
+    the module that it becomes a part of. Calling it again does nothing.
 
     Raises
     ------

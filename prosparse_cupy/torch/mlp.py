@@ -14,10 +14,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class SparseGatedMLP(nn.Module):
-    """``down_proj(fatrelu(gate_proj(x)) * up_proj(x))``, one token through the sparse operators, more through the dense path.
+    """``down_proj(fatrelu(gate_proj(x)) * up_proj(x))``: one token by the sparse operators, more by the dense path.
 
-    Both paths read the same weights: `down_proj.weight` is the transposed view of a contiguous (d_ff, d_model) buffer, so that a
-    neuron is one contiguous row, and there is no second copy. Names and shapes in the state dict are those of a LLaMA MLP.
+    Both paths read the same weights: `down_proj.weight` is the transposed view of a contiguous (d_ff, d_model) buffer, so that
+    a neuron is one contiguous row, and there is no second copy. Names and shapes in the state dict are those of a LLaMA MLP.
 
     Parameters
     ----------
@@ -41,9 +41,10 @@ class SparseGatedMLP(nn.Module):
 
     @classmethod
     def from_mlp(cls, mlp: nn.Module, threshold: float = 0.0) -> SparseGatedMLP:
-        """Of a LLaMA-like MLP with bias-free `gate_proj`, `up_proj` and `down_proj`, whose activation is FATReLU of `threshold`.
+        """Of a LLaMA-like MLP: bias-free `gate_proj`, `up_proj` and `down_proj`, the activation FATReLU of `threshold`.
 
-        The three `nn.Linear` are shared with `mlp`, not copied; `down_proj.weight` changes its layout in memory, not its values.
+        The three `nn.Linear` are shared with `mlp`, not copied; `down_proj.weight` changes its layout in memory, not its
+        values.
         """
         d_ff, d_model = mlp.gate_proj.weight.shape
         sparse = cls(d_model, d_ff, threshold, device="meta")

@@ -1,8 +1,8 @@
 """`torch.ops.prosparse`: the operators in torch's dispatcher, so that `torch.compile` and `torch.export` see them whole.
 
-`ffn_1`, `ffn_123`, `ffn_23`, `ffn_4` and `sparse_ffn` take what the functions of the same name in `prosparse_cupy` take, and each
-has an overload `.out` that writes to `out` and returns nothing. CUDA tensors go to the kernels, CPU tensors to the reference.
-Inference only: a tensor that requires grad is refused while gradients are recorded.
+`ffn_1`, `ffn_123`, `ffn_23`, `ffn_4` and `sparse_ffn` take what the functions of the same name in `prosparse_cupy` take, and
+each has an overload `.out` that writes to `out` and returns nothing. CUDA tensors go to the kernels, CPU tensors to the
+reference. Inference only: a tensor that requires grad is refused while gradients are recorded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._buffers import Call, check_threshold
 from ..ops import FFN_1, FFN_4, FFN_23, FFN_123, SPARSE_FFN
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
@@ -39,7 +40,7 @@ def _register(name: str) -> None:
 
 
 def _on_gpu(name: str) -> Callable[..., Tensor]:
-    operator = getattr(ops, name)
+    operator = _sparse_ffn_on_gpu if name == "sparse_ffn" else getattr(ops, name)
 
     def call(*arguments: Any, out: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled():
@@ -47,6 +48,16 @@ def _on_gpu(name: str) -> Callable[..., Tensor]:
         return operator(*arguments, out=out)
 
     return call
+
+
+def _sparse_ffn_on_gpu(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, threshold: float = 0.0, *, out: Tensor | None = None
+) -> Tensor:
+    """`prosparse_cupy.sparse_ffn` with fresh scratch: what the memory pool of a CUDA graph gives may not be kept."""
+    threshold = check_threshold("sparse_ffn", threshold)
+    call = Call(SPARSE_FFN, (x, w_gate, w_up, w_down_t), out)
+    ops.launch_ffn(call, *call.inputs, threshold, True, ops.Scratch(call.family, call.checked))
+    return call.result()
 
 
 def _on_host(name: str) -> Callable[..., Tensor]:

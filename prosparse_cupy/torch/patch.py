@@ -48,10 +48,10 @@ class PatchReport:
 def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport:
     """Let every gated ReLU MLP of a model decode sparsely, exactly as before within rounding; in place.
 
-    An MLP is gated if it has `gate_proj`, `up_proj` and `down_proj`: LLaMA, Mistral, Qwen2, MiniCPM, and remote code like them. Its
-    activation comes from the config, `hidden_act` (``relu``, or ``fatrelu`` with `hidden_act_param`). One token at a time goes
-    through the sparse operators, longer inputs (prefill) through the dense path on the same weights. Every layer is tried on
-    a random token first, which also compiles its kernels; one whose output is not what it was before is left dense.
+    An MLP is gated if it has `gate_proj`, `up_proj` and `down_proj`: LLaMA, Mistral, Qwen2, MiniCPM, and remote code like
+    them. Its activation comes from the config, `hidden_act` (``relu``, or ``fatrelu`` with `hidden_act_param`). One token at a
+    time goes through the sparse operators, longer inputs (prefill) through the dense path on the same weights. Every layer is
+    tried on a random token first, which also compiles its kernels; one whose output is not what it was before is left dense.
 
     Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw.
 
@@ -65,7 +65,8 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
     Returns
     -------
     PatchReport
-        Per layer what was done; MLPs with biases, quantised, offloaded or meta weights, or hooks are left dense, with the reason.
+        Per layer what was done; MLPs with biases, quantised, offloaded or meta weights, or hooks are left dense, with the
+        reason.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undo `patch_model`: the MLPs of before, with their weights as they are now, in `nn.Linear`'s layout. Others are left alone."""
+    """Undo `patch_model`: the MLPs of before, on the weights of now in `nn.Linear`'s layout. Others are left alone."""
     for name, mlp in list(gated_mlps(model)):
         original = getattr(mlp, "_original", None)
         if isinstance(mlp, SparseGatedMLP) and original is not None:
@@ -114,8 +115,8 @@ def _threshold(model: nn.Module, name: str, mlp: nn.Module, given: float | None)
         activation = {nn.ReLU: "relu", FATReLU: "fatrelu"}.get(type(own), type(own).__name__)
     if activation not in ("relu", "fatrelu"):
         raise ValueError(
-            f"patch_model: {name} has the activation {activation!r}: only relu and fatrelu leave neurons at exactly zero, so only "
-            "they can be skipped; nothing was changed"
+            f"patch_model: {name} has the activation {activation!r}: only relu and fatrelu leave neurons at exactly zero, so "
+            "only they can be skipped; nothing was changed"
         )
     if given is not None or activation == "relu":
         return FATReLU(given or 0.0).threshold

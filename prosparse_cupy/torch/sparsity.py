@@ -52,7 +52,7 @@ class SparsityReport:
         return table(title, ("layer", "active", "sparsity", ""), rows)
 
     def save_figure(self, path: str | Path) -> None:
-        """Active share by layer, as a picture in the format of the suffix (SVG, PNG, ...). Needs matplotlib (extra ``bench``)."""
+        """Active share by layer, as a picture in the suffix's format (SVG, PNG, ...). Needs matplotlib, extra ``bench``."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 3), layout="constrained")
@@ -67,8 +67,8 @@ class SparsityReport:
 class SparsityMeter:
     """Counts active neurons (x1 != 0) of a model's gated MLPs, patched or not, on the device: no call waits for the GPU.
 
-    Counting costs a few small kernels a layer, and works in CUDA graphs captured while the meter is on. It ends with `remove`, or at
-    the end of a ``with`` block.
+    Counting costs a few small kernels a layer, and works in CUDA graphs captured while the meter is on. It ends with `remove`,
+    or at the end of a ``with`` block.
 
     Parameters
     ----------
