@@ -39,6 +39,11 @@ def host() -> Iterator[HostKernels]:
 
 
 @pytest.fixture
+def torch_gpu(torch) -> None:
+    """Skips where torch has no GPU, for tests that import torch themselves."""
+
+
+@pytest.fixture
 def torch():
     """torch with a GPU."""
     module = pytest.importorskip("torch")

@@ -1,0 +1,58 @@
+"""The examples, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+pytest.importorskip("transformers", reason='the extra "hf" brings it')
+from torch_devices import DEVICES  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ROOT / "tests" / "data" / "relu-lm"
+
+
+def _run(*arguments: str, fails: bool = False) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_generate_streams_the_same_text_patched_and_dense(device):
+    given = ("examples/generate.py", "--model", str(SMALL), "--prompt", "def parse_args(", "--max-new-tokens", "60")
+    given += ("--dtype", "float32", "--device", device)
+    sparse, dense = _run(*given), _run(*given, "--dense")
+    assert sparse.stdout == dense.stdout and sparse.stdout.startswith("def parse_args(")
+    assert "4 of 4 gated MLPs decode sparsely" in sparse.stderr and "gated MLPs" not in dense.stderr
+    for done, how in ((sparse, "sparse"), (dense, "dense")):
+        *_, last = done.stderr.strip().splitlines()
+        assert last.startswith("60 tokens, ") and f"({how}, float32, {device}), sparsity 9" in last
+
+
+def test_generate_says_what_is_wrong(tmp_path):
+    assert "Error" in _run("examples/generate.py", "--model", str(tmp_path), "--prompt", "x", fails=True).stderr
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(SMALL / name)
+    config = {**json.loads((SMALL / "config.json").read_text()), "hidden_act": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = _run("examples/generate.py", "--model", str(tmp_path), "--prompt", "x", "--device", "cpu", fails=True)
+    assert "has the activation 'silu': only relu and fatrelu" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_training_makes_a_folder_that_loads(tmp_path):
+    given = ("--steps", "4", "--batch", "2", "--length", "64", "--device", "cpu")
+    done = _run("examples/train_relu_lm.py", str(tmp_path), *given)
+    assert "bits a byte" in done.stdout
+    facts = json.loads((tmp_path / "training.json").read_text())
+    assert 0 < facts["sparsity"] < 1 and facts["held_out_bits_per_byte"] > 2 and len(facts["sparsity_by_layer"]) == 4
+    assert {f.name for f in tmp_path.iterdir()} == {f.name for f in SMALL.iterdir()} - {"README.md"}
+    done = _run("examples/generate.py", "--model", str(tmp_path), "--prompt", "a", "--max-new-tokens", "3", "--device", "cpu")
+    assert "3 tokens" in done.stderr

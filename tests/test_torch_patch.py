@@ -1,0 +1,300 @@
+"""patch_model, unpatch_model and register_fatrelu on Hugging Face models."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+transformers = pytest.importorskip("transformers", reason='the extra "hf" brings it')
+from torch import nn  # noqa: E402
+from torch_devices import DEVICES  # noqa: E402
+
+from prosparse_cupy.torch import FATReLU, SparseGatedMLP, patch_model, register_fatrelu, unpatch_model  # noqa: E402
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "max_position_embeddings": 128,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+KINDS = ("Llama", "Mistral", "Qwen2")
+
+
+def _config(kind: str = "Llama", **changes):
+    return getattr(transformers, f"{kind}Config")(**{**SIZES, "hidden_act": "relu", **changes})
+
+
+def _model(kind: str = "Llama", device: str = "cpu", dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(_config(kind, **changes), dtype=dtype).eval().to(device)
+
+
+def _ids(device: str = "cpu"):
+    return torch.randint(1, 200, (1, 7), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _text(model, **keywords):
+    with torch.inference_mode():
+        return model.generate(_ids(model.device), max_new_tokens=20, do_sample=False, **keywords)
+
+
+def _unchanged(model) -> bool:
+    return not any(isinstance(m, SparseGatedMLP) for m in model.modules()) and all(
+        layer.mlp.down_proj.weight.is_contiguous() for layer in model.model.layers
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_patched_generate_is_the_same_and_unpatch_restores(kind, cache, device):
+    model = _model(kind, device)
+    keywords = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    before, state = _text(model, **keywords), copy.deepcopy(model.state_dict())
+    mlps = [layer.mlp for layer in model.model.layers]
+    report = patch_model(model)
+    assert [(x.name, x.sparse, x.threshold, x.reason) for x in report.layers] == [
+        (f"model.layers.{i}.mlp", True, 0.0, "") for i in range(3)
+    ]
+    assert all(isinstance(layer.mlp, SparseGatedMLP) for layer in model.model.layers)
+    assert torch.equal(_text(model, **keywords), before)
+    after = model.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[k], state[k]) for k in state)
+    unpatch_model(model)
+    assert [layer.mlp for layer in model.model.layers] == mlps and _unchanged(model)
+    assert torch.equal(_text(model, **keywords), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("device", DEVICES)
+def test_fatrelu_config_loads_from_disk_and_patches(tmp_path, device, dtype):
+    register_fatrelu()
+    register_fatrelu()
+    model = _model("Llama", device, dtype, hidden_act="fatrelu", hidden_act_param=0.01)
+    assert [layer.mlp.act_fn.threshold for layer in model.model.layers] == [0.01] * 3
+    model.save_pretrained(tmp_path / "dense")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype).eval().to(device)
+    assert [x.threshold for x in patch_model(loaded).layers] == [0.01] * 3
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(_ids(device)[:, :1]).logits, model(_ids(device)[:, :1]).logits, atol=3e-2, rtol=3e-2)
+
+    loaded.save_pretrained(tmp_path / "patched")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "patched", dtype=dtype)
+    wanted = model.state_dict()
+    assert all(torch.equal(value, wanted[name].cpu()) for name, value in again.state_dict().items())
+
+
+def test_a_patched_model_loads_a_checkpoint():
+    model, other = _model(), _model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.01)
+    patch_model(model)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(_text(model), _text(other))
+
+
+class RemoteModel(nn.Module):
+    """As a checkpoint's own code may be: a class nobody knows, with its own activation."""
+
+    class MLP(nn.Module):
+        def __init__(self, config) -> None:
+            super().__init__()
+            self.gate_proj = nn.Linear(64, 160, bias=False)
+            self.up_proj = nn.Linear(64, 160, bias=False)
+            self.down_proj = nn.Linear(160, 64, bias=False)
+            self.twist = config.twist
+
+        def forward(self, x):
+            gate = self.gate_proj(x)
+            return self.twist * self.down_proj(torch.where(gate > 0.05, gate, 0.0) * self.up_proj(x))
+
+    def __init__(self, twist: float = 1.0, **config) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(twist=twist, **config)
+        self.mlp = self.MLP(self.config)
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+def test_remote_code():
+    model = RemoteModel(hidden_act="fatrelu", hidden_act_param=0.05)
+    x = torch.randn(1, 1, 64)
+    with torch.no_grad():
+        before = model(x)
+        assert patch_model(model).layers[0].sparse
+        torch.testing.assert_close(model(x), before)
+
+
+def test_an_mlp_with_another_formula_is_left_dense():
+    for model in (
+        RemoteModel(twist=2.0, hidden_act="fatrelu", hidden_act_param=0.05),
+        RemoteModel(hidden_act="fatrelu", hidden_act_param=0.5),  # not what its code does
+    ):
+        (layer,) = patch_model(model).layers
+        assert not layer.sparse and "its output differs" in layer.reason
+        assert isinstance(model.mlp, RemoteModel.MLP) and model.mlp.down_proj.weight.is_contiguous()
+
+
+def test_a_threshold_of_the_users_moves_the_activation():
+    model = _model()
+    assert [x.threshold for x in patch_model(model, 0.02).layers] == [0.02] * 3
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 64)
+    gate = mlp.gate_proj(x)
+    wanted = mlp.down_proj(torch.where(gate >= 0.02, gate, 0) * mlp.up_proj(x))
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), wanted.detach())
+        torch.testing.assert_close(mlp(x.expand(2, -1))[:1], wanted.detach())
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_what_is_not_relu_is_refused(activation):
+    model = _model(hidden_act=activation)
+    for threshold in (None, 0.01):
+        with pytest.raises(ValueError, match=rf"model.layers.0.mlp has the activation '{activation}': only relu and fatrelu"):
+            patch_model(model, threshold)
+    assert _unchanged(model)
+
+
+def test_refusals_change_nothing():
+    with pytest.raises(ValueError, match="Linear has no module with gate_proj, up_proj, down_proj"):
+        patch_model(nn.Linear(2, 2))
+    model = _model()
+    with pytest.raises(ValueError, match="threshold must be finite"):
+        patch_model(model, -1.0)
+    with pytest.raises(ValueError, match=r"not a model with some: use SparseGatedMLP\.from_mlp"):
+        patch_model(model.model.layers[0].mlp)
+    model.model.layers[2].mlp.config = SimpleNamespace(hidden_act="fatrelu")
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp .* no hidden_act_param"):
+        patch_model(model)
+    assert _unchanged(model)
+    unpatch_model(model)
+    assert _unchanged(model)
+    del model.model.layers[2].mlp.config
+    patch_model(model)
+    with pytest.raises(ValueError, match=r"patched already: call unpatch_model"):
+        patch_model(model)
+
+
+def test_without_a_config_the_activation_module_decides():
+    model = RemoteModel()
+    del model.config
+    model.mlp.act_fn = nn.SiLU()
+    with pytest.raises(ValueError, match="'SiLU'"):
+        patch_model(model)
+    model.mlp.act_fn = FATReLU(0.05)
+    assert patch_model(model).layers[0].sparse
+
+
+class QuantisedLinear(nn.Linear):
+    """As quantisation libraries have them."""
+
+
+def _spoil(mlp, how: str) -> None:
+    if how == "quantised":
+        mlp.up_proj = QuantisedLinear(64, 160, bias=False)
+    elif how == "bias":
+        mlp.gate_proj = nn.Linear(64, 160)
+    elif how == "meta":
+        mlp.to("meta")
+    elif how == "hook":
+        mlp.register_forward_hook(lambda module, given, out: None)
+    elif how == "float64":
+        mlp.double()
+    elif how == "mixed":
+        mlp.up_proj.half()
+    elif how == "width":
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj = (nn.Linear(*s, bias=False) for s in ((63, 160), (63, 160), (160, 63)))
+    elif how == "shapes":
+        mlp.up_proj = nn.Linear(64, 80, bias=False)
+    elif how == "view":
+        mlp.gate_proj.weight = nn.Parameter(torch.randn(64, 160).t())
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("quantised", "up_proj is a QuantisedLinear"),
+        ("bias", "gate_proj has a bias"),
+        ("meta", "on the meta device"),
+        ("hook", "has hooks"),
+        ("float64", "torch.float64"),
+        ("mixed", "different devices or dtypes"),
+        ("width", "d_model is 63, not a multiple of 4"),
+        ("shapes", "do not fit each other"),
+        ("view", "strided or not aligned"),
+    ],
+)
+def test_what_cannot_be_patched_is_left_dense_and_said(how, reason):
+    model = _model()
+    mlp = model.model.layers[1].mlp
+    _spoil(mlp, how)
+    report = patch_model(model)
+    assert [x.sparse for x in report.layers] == [True, False, True] and reason in report.layers[1].reason
+    assert model.model.layers[1].mlp is mlp and mlp.down_proj.weight.is_contiguous()
+    text = str(report)
+    assert text.startswith("2 of 3 gated MLPs decode sparsely") and "dense: " in text and "model.layers.1.mlp" in text
+
+
+def test_biases_of_the_config_leave_the_model_dense():
+    report = patch_model(_model(mlp_bias=True))
+    assert not report.sparse and {x.reason for x in report.layers} == {"gate_proj has a bias"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_decoding_step(device):
+    model = _model(device=device)
+    patch_model(model)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    token = _ids(device)[:, :1]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            compiled(token, use_cache=False).logits, model(token, use_cache=False).logits, atol=1e-4, rtol=1e-3
+        )
+
+
+@pytest.mark.gpu
+def test_captured_step_with_a_static_cache(torch_gpu):
+    model = _model(device="cuda")
+    wanted = _text(model)[0, 7:]
+    patch_model(model)
+    with torch.inference_mode():
+        cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+        first = model(_ids("cuda"), past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        token = first.clone()
+
+        def step() -> None:
+            token.copy_(model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        tokens = [int(first), int(token)]
+        for _ in range(18):
+            graph.replay()
+            tokens.append(int(token))
+    assert tokens == wanted.tolist()
+
+
+@pytest.mark.gpu
+def test_patching_takes_no_gpu_memory(torch_gpu):
+    model = _model(device="cuda", dtype=torch.bfloat16)
+    _text(model)
+    before = torch.cuda.memory_allocated()
+    patch_model(model)
+    assert torch.cuda.memory_allocated() == before
+    unpatch_model(model)
+    assert torch.cuda.memory_allocated() == before
