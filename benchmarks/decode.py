@@ -123,13 +123,14 @@ def _without(model: nn.Module, part: str) -> Iterator[None]:
             setattr(layer, part, module)
 
 
-def step_graph(model: nn.Module, prompt: torch.Tensor, context: int = CONTEXT) -> Callable[[], object]:
+def step_graph(model: nn.Module, prompt: torch.Tensor, compiled: bool = False) -> Callable[[], object]:
     """Prefill, then one greedy step as a CUDA graph: each replay decodes one more token into a static cache."""
-    cache = StaticCache(config=model.config, max_cache_len=context)
+    cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
     token = model(prompt, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model
 
     def step() -> None:
-        token.copy_(model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+        token.copy_(forward(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -147,7 +148,8 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, context: int = CONTEXT) -
 
 
 def _graphs(model: nn.Module, prompt: torch.Tensor, name: str) -> dict[str, Callable[[], object]]:
-    graphs = {name: step_graph(model, prompt)}
+    graphs = {name: step_graph(model, prompt), f"{name} compiled": step_graph(model, prompt, compiled=True)}
+    torch.compiler.reset()
     for part in ("mlp", "self_attn"):
         with _without(model, part):
             graphs[f"{name} without {part}"] = step_graph(model, prompt)
