@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,25 @@ from prosparse_cupy import synthetic
 from prosparse_cupy._dense import Dense
 from prosparse_cupy._gpu import cupy
 from prosparse_cupy.models import Model
-from prosparse_cupy.torch import SparsityMeter, patch_model, register_fatrelu, unpatch_model
+from prosparse_cupy.torch import SparsityMeter, patch_model, register_fatrelu
 from prosparse_cupy.torch.patch import gated_mlps
 
-from . import layers as exact
+from . import float64
 from .conditions import Yardsticks
 from .layers import Layers
-from .measure import GRAPH, OURS, Setting, graph_clock, measure
+from .measure import GRAPH as METHOD
+from .measure import OURS, Setting, graph_clock, measure
 from .results import DecodeRow
 from .stats import Times, interleave, summarise
 
-CONTEXT = 512
-"""Positions of the static cache: attention reads all of them at every step."""
+CONTEXTS = (512, 128)
+"""Positions of the static cache: attention reads all of them at every step. Where the time goes is told for the first."""
+GRAPH, COMPILED = "CUDA graph", "compiled"
 _PROMPT = 32
 _NEW_TOKENS = 32
 _HEAD_SIZE = 128
 _DENSEST, _SPARSEST = 1.6, 0.4  # active share of the first and the last layer, in terms of the average
 _LEAST_SHARE, _MOST_SHARE = 1e-4, 0.45  # of tokens that a neuron is active for: a normal gate needs less than half
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Milliseconds a token, and where they go: what a step takes less without the FFNs, and without the attentions."""
-
-    step: Times
-    ffn_ms: float
-    attention_ms: float
-
-    @property
-    def rest_ms(self) -> float:
-        return self.step.median * 1e-3 - self.ffn_ms - self.attention_ms
 
 
 def random_model(record: Model) -> nn.Module:
@@ -123,9 +112,12 @@ def _without(model: nn.Module, part: str) -> Iterator[None]:
             setattr(layer, part, module)
 
 
-def step_graph(model: nn.Module, prompt: torch.Tensor, compiled: bool = False) -> Callable[[], object]:
-    """Prefill, then one greedy step as a CUDA graph: each replay decodes one more token into a static cache."""
-    cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
+def step_graph(model: nn.Module, prompt: torch.Tensor, context: int, compiled: bool = False) -> Callable[[], None]:
+    """Prefill, then one greedy step as a CUDA graph: each replay decodes one more token into a static cache.
+
+    Where the cache is full, decoding goes on behind the prompt again.
+    """
+    cache = StaticCache(config=model.config, max_cache_len=context)
     token = model(prompt, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
     forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model
 
@@ -140,39 +132,48 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, compiled: bool = False) -
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    start = prompt.shape[1]
+    positions = itertools.cycle(range(start, context))
 
-    def replay(holds: tuple[Any, ...] = (token, cache)) -> None:  # a graph does not keep what was allocated before it
+    def replay(holds: Any = (token, step)) -> None:  # a graph keeps neither what was allocated before it nor its kernels
+        if next(positions) == start:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(start)
         graph.replay()
 
     return replay
 
 
-def _graphs(model: nn.Module, prompt: torch.Tensor, name: str) -> dict[str, Callable[[], object]]:
-    graphs = {name: step_graph(model, prompt), f"{name} compiled": step_graph(model, prompt, compiled=True)}
-    torch.compiler.reset()
+def _graphs(model: nn.Module, prompt: torch.Tensor, name: str) -> dict[str, Callable[[], None]]:
+    """Steps of every kind: as they are, compiled, and with parts left out."""
+    graphs = {}
+    for context in CONTEXTS:
+        graphs[f"{name} {context}"] = step_graph(model, prompt, context)
+        graphs[f"{name} {context} {COMPILED}"] = step_graph(model, prompt, context, compiled=True)
     for part in ("mlp", "self_attn"):
         with _without(model, part):
-            graphs[f"{name} without {part}"] = step_graph(model, prompt)
+            graphs[f"{name} without {part}"] = step_graph(model, prompt, CONTEXTS[0])
     return graphs
 
 
-def _parts(times: dict[str, Times], name: str) -> Parts:
-    step = times[name]
-    ffn, attention = (step.median - times[f"{name} without {part}"].median for part in ("mlp", "self_attn"))
-    return Parts(step, ffn * 1e-3, attention * 1e-3)
+def _parts(times: dict[str, Times], name: str) -> tuple[float, float, float]:
+    """Milliseconds that a step takes less without its FFNs, without its attentions, and the rest."""
+    step = times[f"{name} {CONTEXTS[0]}"].median
+    ffn, attention = (step - times[f"{name} without {part}"].median for part in ("mlp", "self_attn"))
+    return ffn * 1e-3, attention * 1e-3, (step - ffn - attention) * 1e-3
 
 
 @torch.inference_mode()
 def measure_model(
     model: nn.Module, label: str, dense: Dense, yard: Yardsticks, repeats: int, tell: Callable[[str], None]
 ) -> list[DecodeRow]:
-    """Rows of one model: a step in a CUDA graph, and `generate` as it is. The model comes and goes unpatched."""
+    """Rows of one unpatched model, which is patched in the end: a step in a CUDA graph, compiled or not, and `generate`."""
     prompt = torch.randint(1, model.config.vocab_size, (1, _PROMPT), generator=torch.Generator().manual_seed(0)).to(
         model.device
     )
     tell("dense graphs")
     graphs = _graphs(model, prompt, "dense")
-    kept = [mlp.down_proj.weight.data for _, mlp in gated_mlps(model)]  # the dense graph reads them where they are
+    kept = [mlp.down_proj.weight.data for _, mlp in gated_mlps(model)]  # the dense graphs read them where they are
     report = patch_model(model)
     if len(report.sparse) < len(report.layers):
         raise ValueError(f"{label} was not patched whole:\n{report}")
@@ -180,85 +181,80 @@ def measure_model(
     graphs |= _graphs(model, prompt, "sparse")
     tell("steps")
     times = interleave(graphs, graph_clock, dict.fromkeys(graphs, 1), repeats)
-    sparsity, errors = _sparsity_and_errors(model, prompt)
     del graphs, kept
-    unpatch_model(model)
     tell("generate")
-    eager = _generate_times(model, prompt, rounds=max(2, repeats // 10))
-
-    config = model.config
-    record = Model(
-        label, config.hidden_size, config.intermediate_size, config.num_hidden_layers, report.layers[0].threshold, sparsity
-    )
+    eager = _generate_times(model, prompt, rounds=max(3, repeats // 4))
+    sparsity, errors = _sparsity_and_errors(model, prompt)
+    config, threshold = model.config, report.layers[0].threshold
+    record = Model(label, config.hidden_size, config.intermediate_size, config.num_hidden_layers, threshold, sparsity)
     tell("SparseFFN by itself")
-    operator = _operator(record, dense, yard, repeats)
-    parts = {name: _parts(times, name) for name in ("dense", "sparse")}
+    operator_us = _operator_us(record, dense, yard, repeats)
+
     epsilon = float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
-    row = DecodeRow(
-        op="decode",
-        variant="CUDA graph",
-        model=label,
-        d_model=record.d_model,
-        d_ff=record.d_ff,
-        n_layers=record.n_layers,
-        dtype="bfloat16",
-        context=CONTEXT,
-        sparsity=sparsity,
-        time_us=parts["sparse"].step.median,
-        p10_us=parts["sparse"].step.p10,
-        p90_us=parts["sparse"].step.p90,
-        dense_us=parts["dense"].step.median,
-        ffn_ms=parts["sparse"].ffn_ms,
-        attention_ms=parts["sparse"].attention_ms,
-        rest_ms=parts["sparse"].rest_ms,
-        dense_ffn_ms=parts["dense"].ffn_ms,
-        dense_attention_ms=parts["dense"].attention_ms,
-        dense_rest_ms=parts["dense"].rest_ms,
-        operator_us=operator,
-        error=max(e for e, _ in errors),
-        dense_error=max(d for _, d in errors),
-        checked=all(e <= 2 * d + epsilon for e, d in errors),
-        noisy=any(t.is_noisy for t in times.values()),
+    common = {
+        "op": "decode",
+        "model": label,
+        "d_model": record.d_model,
+        "d_ff": record.d_ff,
+        "n_layers": record.n_layers,
+        "dtype": "bfloat16",
+        "sparsity": sparsity,
+        "error": max(e for e, _ in errors),
+        "dense_error": max(d for _, d in errors),
+        "checked": all(e <= 2 * d + epsilon for e, d in errors),
+    }
+    rows = []
+    for context in CONTEXTS:
+        as_is, ours = times[f"dense {context}"], times[f"sparse {context}"]
+        split = _split(times, operator_us) if context == CONTEXTS[0] else {}
+        rows.append(DecodeRow(variant=GRAPH, context=context, **_times_of(ours, as_is), **split, **common))
+        ours, fastest = times[f"sparse {context} {COMPILED}"], min(times[f"dense {context} {COMPILED}"], as_is)
+        rows.append(DecodeRow(variant=f"{COMPILED}, {GRAPH}", context=context, **_times_of(ours, fastest), **common))
+    rows.append(
+        DecodeRow(variant="generate()", context=_PROMPT + _NEW_TOKENS, **_times_of(eager["sparse"], eager["dense"]), **common)
     )
-    nothing = dict.fromkeys(
-        ("ffn_ms", "attention_ms", "rest_ms", "dense_ffn_ms", "dense_attention_ms", "dense_rest_ms", "operator_us"),
-        float("nan"),
-    )
-    as_is = replace(
-        row,
-        variant="generate()",
-        time_us=eager["sparse"].median,
-        p10_us=eager["sparse"].p10,
-        p90_us=eager["sparse"].p90,
-        dense_us=eager["dense"].median,
-        noisy=any(t.is_noisy for t in eager.values()),
-        **nothing,
-    )
-    return [row, as_is]
+    return rows
+
+
+def _times_of(ours: Times, dense: Times) -> dict[str, Any]:
+    """A row's times, µs a token."""
+    noisy = ours.is_noisy or dense.is_noisy
+    return {"time_us": ours.median, "p10_us": ours.p10, "p90_us": ours.p90, "dense_us": dense.median, "noisy": noisy}
+
+
+def _split(times: dict[str, Times], operator_us: float) -> dict[str, float]:
+    """Where a step's time goes, patched and dense."""
+    names = ("ffn_ms", "attention_ms", "rest_ms")
+    ours, dense = (_parts(times, name) for name in ("sparse", "dense"))
+    return {
+        **dict(zip(names, ours, strict=True)),
+        **{f"dense_{name}": ms for name, ms in zip(names, dense, strict=True)},
+        "operator_us": operator_us,
+    }
 
 
 def _generate_times(model: nn.Module, prompt: torch.Tensor, rounds: int) -> dict[str, Times]:
-    """Microseconds a token of eager `generate`, patched and unpatched in turns, prefill included."""
-    samples: dict[str, list[float]] = {"dense": [], "sparse": []}
-    for _ in range(rounds):
-        for name in samples:
-            if name == "sparse":
-                patch_model(model)
-            for counted in (False, True, True):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                model.generate(prompt, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False)
-                torch.cuda.synchronize()
-                if counted:
-                    samples[name].append((time.perf_counter() - start) * 1e6 / _NEW_TOKENS)
-        unpatch_model(model)
-    return {name: summarise(np.array(values)) for name, values in samples.items()}
+    """Microseconds a token of eager `generate` on a patched model, its own MLPs and those of before in turns; with prefill."""
+    sparse = dict(gated_mlps(model))
+    mlps = {"dense": {name: mlp.replaced for name, mlp in sparse.items()}, "sparse": sparse}
+    samples: dict[str, list[float]] = {kind: [] for kind in mlps}
+    for turn in range(rounds + 1):
+        for kind, modules in mlps.items():
+            for name, module in modules.items():
+                model.set_submodule(name, module)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model.generate(prompt, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False)
+            torch.cuda.synchronize()
+            if turn:  # the first one warms up
+                samples[kind].append((time.perf_counter() - start) * 1e6 / _NEW_TOKENS)
+    return {kind: summarise(np.array(values)) for kind, values in samples.items()}
 
 
 def _sparsity_and_errors(model: nn.Module, prompt: torch.Tensor) -> tuple[float, list[tuple[float, float]]]:
     """Average sparsity of decoded tokens, and each layer's error on one of them: the patched MLP's and the dense path's."""
     with SparsityMeter(model) as meter:
-        cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
+        cache = StaticCache(config=model.config, max_cache_len=CONTEXTS[0])
         token = model(prompt, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
         meter.reset()
         for _ in range(_NEW_TOKENS):
@@ -281,26 +277,27 @@ def _errors_of(mlp: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     w_gate, w_up, w_down_t, token = map(
         cupy().from_dlpack, (mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data.t(), x.reshape(-1))
     )
-    gate = cupy().asarray(exact._dot(w_gate, token)).astype(token.dtype)
+    gate = cupy().asarray(float64.dot(w_gate, token)).astype(token.dtype)
     on = cupy().asnumpy(gate.astype(np.float32)) >= np.float32(mlp.threshold)
-    wanted = exact._down(cupy().asarray(exact._x1(gate, w_up, token, on)).astype(token.dtype), w_down_t)
+    wanted = float64.down(cupy().asarray(float64.up(gate, w_up, token, on)).astype(token.dtype), w_down_t)
     outputs = mlp(x), mlp(x.expand(1, 2, -1))[:, :1]
     norm = float(np.linalg.norm(wanted)) or 1.0
     sparse, dense = (float(np.linalg.norm(out.double().cpu().numpy().ravel() - wanted)) / norm for out in outputs)
     return sparse, dense
 
 
-def _operator(record: Model, dense: Dense, yard: Yardsticks, repeats: int) -> float:
+def _operator_us(record: Model, dense: Dense, yard: Yardsticks, repeats: int) -> float:
     """Microseconds of `SparseFFN` by itself at these dims and this sparsity, as `ffn` and `sweep` measure it."""
     setting = Setting("SparseFFN", record, record.name, "bfloat16", "hot", record.sparsity)
-    (row,) = (r for r in measure(Layers(record, "bfloat16", dense), setting, dense, yard, GRAPH, repeats) if r.variant == OURS)
+    (row,) = (r for r in measure(Layers(record, "bfloat16", dense), setting, dense, yard, METHOD, repeats) if r.variant == OURS)
     if not row.checked:
         raise ValueError(f"SparseFFN failed its check at the dims of {record.name}")
     return row.time_us
 
 
 def free_memory() -> None:
-    """Give back what a model held."""
+    """Give back what a model and its compiled steps held."""
+    torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
     cupy().get_default_memory_pool().free_all_blocks()

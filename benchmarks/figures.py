@@ -109,6 +109,28 @@ def paper(result: Result) -> Any:
         return figure
 
 
+def decode(result: Result) -> Any:
+    """Where a token's time goes, dense and patched, in steps captured as they are."""
+    with plt.rc_context(_STYLE):
+        rows = [r for r in result.rows if not np.isnan(r.ffn_ms)]
+        figure, axes = plt.subplots(figsize=(7, 0.42 * 2 * len(rows) + 1.3))
+        labels = [f"{r.model} {kind}" for r in rows for kind in ("dense", "patched")]
+        left = np.zeros(len(labels))
+        for part, colour in (("ffn", "#0072b2"), ("attention", "#e69f00"), ("rest", "#9aa4b2")):
+            widths = [ms for r in rows for ms in (getattr(r, f"dense_{part}_ms"), getattr(r, f"{part}_ms"))]
+            axes.barh(labels, widths, left=left, color=colour, label="FFN" if part == "ffn" else part)
+            left += widths
+        for i, pace in enumerate(pace for r in rows for pace in (r.dense_tokens_per_s, r.tokens_per_s)):
+            axes.text(left[i], i, f" {pace:.0f} tokens/s", va="center", fontsize=8, color=_INK)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="ms per token", xlim=(0, 1.16 * left.max()))
+        axes.set_title(f"One token, context {rows[0].context}, {rows[0].dtype}, {result.head.gpu}", loc="left", fontsize=10)
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.55, 1), ncols=3)
+        figure.tight_layout()
+        return figure
+
+
 def save(figure: Any, path: Path) -> None:
     """As SVG without a date, so that the same result gives the same file."""
     with plt.rc_context(_STYLE):

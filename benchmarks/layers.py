@@ -19,6 +19,8 @@ from prosparse_cupy._families import NUMPY_DTYPES
 from prosparse_cupy._gpu import cupy, current_device
 from prosparse_cupy.models import Model
 
+from . import float64
+
 MASKS = {
     "hot": lambda d_ff, sparsity, rng: synthetic.hot_mask(synthetic.popularity(d_ff, rng), sparsity, rng),
     "uniform": synthetic.uniform_mask,
@@ -116,7 +118,7 @@ class Layers:
             self.model.d_ff,
             lambda out: psc.ffn_1(x, w, out=out),
             lambda out: self._dense.mv(w_, x_, out),
-            lambda: _dot(w, x),
+            lambda: float64.dot(w, x),
         )
 
     def _ffn_23(self, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
@@ -126,7 +128,7 @@ class Layers:
             self.model.d_ff,
             lambda out: psc.ffn_23(gate, x, w, threshold, out=out),
             lambda out: self._dense.step_2(gate_, x_, w_, threshold, out),
-            lambda: _x1(gate, w, x, neurons),
+            lambda: float64.up(gate, w, x, neurons),
             lambda out: self._first[0](gate_, x_, w_, out, self.model.d_model, self.model.d_ff, threshold),
         )
 
@@ -138,7 +140,7 @@ class Layers:
             self.model.d_model,
             lambda out: psc.ffn_4(x1, packed, out=out),
             lambda out: self._dense.mv(w_, x1_, out),
-            lambda: _down(x1, packed),
+            lambda: float64.down(x1, packed),
             lambda out: self._first[1](packed_, x1_, out, self.model.d_ff, self.model.d_model),
         )
 
@@ -163,45 +165,12 @@ class Layers:
             self._dense.mv(w_[2], x1_, out)
 
         def exact() -> np.ndarray:
-            rounded = cupy().asarray(_dot(w_gate, x)).astype(self.dtype)
+            rounded = cupy().asarray(float64.dot(w_gate, x)).astype(self.dtype)
             on = cupy().asnumpy(rounded.astype(np.float32)) >= np.float32(threshold)
             np.testing.assert_array_equal(on, neurons)
-            return _down(cupy().asarray(_x1(rounded, w_up, x, on)).astype(self.dtype), packed)
+            return float64.down(cupy().asarray(float64.up(rounded, w_up, x, on)).astype(self.dtype), packed)
 
         return self._timed(self.model.d_model, sparse[how], dense, exact)
-
-
-# Float64 on the GPU, from elementwise products and sums: no code of the operators and no vendor library.
-
-
-def _wide(array: Any) -> Any:
-    return array.astype(np.float32).astype(np.float64)
-
-
-def _dot(weights: Any, x: Any) -> np.ndarray:
-    """``weights @ x``"""
-    wide = _wide(x)
-    parts = [(_wide(weights[i : i + 2048]) * wide).sum(axis=1) for i in range(0, len(weights), 2048)]
-    return cupy().asnumpy(cupy().concatenate(parts)) if parts else np.zeros(0)
-
-
-def _x1(gate: Any, w_up: Any, x: Any, neurons: np.ndarray) -> np.ndarray:
-    """Formulas 2 and 3 for these active neurons."""
-    on = np.flatnonzero(neurons)
-    x1 = np.zeros(len(neurons))
-    if len(on):
-        x1[on] = cupy().asnumpy(_wide(gate))[on] * _dot(w_up[cupy().asarray(on)], x)
-    return x1
-
-
-def _down(x1: Any, packed: Any) -> np.ndarray:
-    """Formula 4."""
-    on = cupy().flatnonzero(x1.astype(np.float32))
-    y = cupy().zeros(packed.shape[1])
-    for i in range(0, len(on), 2048):
-        part = on[i : i + 2048]
-        y += (_wide(x1[part])[:, None] * _wide(packed[part])).sum(axis=0)
-    return cupy().asnumpy(y)
 
 
 def _steer(w_gate: Any, x: Any, gate: Any) -> None:

@@ -103,18 +103,19 @@ class DecodeRow:
     p10_us: float
     p90_us: float
     dense_us: float
-    ffn_ms: float
-    attention_ms: float
-    rest_ms: float
-    dense_ffn_ms: float
-    dense_attention_ms: float
-    dense_rest_ms: float
-    operator_us: float
-    """`SparseFFN` by itself at these dims and this sparsity, µs per layer."""
+    """Of the faster dense way: as it is, or compiled."""
     error: float
     dense_error: float
     checked: bool
     noisy: bool
+    ffn_ms: float = math.nan
+    attention_ms: float = math.nan
+    rest_ms: float = math.nan
+    dense_ffn_ms: float = math.nan
+    dense_attention_ms: float = math.nan
+    dense_rest_ms: float = math.nan
+    operator_us: float = math.nan
+    """`SparseFFN` by itself at these dims and this sparsity, µs per layer."""
     mask: str = "its own"
     tokens_per_s: float = field(init=False)
     dense_tokens_per_s: float = field(init=False)

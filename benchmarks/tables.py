@@ -47,6 +47,7 @@ def _decode_terminal(result: Result) -> Table:
 _DECODE = (
     "model",
     "how",
+    "context",
     "sparsity",
     "dense tokens/s",
     "tokens/s",
@@ -66,6 +67,7 @@ def _decode_cells(row: DecodeRow) -> list[str]:
     return [
         row.model,
         row.variant,
+        str(row.context),
         f"{row.sparsity:.2%}",
         f"{row.dense_tokens_per_s:.1f}",
         f"{row.tokens_per_s:.1f}{' ~' if row.noisy else ''}",

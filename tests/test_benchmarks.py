@@ -21,7 +21,7 @@ sys.path.append(str(ROOT))  # last: the installed package goes before the checko
 
 from benchmarks import cli, compare, conditions, stats, tables  # noqa: E402
 from benchmarks.paper import PUBLISHED  # noqa: E402
-from benchmarks.results import Head, Result, Row, read_json, write_csv, write_json  # noqa: E402
+from benchmarks.results import DecodeRow, Head, Result, Row, read_json, write_csv, write_json  # noqa: E402
 
 HEAD = Head(
     "sweep",
@@ -65,6 +65,36 @@ def _row(op: str = "ffn_23", time_us: float = 6.0, **changes) -> Row:
         "noisy": False,
     }
     return Row(**{**given, **changes})
+
+
+def _decode_row(**changes) -> DecodeRow:
+    given = {
+        "op": "decode",
+        "variant": "CUDA graph",
+        "model": "7B",
+        "d_model": 4096,
+        "d_ff": 11008,
+        "n_layers": 32,
+        "dtype": "bfloat16",
+        "context": 512,
+        "sparsity": 0.893,
+        "time_us": 5000.0,
+        "p10_us": 4990.0,
+        "p90_us": 5010.0,
+        "dense_us": 8000.0,
+        "error": 0.004,
+        "dense_error": 0.004,
+        "checked": True,
+        "noisy": False,
+        "ffn_ms": 1.28,
+        "attention_ms": 2.0,
+        "rest_ms": 1.72,
+        "dense_ffn_ms": 4.0,
+        "dense_attention_ms": 2.1,
+        "dense_rest_ms": 1.9,
+        "operator_us": 39.5,
+    }
+    return DecodeRow(**{**given, **changes})
 
 
 # The timing loop, on a clock that is not one
@@ -266,6 +296,72 @@ def test_a_failed_check_is_reported_and_ends_in_an_error(monkeypatch, tmp_path, 
     assert len(files[1].read_text().splitlines()) == len(result.rows) + 1
 
 
+# Whole models
+
+
+def test_decode_rows_come_back_and_compare(tmp_path):
+    head = dataclasses.replace(HEAD, command="decode")
+    nothing = dict.fromkeys(("ffn_ms", "attention_ms", "rest_ms", "operator_us"), math.nan)
+    old = Result(head, (_decode_row(), _decode_row(variant="generate()", time_us=20_000.0, noisy=True, **nothing)))
+    write_json(old, tmp_path / "a.json")
+    write_csv(old, tmp_path / "a.csv")
+    read = read_json(tmp_path / "a.json")
+    assert read.rows[0] == old.rows[0] and math.isnan(read.rows[1].ffn_ms) and "NaN" not in (tmp_path / "a.json").read_text()
+    assert (tmp_path / "a.csv").read_text().splitlines()[0].startswith("op,variant,model")
+    row = read.rows[0]
+    assert (row.tokens_per_s, row.dense_tokens_per_s, row.speedup, row.ffn_us) == (200.0, 125.0, 1.6, 40.0)
+    new = Result(head, (_decode_row(time_us=6000.0, p10_us=5990.0, p90_us=6010.0),))
+    [change] = compare.compare(read, new, 3.0)
+    assert change.verdict is compare.Verdict.REGRESSION and change.percent == pytest.approx(20)
+
+
+def test_decode_table():
+    text = tables.decode(
+        Result(HEAD, (_decode_row(), _decode_row(variant="generate()", ffn_ms=math.nan, operator_us=math.nan)))
+    )
+    cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
+    assert cells[:7] == ["7B", "CUDA graph", "512", "89.30%", "125.0", "200.0", "1.60x"]
+    assert cells[7:] == ["4.00 + 2.10 + 1.90", "1.28 + 2.00 + 1.72", "40.0", "39.5"]
+
+
+def test_random_models_are_as_sparse_as_wanted():
+    """On the CPU: 4 layers, each with its own share of active neurons, hot and cold ones among them."""
+    torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+    pytest.importorskip("transformers", reason='the extra "hf" brings it')
+    from benchmarks import decode
+    from prosparse_cupy.models import Model
+    from prosparse_cupy.torch import measure_sparsity
+
+    record = Model("small", 256, 1500, 4, 0.01, 0.8932)
+    shares = decode.shares(record)
+    assert shares.mean() == pytest.approx(1 - record.sparsity) and (np.diff(shares) < 0).all()
+    model = decode.random_model(record)
+    model.to("cpu")
+    ids = torch.randint(1, 32000, (1, 300), generator=torch.Generator().manual_seed(0))
+    found: list = []
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, given: found.append((given[0] != 0)[0]))
+    report = measure_sparsity(model, ids)
+    assert [layer.active for layer in report.layers] == pytest.approx(list(shares), rel=0.03)
+    often = found[0].double().mean(0).sort(descending=True).values
+    assert 0.3 < float(often[:150].sum() / often.sum()) < 0.45, "the top tenth has about 36 % of the activations"
+
+
+def test_parts_left_out_come_back():
+    torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+    pytest.importorskip("transformers", reason='the extra "hf" brings it')
+    from benchmarks import decode
+    from prosparse_cupy.models import Model
+
+    model = decode.random_model(Model("small", 128, 64, 2, 0.01, 0.9))
+    ids = torch.randint(1, 32000, (1, 5), device=model.device)
+    with torch.inference_mode():
+        whole = model(ids).logits
+        for part in ("mlp", "self_attn"):
+            with decode._without(model, part):
+                assert not torch.equal(model(ids).logits, whole)
+            assert torch.equal(model(ids).logits, whole)
+
+
 # The committed results, and what is made of them
 
 
@@ -302,6 +398,7 @@ def test_figures_are_drawings_with_axes_named(stored, tmp_path):
         "speedup": (figures.speedup(stored["sweep"], "7B"), ["sparsity, %", "speed-up over dense", "byte floor", "H100"]),
         "time": (figures.where_time_goes(stored["ffn"]), ["time per token and layer, µs", "one launch", "rest", "H100"]),
         "paper": (figures.paper(stored["paper"]), ["speed-up over dense", "published", "measured", "ProSparse-13B", "H100"]),
+        "decode": (figures.decode(stored["decode"]), ["ms per token", "FFN", "attention", "13B patched", "tokens/s", "H100"]),
     }
     for name, (figure, words) in drawn.items():
         figures.save(figure, tmp_path / f"{name}.svg")

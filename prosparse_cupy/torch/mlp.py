@@ -37,6 +37,7 @@ class SparseGatedMLP(nn.Module):
         self.act_fn = FATReLU(threshold)
         self.counts: Tensor | None = None
         """Active neurons and all neurons so far, (2,) int64, where a `SparsityMeter` counts them."""
+        self._replaced: tuple[nn.Module, ...] = ()
         self.register_load_state_dict_post_hook(lambda module, _: pack(module.down_proj))
         pack(self.down_proj)
 
@@ -50,8 +51,14 @@ class SparseGatedMLP(nn.Module):
         d_ff, d_model = mlp.gate_proj.weight.shape
         sparse = cls(d_model, d_ff, threshold, device="meta")
         sparse.gate_proj, sparse.up_proj, sparse.down_proj = (getattr(mlp, name) for name in PROJECTIONS)
+        sparse._replaced = (mlp,)
         pack(sparse.down_proj)
         return sparse.train(mlp.training)
+
+    @property
+    def replaced(self) -> nn.Module | None:
+        """The module that `from_mlp` made this one of; no submodule."""
+        return self._replaced[0] if self._replaced else None
 
     @property
     def d_model(self) -> int:

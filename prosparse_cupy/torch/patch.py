@@ -92,10 +92,9 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
 def unpatch_model(model: nn.Module) -> None:
     """Undo `patch_model`: the MLPs of before, on the weights of now in `nn.Linear`'s layout. Others are left alone."""
     for name, mlp in list(gated_mlps(model)):
-        original = getattr(mlp, "_original", None)
-        if isinstance(mlp, SparseGatedMLP) and original is not None:
+        if isinstance(mlp, SparseGatedMLP) and mlp.replaced is not None:
             unpack(mlp.down_proj)
-            model.set_submodule(name, original[0])
+            model.set_submodule(name, mlp.replaced)
 
 
 def gated_mlps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -176,6 +175,5 @@ def _replace(model: nn.Module, name: str, mlp: nn.Module, threshold: float, move
         if not was_packed:
             unpack(mlp.down_proj)
         return f"its output differs from fatrelu's by {error / norm if norm else error:.2g} of its norm"
-    sparse._original = (mlp,)  # in a tuple: not a submodule
     model.set_submodule(name, sparse)
     return ""
