@@ -128,9 +128,9 @@ def decode(names: tuple[str, ...], checkpoint: Path | None, json_path: Path | No
         for name, source in wanted.items():
             advance(f"{name}: making the model", 0)
             model = models.load(source) if checkpoint else models.random_model(source)
-            rows += models.measure_model(
-                model, name, dense, yard, 15 if quick else 40, lambda doing, name=name: advance(f"{name}: {doing}", 0)
-            )
+            repeats, contexts = (15, models.CONTEXTS[:1]) if quick else (40, models.CONTEXTS)
+            tell = lambda doing, name=name: advance(f"{name}: {doing}", 0)  # noqa: E731
+            rows += models.measure_model(model, name, dense, yard, repeats, tell, contexts)
             watch.look(name)
             del model
             models.free_memory()

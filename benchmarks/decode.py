@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+import torch._inductor.config
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
@@ -119,7 +120,7 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, context: int, compiled: b
     """
     cache = StaticCache(config=model.config, max_cache_len=context)
     token = model(prompt, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-    forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model
+    forward = _compiled(model.forward) if compiled else model
 
     def step() -> None:
         token.copy_(forward(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
@@ -144,41 +145,53 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, context: int, compiled: b
     return replay
 
 
-def _graphs(model: nn.Module, prompt: torch.Tensor, name: str) -> dict[str, Callable[[], None]]:
+def _compiled(forward: Callable) -> Callable:
+    """By inductor, its kernels launched programmatically as ours are, where this torch can."""
+    options = {"triton.enable_pdl": True} if hasattr(torch._inductor.config.triton, "enable_pdl") else None
+    return torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+
+
+def _graphs(model: nn.Module, prompt: torch.Tensor, name: str, contexts: Sequence[int]) -> dict[str, Callable[[], None]]:
     """Steps of every kind: as they are, compiled, and with parts left out."""
     graphs = {}
-    for context in CONTEXTS:
+    for context in contexts:
         graphs[f"{name} {context}"] = step_graph(model, prompt, context)
         graphs[f"{name} {context} {COMPILED}"] = step_graph(model, prompt, context, compiled=True)
     for part in ("mlp", "self_attn"):
         with _without(model, part):
-            graphs[f"{name} without {part}"] = step_graph(model, prompt, CONTEXTS[0])
+            graphs[f"{name} without {part}"] = step_graph(model, prompt, contexts[0])
     return graphs
 
 
-def _parts(times: dict[str, Times], name: str) -> tuple[float, float, float]:
+def _parts(times: dict[str, Times], name: str, context: int) -> tuple[float, float, float]:
     """Milliseconds that a step takes less without its FFNs, without its attentions, and the rest."""
-    step = times[f"{name} {CONTEXTS[0]}"].median
+    step = times[f"{name} {context}"].median
     ffn, attention = (step - times[f"{name} without {part}"].median for part in ("mlp", "self_attn"))
     return ffn * 1e-3, attention * 1e-3, (step - ffn - attention) * 1e-3
 
 
 @torch.inference_mode()
 def measure_model(
-    model: nn.Module, label: str, dense: Dense, yard: Yardsticks, repeats: int, tell: Callable[[str], None]
+    model: nn.Module,
+    label: str,
+    dense: Dense,
+    yard: Yardsticks,
+    repeats: int,
+    tell: Callable[[str], None],
+    contexts: Sequence[int] = CONTEXTS,
 ) -> list[DecodeRow]:
     """Rows of one unpatched model, which is patched in the end: a step in a CUDA graph, compiled or not, and `generate`."""
     prompt = torch.randint(1, model.config.vocab_size, (1, _PROMPT), generator=torch.Generator().manual_seed(0)).to(
         model.device
     )
     tell("dense graphs")
-    graphs = _graphs(model, prompt, "dense")
+    graphs = _graphs(model, prompt, "dense", contexts)
     kept = [mlp.down_proj.weight.data for _, mlp in gated_mlps(model)]  # the dense graphs read them where they are
     report = patch_model(model)
     if len(report.sparse) < len(report.layers):
         raise ValueError(f"{label} was not patched whole:\n{report}")
     tell("patched graphs")
-    graphs |= _graphs(model, prompt, "sparse")
+    graphs |= _graphs(model, prompt, "sparse", contexts)
     tell("steps")
     times = interleave(graphs, graph_clock, dict.fromkeys(graphs, 1), repeats)
     del graphs, kept
@@ -204,9 +217,9 @@ def measure_model(
         "checked": all(e <= 2 * d + epsilon for e, d in errors),
     }
     rows = []
-    for context in CONTEXTS:
+    for context in contexts:
         as_is, ours = times[f"dense {context}"], times[f"sparse {context}"]
-        split = _split(times, operator_us) if context == CONTEXTS[0] else {}
+        split = _split(times, context, operator_us) if context == contexts[0] else {}
         rows.append(DecodeRow(variant=GRAPH, context=context, **_times_of(ours, as_is), **split, **common))
         ours, fastest = times[f"sparse {context} {COMPILED}"], min(times[f"dense {context} {COMPILED}"], as_is)
         rows.append(DecodeRow(variant=f"{COMPILED}, {GRAPH}", context=context, **_times_of(ours, fastest), **common))
@@ -222,10 +235,10 @@ def _times_of(ours: Times, dense: Times) -> dict[str, Any]:
     return {"time_us": ours.median, "p10_us": ours.p10, "p90_us": ours.p90, "dense_us": dense.median, "noisy": noisy}
 
 
-def _split(times: dict[str, Times], operator_us: float) -> dict[str, float]:
+def _split(times: dict[str, Times], context: int, operator_us: float) -> dict[str, float]:
     """Where a step's time goes, patched and dense."""
     names = ("ffn_ms", "attention_ms", "rest_ms")
-    ours, dense = (_parts(times, name) for name in ("sparse", "dense"))
+    ours, dense = (_parts(times, name, context) for name in ("sparse", "dense"))
     return {
         **dict(zip(names, ours, strict=True)),
         **{f"dense_{name}": ms for name, ms in zip(names, dense, strict=True)},

@@ -21,10 +21,10 @@ def _examples() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def test_there_are_two_examples():
-    with_cupy, with_torch = _examples()
-    assert "import cupy" in with_cupy and "import torch" in with_torch
-    for code in (with_cupy, with_torch):
+def test_there_are_three_examples():
+    with_cupy, with_torch, with_transformers = _examples()
+    assert "import cupy" in with_cupy and "import torch" in with_torch and "patch_model(model)" in with_transformers
+    for code in (with_cupy, with_torch, with_transformers):
         compile(code, "README.md", "exec")
 
 
@@ -56,3 +56,15 @@ def test_first_call_with_torch(torch):
     s = torch.where(gate >= 0.01, gate, 0).double()
     exact = w_down.double() @ (s * (w_up.double() @ x.double())).to(x.dtype).double()
     assert_no_worse_than_vendor(to.get(names["y"]), to.get(dense), exact.cpu().numpy())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_line_patch(device, capsys, request):
+    pytest.importorskip("transformers", reason='the extra "hf" brings it')
+    if device == "cuda":
+        request.getfixturevalue("torch")
+    names: dict = {"folder": Path(__file__).parent / "data" / "relu-lm"}
+    exec(_examples()[2].replace('"cuda"', repr(device)), names)
+    assert "4 of 4 gated MLPs decode sparsely" in capsys.readouterr().out
+    ids = names["torch"].tensor([[*b"import "]], device=device)
+    assert names["model"].generate(ids, max_new_tokens=5, do_sample=False).shape == (1, 12)
