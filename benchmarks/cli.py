@@ -114,7 +114,15 @@ def host(json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
 @_quick
 @click.option("--model", "names", type=click.Choice(["7B", "13B"]), multiple=True, default=["7B", "13B"], show_default=True)
 @click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A model on disk instead.")
-def decode(names: tuple[str, ...], checkpoint: Path | None, json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
+@click.option("--trust-remote-code", is_flag=True, help="Let the checkpoint bring its own model code, and run it.")
+def decode(
+    names: tuple[str, ...],
+    checkpoint: Path | None,
+    trust_remote_code: bool,
+    json_path: Path | None,
+    csv_path: Path | None,
+    quick: bool,
+) -> None:
     """Tokens a second of whole models, dense and patched: LLaMA shapes, random weights, as sparse as the published ones."""
     _need_gpu()
     try:
@@ -123,15 +131,19 @@ def decode(names: tuple[str, ...], checkpoint: Path | None, json_path: Path | No
         raise click.ClickException(f'decode needs torch and transformers, which the extra "hf" brings: {error}') from error
     yard, watch, rows = conditions.yardsticks(), conditions.Watch(), []
     dense = best_dense(NUMPY_DTYPES["bfloat16"])
-    wanted = {checkpoint.name: checkpoint} if checkpoint else {name: MODELS[name] for name in names}
-    with _progress(len(wanted)) as advance:
-        for name, source in wanted.items():
-            advance(f"{name}: making the model", 0)
-            model = models.load(source) if checkpoint else models.random_model(source)
-            repeats, contexts = (15, models.CONTEXTS[:1]) if quick else (40, models.CONTEXTS)
-            tell = lambda doing, name=name: advance(f"{name}: {doing}", 0)  # noqa: E731
-            rows += models.measure_model(model, name, dense, yard, repeats, tell, contexts)
-            watch.look(name)
+    repeats, contexts = (15, models.CONTEXTS[:1]) if quick else (40, models.CONTEXTS)
+    labels = [checkpoint.name] if checkpoint else names
+    with _progress(len(labels)) as advance:
+        for label in labels:
+            advance(f"{label}: making the model", 0)
+            if checkpoint:
+                model, prompt = models.load(checkpoint, trust_remote_code)
+            else:
+                model = models.random_model(MODELS[label])
+                prompt = models.random_prompt(model)
+            tell = lambda doing, label=label: advance(f"{label}: {doing}", 0)  # noqa: E731
+            rows += models.measure_model(model, prompt, label, dense, yard, repeats, tell, contexts)
+            watch.look(label)
             del model
             models.free_memory()
             advance("", 1)

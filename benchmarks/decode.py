@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch._inductor.config
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
 
 from prosparse_cupy import synthetic
 from prosparse_cupy._dense import Dense
@@ -36,10 +36,20 @@ CONTEXTS = (512, 128)
 """Positions of the static cache: attention reads all of them at every step. Where the time goes is told for the first."""
 GRAPH, COMPILED = "CUDA graph", "compiled"
 _PROMPT = 32
-_NEW_TOKENS = 32
+_NEW_TOKENS = 16
+_TEXT = (
+    "A language model reads all of its weights for every token that it writes. Where an activation is zero, the weights that "
+    "it would be multiplied with need not be read, and the result is the same to the last digit that matters."
+)
 _HEAD_SIZE = 128
 _DENSEST, _SPARSEST = 1.6, 0.4  # active share of the first and the last layer, in terms of the average
 _LEAST_SHARE, _MOST_SHARE = 1e-4, 0.45  # of tokens that a neuron is active for: a normal gate needs less than half
+
+
+def random_prompt(model: nn.Module) -> torch.Tensor:
+    """Token ids for a model that has learnt nothing."""
+    ids = torch.randint(1, model.config.vocab_size, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
 
 
 def random_model(record: Model) -> nn.Module:
@@ -173,6 +183,7 @@ def _parts(times: dict[str, Times], name: str, context: int) -> tuple[float, flo
 @torch.inference_mode()
 def measure_model(
     model: nn.Module,
+    prompt: torch.Tensor,
     label: str,
     dense: Dense,
     yard: Yardsticks,
@@ -196,7 +207,7 @@ def measure_model(
     times = interleave(graphs, graph_clock, dict.fromkeys(graphs, 1), repeats)
     del graphs, kept
     tell("generate")
-    eager = _generate_times(model, prompt, rounds=max(3, repeats // 4))
+    eager = _generate_times(model, prompt, rounds=repeats // 2)
     sparsity, errors = _sparsity_and_errors(model, prompt)
     config, threshold = model.config, report.layers[0].threshold
     record = Model(label, config.hidden_size, config.intermediate_size, config.num_hidden_layers, threshold, sparsity)
@@ -252,8 +263,8 @@ def _generate_times(model: nn.Module, prompt: torch.Tensor, rounds: int) -> dict
     mlps = {"dense": {name: mlp.replaced for name, mlp in sparse.items()}, "sparse": sparse}
     samples: dict[str, list[float]] = {kind: [] for kind in mlps}
     for turn in range(rounds + 1):
-        for kind, modules in mlps.items():
-            for name, module in modules.items():
+        for kind in sorted(mlps, reverse=bool(turn % 2)):  # who goes first changes: the host's pace drifts
+            for name, module in mlps[kind].items():
                 model.set_submodule(name, module)
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -261,6 +272,8 @@ def _generate_times(model: nn.Module, prompt: torch.Tensor, rounds: int) -> dict
             torch.cuda.synchronize()
             if turn:  # the first one warms up
                 samples[kind].append((time.perf_counter() - start) * 1e6 / _NEW_TOKENS)
+    for name, module in sparse.items():
+        model.set_submodule(name, module)
     return {kind: summarise(np.array(values)) for kind, values in samples.items()}
 
 
@@ -316,7 +329,10 @@ def free_memory() -> None:
     cupy().get_default_memory_pool().free_all_blocks()
 
 
-def load(folder: Path) -> nn.Module:
-    """A checkpoint on the GPU, in bfloat16."""
+def load(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, torch.Tensor]:
+    """A checkpoint on the GPU, in bfloat16, and the first tokens of a text for it."""
     register_fatrelu()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    ids = tokenizer(_TEXT, return_tensors="pt").input_ids[:, :_PROMPT]
+    return model.to("cuda").eval(), ids.to("cuda")

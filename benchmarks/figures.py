@@ -126,7 +126,7 @@ def decode(result: Result) -> Any:
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="ms per token", xlim=(0, 1.16 * left.max()))
         axes.set_title(f"One token, context {rows[0].context}, {rows[0].dtype}, {result.head.gpu}", loc="left", fontsize=10)
-        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.55, 1), ncols=3)
+        axes.legend(fontsize=8, loc="upper right")
         figure.tight_layout()
         return figure
 
