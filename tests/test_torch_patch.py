@@ -185,6 +185,23 @@ def test_refusals_change_nothing():
         patch_model(model)
 
 
+def test_a_failure_on_the_way_puts_everything_back(monkeypatch):
+    model, calls = _model(), []
+    before = _text(model)
+    real = SparseGatedMLP._sparse
+
+    def fails_at_the_third(self, token):
+        calls.append(self)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("made up")
+        return real(self, token)
+
+    monkeypatch.setattr(SparseGatedMLP, "_sparse", fails_at_the_third)
+    with pytest.raises(torch.OutOfMemoryError, match="made up"):
+        patch_model(model)
+    assert len(calls) == 3 and _unchanged(model) and torch.equal(_text(model), before)
+
+
 def test_without_a_config_the_activation_module_decides():
     model = RemoteModel()
     del model.config

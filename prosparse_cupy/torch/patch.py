@@ -83,9 +83,13 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
         raise ValueError("patch_model: the model is patched already: call unpatch_model(model) first")
     thresholds = [_threshold(model, name, mlp, threshold) for name, mlp in found]
     layers = []
-    for (name, mlp), own in zip(found, thresholds, strict=True):
-        reason = _why_dense(mlp) or _replace(model, name, mlp, own, moved=threshold is not None)
-        layers.append(LayerPatch(name, not reason, own, reason))
+    try:
+        for (name, mlp), own in zip(found, thresholds, strict=True):
+            reason = _why_dense(mlp) or _replace(model, name, mlp, own, moved=threshold is not None)
+            layers.append(LayerPatch(name, not reason, own, reason))
+    except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
+        unpatch_model(model)
+        raise
     return PatchReport(tuple(layers))
 
 
@@ -93,8 +97,7 @@ def unpatch_model(model: nn.Module) -> None:
     """Undo `patch_model`: the MLPs of before, on the weights of now in `nn.Linear`'s layout. Others are left alone."""
     for name, mlp in list(gated_mlps(model)):
         if isinstance(mlp, SparseGatedMLP) and mlp.replaced is not None:
-            unpack(mlp.down_proj)
-            model.set_submodule(name, mlp.replaced)
+            _put_back(model, name, mlp)
 
 
 def gated_mlps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -165,15 +168,17 @@ def _replace(model: nn.Module, name: str, mlp: nn.Module, threshold: float, move
     weight = mlp.gate_proj.weight
     token = torch.randn(1, 1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     before = None if moved else mlp(token)
-    was_packed = mlp.down_proj.weight.t().is_contiguous()
     sparse = SparseGatedMLP.from_mlp(mlp, threshold)
+    model.set_submodule(name, sparse)
     if before is None:
         before = sparse(token.expand(1, 2, -1))[:, :1]
-    after = sparse(token)
-    error, norm = (after.float() - before.float()).norm().item(), before.float().norm().item()
-    if not error <= _LARGEST_ERROR * norm:
-        if not was_packed:
-            unpack(mlp.down_proj)
-        return f"its output differs from fatrelu's by {error / norm if norm else error:.2g} of its norm"
-    model.set_submodule(name, sparse)
-    return ""
+    error, norm = (sparse(token).float() - before.float()).norm().item(), before.float().norm().item()
+    if error <= _LARGEST_ERROR * norm:
+        return ""
+    _put_back(model, name, sparse)
+    return f"its output differs from fatrelu's by {error / norm if norm else error:.2g} of its norm"
+
+
+def _put_back(model: nn.Module, name: str, sparse: SparseGatedMLP) -> None:
+    unpack(sparse.down_proj)
+    model.set_submodule(name, sparse.replaced)
