@@ -192,9 +192,6 @@ def measure_model(
     contexts: Sequence[int] = CONTEXTS,
 ) -> list[DecodeRow]:
     """Rows of one unpatched model, which is patched in the end: a step in a CUDA graph, compiled or not, and `generate`."""
-    prompt = torch.randint(1, model.config.vocab_size, (1, _PROMPT), generator=torch.Generator().manual_seed(0)).to(
-        model.device
-    )
     tell("dense graphs")
     graphs = _graphs(model, prompt, "dense", contexts)
     kept = [mlp.down_proj.weight.data for _, mlp in gated_mlps(model)]  # the dense graphs read them where they are

@@ -362,6 +362,25 @@ def test_parts_left_out_come_back():
             assert torch.equal(model(ids).logits, whole)
 
 
+@pytest.mark.gpu
+def test_decode_measures_a_small_model(torch):
+    pytest.importorskip("transformers", reason='the extra "hf" brings it')
+    from benchmarks import decode
+    from prosparse_cupy._dense import best_dense
+    from prosparse_cupy.models import Model
+
+    model = decode.random_model(Model("small", 256, 1500, 3, 0.01, 0.9))
+    dense, yard = best_dense(np.dtype(np.float16)), conditions.Yardsticks(3e6, 1.0)
+    told: list[str] = []
+    rows = decode.measure_model(model, decode.random_prompt(model), "small", dense, yard, 8, told.append, (64,))
+    assert [r.variant for r in rows] == ["CUDA graph", "compiled, CUDA graph", "generate()"] and told[
+        -1
+    ] == "SparseFFN by itself"
+    assert all(r.checked and r.time_us > 0 and r.dense_us > 0 and abs(r.sparsity - 0.9) < 0.03 for r in rows)
+    assert rows[0].ffn_ms + rows[0].attention_ms + rows[0].rest_ms == pytest.approx(rows[0].time_us * 1e-3)
+    assert rows[0].operator_us > 0 and math.isnan(rows[1].operator_us)
+
+
 # The committed results, and what is made of them
 
 
