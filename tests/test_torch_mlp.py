@@ -172,4 +172,5 @@ def test_no_second_copy_on_the_gpu(torch_gpu):
     sparse = SparseGatedMLP.from_mlp(dense, T)
     with torch.inference_mode():
         sparse(torch.randn(1, D_MODEL, device="cuda", dtype=torch.bfloat16))
-    assert torch.cuda.memory_allocated() == before
+    grown = torch.cuda.memory_allocated() - before
+    assert grown in (0, 1536), "the scratch, 1040 bytes in blocks of 512, unless an earlier test has left it"

@@ -307,11 +307,13 @@ def test_captured_step_with_a_static_cache(torch_gpu):
 
 
 @pytest.mark.gpu
-def test_patching_takes_no_gpu_memory(torch_gpu):
+def test_patching_takes_no_gpu_memory_but_the_scratch(torch_gpu):
     model = _model(device="cuda", dtype=torch.bfloat16)
     _text(model)
     before = torch.cuda.memory_allocated()
     patch_model(model)
-    assert torch.cuda.memory_allocated() == before
+    scratch = torch.cuda.memory_allocated() - before
+    assert scratch in (0, 512), "x1 of one layer, 320 bytes and so a block of 512, unless an earlier test has left it"
+    _text(model)
     unpatch_model(model)
-    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_allocated() == before + scratch
