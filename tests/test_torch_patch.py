@@ -111,15 +111,15 @@ class RemoteModel(nn.Module):
             self.gate_proj = nn.Linear(64, 160, bias=False)
             self.up_proj = nn.Linear(64, 160, bias=False)
             self.down_proj = nn.Linear(160, 64, bias=False)
-            self.twist = config.twist
+            self.twist, self.doubled = config.twist, config.doubled
 
         def forward(self, x):
-            gate = self.gate_proj(x)
-            return self.twist * self.down_proj(torch.where(gate > 0.05, gate, 0.0) * self.up_proj(x))
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            return self.twist * self.down_proj(torch.where(gate > 0.05, gate, 0.0) * (up.relu() if self.doubled else up))
 
-    def __init__(self, twist: float = 1.0, **config) -> None:
+    def __init__(self, twist: float = 1.0, doubled: bool = False, **config) -> None:
         super().__init__()
-        self.config = SimpleNamespace(twist=twist, **config)
+        self.config = SimpleNamespace(twist=twist, doubled=doubled, **config)
         self.mlp = self.MLP(self.config)
 
     def forward(self, x):
@@ -139,6 +139,7 @@ def test_an_mlp_with_another_formula_is_left_dense():
     for model in (
         RemoteModel(twist=2.0, hidden_act="fatrelu", hidden_act_param=0.05),
         RemoteModel(hidden_act="fatrelu", hidden_act_param=0.5),  # not what its code does
+        RemoteModel(doubled=True, hidden_act="fatrelu", hidden_act_param=0.05),  # dReLU, as TurboSparse has it
     ):
         (layer,) = patch_model(model).layers
         assert not layer.sparse and "its output differs" in layer.reason

@@ -53,7 +53,8 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
     time goes through the sparse operators, longer inputs (prefill) through the dense path on the same weights. Every layer is
     tried on a random token first, which also compiles its kernels; one whose output is not what it was before is left dense.
 
-    Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw.
+    Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw. On the CPU one token goes through
+    the NumPy reference: right, and slow.
 
     Parameters
     ----------
