@@ -71,14 +71,15 @@ def paper(**options) -> None:
 @click.option("--at", "sparsities", type=click.FloatRange(0, 1), multiple=True, help="Only these sparsities.")
 def sweep(names, dtypes, masks, sparsities, **options) -> None:
     """Every operator and the whole FFN over sparsities, models and dtypes."""
-    some = (0.0, 0.9) if options["quick"] else SPARSITIES
+    wanted = sparsities or ((0.0, 0.9) if options["quick"] else SPARSITIES)
     settings = [
         Setting(op, MODELS[name], name, dtype, mask, sparsity)
         for name in names or MODELS
         for dtype in dtypes or NUMPY_DTYPES
         for mask in masks
-        for sparsity in sparsities or some
-        for op in ("ffn_23", "ffn_4", "SparseFFN")
+        for sparsity in wanted
+        for op in (*STEPS, "ffn_123", "SparseFFN")
+        if op != "ffn_1" or (mask, sparsity) == (masks[0], wanted[0])  # which is dense: once
     ]
     _run("sweep", settings, **options)
 
@@ -90,7 +91,7 @@ def ffn(**options) -> None:
     settings = [
         Setting(op, model, name, "bfloat16", "hot", model.sparsity, with_dense=op == "SparseFFN")
         for name, model in MODELS.items()
-        for op in (*STEPS, "three operators", "sparse_ffn", "SparseFFN")
+        for op in (*STEPS, "ffn_123", "three operators", "sparse_ffn", "SparseFFN")
         if not (options["quick"] and name == "13B")
     ]
     _run("ffn", settings, **options)
@@ -141,8 +142,9 @@ def decode(
             else:
                 model = models.random_model(MODELS[label])
                 prompt = models.random_prompt(model)
-            tell = lambda doing, label=label: advance(f"{label}: {doing}", 0)  # noqa: E731
-            rows += models.measure_model(model, prompt, label, dense, yard, repeats, tell, contexts)
+            rows += models.measure_model(
+                model, prompt, label, dense, yard, repeats, lambda doing, label=label: advance(f"{label}: {doing}", 0), contexts
+            )
             watch.look(label)
             del model
             models.free_memory()

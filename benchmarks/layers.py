@@ -84,6 +84,7 @@ class Layers:
             "ffn_1": d_ff * d_model + d_model + d_ff,
             "ffn_23": active * d_model + d_model + 2 * d_ff,
             "ffn_4": active * d_model + d_ff + d_model,
+            "ffn_123": (d_ff + active) * d_model + d_model + d_ff,
             **dict.fromkeys(WHOLE, (d_ff + 2 * active) * d_model + 2 * d_model),
         }
         return elements[op] * self.dtype.itemsize
@@ -94,7 +95,8 @@ class Layers:
         masks = math.ceil(_TIMES_L2 * self._l2 / max(1, self.touched(op, active)) / self.count)
         masks = min(masks, _MOST_CALLS // self.count) if op in ("ffn_23", "ffn_4") and active else 1
         rng = np.random.default_rng(1)
-        make = {"ffn_1": self._ffn_1, "ffn_23": self._ffn_23, "ffn_4": self._ffn_4}.get(op, partial(self._ffn, op))
+        steps = {"ffn_1": self._ffn_1, "ffn_123": self._ffn_123, "ffn_23": self._ffn_23, "ffn_4": self._ffn_4}
+        make = steps.get(op, partial(self._ffn, op))
         return [
             make(layer, MASKS[mask](self.model.d_ff, sparsity, rng), rng) for _ in range(masks) for layer in range(self.count)
         ]
@@ -120,6 +122,29 @@ class Layers:
             lambda out: self._dense.mv(w_, x_, out),
             lambda: float64.dot(w, x),
         )
+
+    def _ffn_123(self, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
+        (w_gate, w_up, _), x, threshold = self._weights[layer], self.x, self.model.threshold
+        _steer(w_gate, x, cupy().asarray(synthetic.gate_of(neurons, threshold, rng)))
+        x_, gate_, *w_ = map(self._dense.adopt, (x, self._poisoned(self.model.d_ff), w_gate, w_up))
+
+        def dense(out: Any) -> None:
+            self._dense.mv(w_[0], x_, gate_)
+            self._dense.step_2(gate_, x_, w_[1], threshold, out)
+
+        return self._timed(
+            self.model.d_ff,
+            lambda out: psc.ffn_123(x, w_gate, w_up, threshold, out=out),
+            dense,
+            lambda: self._exact_x1(layer, neurons),
+        )
+
+    def _exact_x1(self, layer: int, neurons: np.ndarray) -> np.ndarray:
+        """Formulas 1 to 3 of a steered layer, the gate rounded."""
+        (w_gate, w_up, _), x = self._weights[layer], self.x
+        gate = cupy().asarray(float64.dot(w_gate, x)).astype(self.dtype)
+        np.testing.assert_array_equal(cupy().asnumpy(gate.astype(np.float32)) >= np.float32(self.model.threshold), neurons)
+        return float64.up(gate, w_up, x, neurons)
 
     def _ffn_23(self, layer: int, neurons: np.ndarray, rng: np.random.Generator) -> Timed:
         gate, x, w, threshold = self._gate(neurons, rng), self.x, self._weights[layer][1], self.model.threshold
@@ -165,10 +190,7 @@ class Layers:
             self._dense.mv(w_[2], x1_, out)
 
         def exact() -> np.ndarray:
-            rounded = cupy().asarray(float64.dot(w_gate, x)).astype(self.dtype)
-            on = cupy().asnumpy(rounded.astype(np.float32)) >= np.float32(threshold)
-            np.testing.assert_array_equal(on, neurons)
-            return float64.down(cupy().asarray(float64.up(rounded, w_up, x, on)).astype(self.dtype), packed)
+            return float64.down(cupy().asarray(self._exact_x1(layer, neurons)).astype(self.dtype), packed)
 
         return self._timed(self.model.d_model, sparse[how], dense, exact)
 

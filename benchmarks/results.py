@@ -36,6 +36,12 @@ class Head:
     version: int = VERSION
 
 
+def _derive(row: object, **values: float) -> None:
+    """Set fields of a frozen row that follow from its others."""
+    for name, value in values.items():
+        object.__setattr__(row, name, value)
+
+
 @dataclass(frozen=True)
 class Row:
     """One operator in one setting. Times in µs per call; errors are ‖out - float64‖ / ‖float64‖."""
@@ -67,14 +73,13 @@ class Row:
     error_ratio: float = field(init=False)
 
     def __post_init__(self) -> None:
-        derived = {
-            "ratio": self.time_us / self.floor_us,
-            "speedup": self.dense_us / self.time_us,
-            "achieved_GBps": self.bytes / self.time_us * 1e-3,
-            "error_ratio": self.error / self.dense_error if self.dense_error else math.nan,
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+        _derive(
+            self,
+            ratio=self.time_us / self.floor_us,
+            speedup=self.dense_us / self.time_us,
+            achieved_GBps=self.bytes / self.time_us * 1e-3,
+            error_ratio=self.error / self.dense_error if self.dense_error else math.nan,
+        )
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -124,14 +129,13 @@ class DecodeRow:
     """Of one layer in the model."""
 
     def __post_init__(self) -> None:
-        derived = {
-            "tokens_per_s": 1e6 / self.time_us,
-            "dense_tokens_per_s": 1e6 / self.dense_us,
-            "speedup": self.dense_us / self.time_us,
-            "ffn_us": self.ffn_ms * 1e3 / self.n_layers,
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+        _derive(
+            self,
+            tokens_per_s=1e6 / self.time_us,
+            dense_tokens_per_s=1e6 / self.dense_us,
+            speedup=self.dense_us / self.time_us,
+            ffn_us=self.ffn_ms * 1e3 / self.n_layers,
+        )
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -478,6 +478,47 @@ def test_the_first_release_and_the_dense_path_get_rows_of_their_own(monkeypatch)
     assert [row.time_us for row in rows] == [10.0, 10.0, 10.0, 320.0]  # eagerly: the two calls, not 64
 
 
+class _NumpyDense:
+    """A dense path on NumPy arrays."""
+
+    def adopt(self, array):
+        return array
+
+    def mv(self, weights, x, out):
+        out[...] = weights.astype(np.float32) @ x.astype(np.float32)
+
+    def step_2(self, gate, x, w_up, threshold, out):
+        self.mv(w_up, x, out)
+        out *= np.where(gate.astype(np.float32) >= np.float32(threshold), gate, 0)
+
+
+@pytest.mark.parametrize("mask", ["hot", "uniform", "contiguous"])
+@pytest.mark.parametrize("op", ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "three operators", "sparse_ffn", "SparseFFN"])
+def test_layers_call_what_they_check(monkeypatch, op, mask):
+    """On NumPy arrays, which run the reference: every timed call, ours and dense, leaves what `exact` says, and no NaN."""
+    from benchmarks import float64, layers
+    from prosparse_cupy.models import Model
+
+    runtime = SimpleNamespace(getDeviceProperties=lambda _: {"l2CacheSize": 100_000}, memGetInfo=lambda: (1 << 40, 1 << 40))
+    names = ("full", "asarray", "flatnonzero", "zeros", "concatenate", "uint8", "random")
+    fake = SimpleNamespace(
+        **{name: getattr(np, name) for name in names}, asnumpy=np.asarray, cuda=SimpleNamespace(runtime=runtime)
+    )
+    monkeypatch.setattr(layers, "cupy", lambda: fake)
+    monkeypatch.setattr(float64, "cupy", lambda: fake)
+    monkeypatch.setattr(layers, "current_device", lambda: 0)
+    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8), "float32", _NumpyDense())
+    timed = made.calls(op, mask, 0.8)
+    assert made.count == 16 and len(timed) % made.count == 0 and 0 < made.touched(op, 40) <= 4 * (3 * 64 * 200 + 1000)
+    for t in timed[:: len(timed) // 4]:
+        assert np.isnan(t.out).all() and np.isnan(t.dense_out).all()
+        t.call()
+        t.dense()
+        exact = t.exact()
+        for out in (t.out, t.dense_out):
+            np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_host_rows_are_checked(monkeypatch, wrong):
     """On NumPy arrays, which run the reference."""

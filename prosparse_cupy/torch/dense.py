@@ -9,6 +9,7 @@ import torch
 
 from .. import timing
 from .._dense import Dense
+from .activation import FATReLU
 
 
 def sees_gpu() -> bool:
@@ -33,18 +34,10 @@ class TorchDense(Dense):
 
     def step_2(self, gate: torch.Tensor, x: torch.Tensor, w_up: torch.Tensor, threshold: float, out: torch.Tensor) -> None:
         torch.mv(w_up, x, out=out)
-        out.mul_(torch.nn.functional.threshold(gate, _largest_below(threshold, gate.dtype), 0.0))
+        out.mul_(_fatrelu(threshold)(gate))
 
 
-@cache
-def _largest_below(threshold: float, dtype: torch.dtype) -> float:
-    """The largest number of `dtype` below T: torch's `threshold` keeps what is greater, FATReLU what is equal too."""
-    if threshold == 0.0:
-        return 0.0
-    kept = torch.tensor(threshold, dtype=dtype)
-    if float(kept) < threshold:
-        kept = torch.nextafter(kept, torch.tensor(float("inf"), dtype=dtype))
-    return float(torch.nextafter(kept, torch.zeros((), dtype=dtype)))
+_fatrelu = cache(FATReLU)
 
 
 def _capture(calls: Sequence[timing.Call]) -> timing.Call:

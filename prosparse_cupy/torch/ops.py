@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._buffers import Call, check_threshold
+from .._buffers import Call, Signature, check_threshold
 from ..ops import FFN_1, FFN_4, FFN_23, FFN_123, SPARSE_FFN
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
@@ -31,23 +31,31 @@ def _register(name: str) -> None:
     threshold = ", float threshold=0.0" if name in _WITH_THRESHOLD else ""
     _LIBRARY.define(f"{name}({inputs}{threshold}) -> Tensor", tags=_TAGS)
     _LIBRARY.define(f"{name}.out({inputs}{threshold}, *, Tensor(a!) out) -> ()", tags=_TAGS)
-    for key, make in (("CUDA", _on_gpu), ("CPU", _on_host)):
-        call = make(name)
+    operator = getattr(ops, name)
+    on_gpu = _sparse_ffn_on_gpu if name == "sparse_ffn" else operator
+    for key, run in (("CUDA", on_gpu), ("CPU", _on_host(operator))):
+        call = _refusing_grad(name, run)
         _LIBRARY.impl(name, call, key)
-        _LIBRARY.impl(f"{name}.out", _into_out(call), key)
-    torch.library.register_fake(f"prosparse::{name}", _fake(name), lib=_LIBRARY)
-    torch.library.register_fake(f"prosparse::{name}.out", _fake_out(name), lib=_LIBRARY)
+        _LIBRARY.impl(f"{name}.out", _returning_nothing(call), key)
+    call = _refusing_grad(name, _fake(_SIGNATURES[name]))
+    torch.library.register_fake(f"prosparse::{name}", call, lib=_LIBRARY)
+    torch.library.register_fake(f"prosparse::{name}.out", _returning_nothing(call), lib=_LIBRARY)
 
 
-def _on_gpu(name: str) -> Callable[..., Tensor]:
-    operator = _sparse_ffn_on_gpu if name == "sparse_ffn" else getattr(ops, name)
-
+def _refusing_grad(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*arguments: Any, out: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled():
             _refuse_grad(name, arguments)
-        return operator(*arguments, out=out)
+        return run(*arguments, out=out)
 
     return call
+
+
+def _returning_nothing(call: Callable[..., Tensor]) -> Callable[..., None]:
+    def call_out(*arguments: Any, out: Tensor) -> None:
+        call(*arguments, out=out)
+
+    return call_out
 
 
 def _sparse_ffn_on_gpu(
@@ -60,43 +68,21 @@ def _sparse_ffn_on_gpu(
     return call.result()
 
 
-def _on_host(name: str) -> Callable[..., Tensor]:
-    operator = getattr(ops, name)
-
-    def call(*arguments: Any, out: Tensor | None = None) -> Tensor:
-        if torch.is_grad_enabled():
-            _refuse_grad(name, arguments)
+def _on_host(operator: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
+    def call(*arguments: Any, out: Tensor | None) -> Tensor:
         arrays = [as_numpy(a) if isinstance(a, Tensor) else a for a in arguments]
         return from_numpy(operator(*arrays, out=None if out is None else as_numpy(out)))
 
     return call
 
 
-def _into_out(call: Callable[..., Tensor]) -> Callable[..., None]:
-    def call_out(*arguments: Any, out: Tensor) -> None:
-        call(*arguments, out=out)
-
-    return call_out
-
-
-def _fake(name: str) -> Callable[..., Tensor]:
+def _fake(signature: Signature) -> Callable[..., Tensor]:
     """The shape, dtype and device of a result: the first input's leading dims, then d_model or d_ff as the weights have it."""
-    signature = _SIGNATURES[name]
     axis = ("d_ff", "d_model").index(*signature.output.dims)
 
-    def call(*arguments: Any, **keywords: Any) -> Tensor:
-        if torch.is_grad_enabled():
-            _refuse_grad(name, arguments)
+    def call(*arguments: Any, out: Tensor | None) -> Tensor:
         first, weights = arguments[0], arguments[len(signature.inputs) - 1]
         return first.new_empty((*first.shape[:-1], weights.shape[axis]))
-
-    return call
-
-
-def _fake_out(name: str) -> Callable[..., None]:
-    def call(*arguments: Any, out: Tensor, **keywords: Any) -> None:
-        if torch.is_grad_enabled():
-            _refuse_grad(name, (*arguments, out))
 
     return call
 

@@ -48,7 +48,7 @@ class PatchReport:
 def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport:
     """Let every gated ReLU MLP of a model decode sparsely, exactly as before within rounding; in place.
 
-    An MLP is gated if it has `gate_proj`, `up_proj` and `down_proj`: LLaMA, Mistral, Qwen2, MiniCPM, and remote code like
+    An MLP is gated if it has `gate_proj`, `up_proj` and `down_proj`, as in LLaMA, Mistral, Qwen2, MiniCPM, and remote code like
     them. Its activation comes from the config, `hidden_act` (``relu``, or ``fatrelu`` with `hidden_act_param`). One token at a
     time goes through the sparse operators, longer inputs (prefill) through the dense path on the same weights. Every layer is
     tried on a random token first, which also compiles its kernels; one whose output is not what it was before is left dense.
