@@ -108,10 +108,11 @@ class DecodeRow:
     p10_us: float
     p90_us: float
     dense_us: float
-    """Of the faster dense way: as it is, or compiled."""
+    """Of the model unpatched; beside a compiled step, of the faster way: as it is, or compiled."""
     error: float
     dense_error: float
     checked: bool
+    """Whether every layer's FFN on a decoded token was within twice the dense path's error."""
     noisy: bool
     ffn_ms: float = math.nan
     attention_ms: float = math.nan
