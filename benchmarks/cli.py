@@ -232,7 +232,7 @@ def _finish(result: Result, json_path: Path | None, csv_path: Path | None) -> No
         write_csv(result, csv_path)
     for row in result.failed:
         click.echo(
-            f"CHECK FAILED: {row.op} {row.model} {row.dtype} {row.mask} {row.sparsity:.2%}: error {row.error:.3g}", err=True
+            f"CHECK FAILED: {row.op} {row.model} {row.dtype} {row.setting} {row.sparsity:.2%}: error {row.error:.3g}", err=True
         )
     sys.exit(1 if result.failed else 0)
 

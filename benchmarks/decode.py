@@ -136,6 +136,7 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, context: int, compiled: b
         token.copy_(forward(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # what the calls read may still be being written there
     with torch.cuda.stream(side):
         for _ in range(3):
             step()

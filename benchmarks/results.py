@@ -86,6 +86,11 @@ class Row:
         """What makes two rows of two results the same measurement."""
         return (self.op, self.variant, self.model, self.d_model, self.d_ff, self.dtype, self.batch, self.mask, self.sparsity)
 
+    @property
+    def setting(self) -> str:
+        """What else tells rows of one operator, variant, model and sparsity apart."""
+        return self.mask
+
 
 @dataclass(frozen=True)
 class DecodeRow:
@@ -122,7 +127,6 @@ class DecodeRow:
     dense_rest_ms: float = math.nan
     operator_us: float = math.nan
     """`SparseFFN` by itself at these dims and this sparsity, µs per layer."""
-    mask: str = "its own"
     tokens_per_s: float = field(init=False)
     dense_tokens_per_s: float = field(init=False)
     speedup: float = field(init=False)
@@ -142,6 +146,11 @@ class DecodeRow:
     def key(self) -> tuple[object, ...]:
         """What makes two rows of two results the same measurement."""
         return (self.op, self.variant, self.model, self.d_model, self.d_ff, self.n_layers, self.dtype, self.context)
+
+    @property
+    def setting(self) -> str:
+        """What else tells rows of one variant, model and sparsity apart."""
+        return f"context {self.context}"
 
 
 _ROWS = {"decode": DecodeRow}

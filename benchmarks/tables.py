@@ -172,14 +172,14 @@ def host(result: Result) -> str:
 def changes(found: list[Change]) -> Table:
     """What `compare` found."""
     table = Table()
-    for name in ("op", "model", "dtype", "mask", "sparsity"):
+    for name in ("op", "variant", "model", "dtype", "setting", "sparsity"):
         table.add_column(name)
     for name in ("old µs", "new µs", "change", "verdict"):
         table.add_column(name, justify="right")
     for change in found:
         row = change.new
         cells = f"{change.old.time_us:.2f}", f"{row.time_us:.2f}", f"{change.percent:+.1f} %", change.verdict.value
-        table.add_row(row.op, row.model, row.dtype, row.mask, f"{row.sparsity:.2%}", *cells)
+        table.add_row(row.op, row.variant, row.model, row.dtype, row.setting, f"{row.sparsity:.2%}", *cells)
     return table
 
 

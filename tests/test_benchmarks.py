@@ -404,6 +404,13 @@ def test_stored_results_are_whole(stored):
         assert paper.head.method == method and len(paper.rows) == 2 * len(PUBLISHED)
 
 
+def test_a_comparison_tells_its_rows_apart(stored):
+    for result in stored.values():
+        table = tables.changes(compare.compare(result, result, 3.0))
+        names = list(zip(*(column.cells for column in table.columns[:6]), strict=True))
+        assert len(names) == len(set(names)) == len(result.rows)
+
+
 @pytest.mark.parametrize("page", cli.PAGES)
 def test_pages_agree_with_the_results(stored, page):
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -294,6 +294,7 @@ def test_captured_step_with_a_static_cache(torch_gpu):
             token.copy_(model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
 
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step()
         torch.cuda.synchronize()

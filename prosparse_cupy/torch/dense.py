@@ -43,6 +43,7 @@ _fatrelu = cache(FATReLU)
 def _capture(calls: Sequence[timing.Call]) -> timing.Call:
     """`timing.capture` for launches through torch."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # what the calls read may still be being written there
     with torch.cuda.stream(side):
         for call in calls:
             call()
