@@ -3,6 +3,7 @@
 //   DTYPE_BFLOAT16 | DTYPE_FLOAT16 | DTYPE_FLOAT32   the element type, exactly one of them
 //   ROW_OPT, COL_OPT                                 d_ff and d_model as constants; without them both come with the launch
 //   PROGRAMMATIC                                     launches may overlap the end of their predecessor (sm_90)
+//   EARLY_SUCCESSOR                                  the successor may overlap more than the end of this launch (sm_90)
 //
 // 16-bit elements are carried as their bits, so no CUDA header is included: a header costs more to parse than these kernels cost
 // to compile. Inline PTX is in the helpers under #ifdef __CUDACC__ and nowhere else, each with a plain C++ twin.
@@ -78,6 +79,14 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
+// Lets the successor's blocks in as soon as all blocks of this launch have come here. Only where the successor is one of ours: it
+// touches nothing before it has waited, which foreign kernels may.
+__device__ __forceinline__ void let_successor_in() {
+#ifdef EARLY_SUCCESSOR
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 #else
 
 __device__ __forceinline__ float half_to_float(unsigned short bits) {
@@ -105,6 +114,8 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
 __device__ __forceinline__ uint4 load_once(const uint4* address) { return *address; }
 
 __device__ __forceinline__ void wait_for_predecessor() {}
+
+__device__ __forceinline__ void let_successor_in() {}
 
 #endif
 

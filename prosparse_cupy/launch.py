@@ -77,7 +77,7 @@ def _defines(shape: Shape, **constants: int | None) -> tuple[tuple[str, int | No
     return ((f"DTYPE_{shape.dtype.upper()}", None), *dims, *constants.items())
 
 
-def _operator(kernel: str, shape: Shape, blocks: int, warps: int, arguments: str, **constants: int) -> Launch:
+def _operator(kernel: str, shape: Shape, blocks: int, warps: int, arguments: str, **constants: int | None) -> Launch:
     programmatic: dict[str, int | None] = {"PROGRAMMATIC": None} if shape.is_programmatic else {}
     defines = _defines(shape, WARPS=warps, **constants, **programmatic)
     return Launch(kernel, (blocks, 1, 1), (WARP * warps, 1, 1), defines, arguments, programmatic=shape.is_programmatic)
@@ -91,9 +91,9 @@ def _row_loads(shape: Shape, most: int) -> int:
     return _ceil_div(chunks_per_lane, _ceil_div(chunks_per_lane, most))
 
 
-def _row_per_warp(kernel: str, shape: Shape, arguments: str, warps: int, most_loads: int) -> Launch:
+def _row_per_warp(kernel: str, shape: Shape, arguments: str, warps: int, most_loads: int, **constants: int | None) -> Launch:
     blocks, loads = _ceil_div(shape.d_ff, warps), _row_loads(shape, most_loads)
-    return _operator(kernel, shape, blocks, warps, arguments, MIN_BLOCKS=4, LOADS=loads)
+    return _operator(kernel, shape, blocks, warps, arguments, MIN_BLOCKS=4, LOADS=loads, **constants)
 
 
 def ffn_1(shape: Shape) -> Launch:
@@ -106,7 +106,16 @@ def ffn_123(shape: Shape) -> Launch:
     """Launch of the gate GEMV, (FAT)ReLU and up-projection in one."""
     # H100, 89 %, with ffn_4 after it, µs at 7B / 13B: 40.0 / 60.6; a row in one batch of loads 40.1 / 60.4, on which NVRTC 12.9
     # crashes for float32; 5 blocks an SM 40.1 / 61.3; 8 warps a block 41.0 / 62.3.
+    if _all_rows_at_once(shape):
+        return _row_per_warp("ffn_123", shape, "PPPPfii", warps=2, most_loads=10, EARLY_SUCCESSOR=None)
     return _row_per_warp("ffn_123", shape, "PPPPfii", warps=4, most_loads=10)
+
+
+def _all_rows_at_once(shape: Shape) -> bool:
+    """Whether the GPU holds a warp for every row, so that blocks of the successor may come in without keeping others out."""
+    # H100, ffn_123 and ffn_4, µs at 1B 97 % / 88 % / 66 % / 0 %: 8.25 / 9.0 / 11.1 / 16.3; with the early successor 8.05 / 8.8 /
+    # 11.4 / 17.0; and 2 warps a block, not 4, 8.0 / 8.7 / 11.2 / 17.2. At 7B, where rows queue, 0 %: 92 and 96.
+    return shape.specialize and shape.is_programmatic and shape.d_ff <= 32 * shape.target.multiprocessors
 
 
 def ffn_23(shape: Shape) -> Launch:
@@ -114,9 +123,13 @@ def ffn_23(shape: Shape) -> Launch:
     # The GPU starts about 1.4 blocks a ns, so small blocks queue, and a large block keeps its place until its last row is done.
     # H100, µs at 7B 89 % / 7B 99 % / 13B 89 %: 8 warps a block 5.6 / 3.5 / 8.0; 7 warps 5.55 / 3.6 / 7.9; 4 warps 5.6 / 3.8 /
     # 7.9; 16 warps 6.7 / 3.8 / 9.5; 2 warps 5.9 / 5.3 / 8.1. A row in two batches of loads and in one: 7B 5.6 and 6.3.
-    most_loads = 10
-    warps = 8 if _row_loads(shape, most_loads) <= 8 else 7  # 64 registers hold 8 loads, 72 hold 10
-    return _row_per_warp("ffn_23", shape, "PPPPfii", warps, most_loads)
+    # 8 warps that share 20 rows, µs at 13B 99 % / 89 % / 66 %: 3.35 / 8.0 / 19.0, where 7 warps with 7 rows take 4.55 / 7.9 / 18.7;
+    # at 7B 16 rows take 3.2 / 5.6 / 13.3 and more, a row a warp 3.6 / 5.6 / 12.5.
+    warps, loads = 8, _row_loads(shape, most=10)
+    shares = loads > 8  # so many need 80 registers, which leave room for 3 blocks an SM; 64 are enough for 8 loads
+    rows, min_blocks = (20, 3) if shares else (warps, 4)
+    blocks = _ceil_div(shape.d_ff, rows)
+    return _operator("ffn_23", shape, blocks, warps, "PPPPfii", MIN_BLOCKS=min_blocks, LOADS=loads, ROWS=rows)
 
 
 def ffn_4(shape: Shape) -> Launch:

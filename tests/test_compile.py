@@ -18,7 +18,7 @@ SHAPES = [(m.d_model, m.d_ff, True) for m in (models.LLAMA_2_7B, models.LLAMA_2_
     (4096, 11008, False)
 ]
 # Threads an SM must hold, of its 65536 registers: what launch_bounds promise and the occupancy the times were measured at.
-REGISTERS = {"ffn_1": 128, "ffn_123": 128, "ffn_23": 72, "ffn_4": 64, "pack_down": 64}
+REGISTERS = {"ffn_1": 128, "ffn_123": 128, "ffn_23": 64, "ffn_23 sharing rows": 80, "ffn_4": 64, "pack_down": 64}
 
 
 def compile_for(plan: launch.Launch, architecture: int, code: str | None = None) -> tuple[bytes, str]:
@@ -50,7 +50,8 @@ def test_no_spills_within_budget(kernel, dtype, architecture):
         assert code
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0
         assert _reported(r"(\d+) bytes stack frame", report) == 0
-        assert _reported(r"Used (\d+) registers", report) <= REGISTERS[kernel]
+        shares = " sharing rows" if dict(plan.defines).get("ROWS", 0) > dict(plan.defines).get("WARPS", 32) else ""
+        assert _reported(r"Used (\d+) registers", report) <= REGISTERS[kernel + shares]
         assert "warning" not in report, report
 
 
@@ -105,8 +106,9 @@ def test_the_source_is_self_contained_and_keeps_its_line_numbers():
         assert text.splitlines()[last + 1 :] == lines[number - 1 :]
 
 
-def _ptx(kernel: str, architecture: int) -> str:
-    plan = launch.plan(kernel, launch.Shape(4096, 11008, "bfloat16", target=launch.Target(architecture, 132)))
+def _ptx(kernel: str, architecture: int, model: models.Model = models.LLAMA_2_7B) -> str:
+    target = launch.Target(architecture, 132)
+    plan = launch.plan(kernel, launch.Shape(model.d_model, model.d_ff, "bfloat16", target=target))
     program = compiler._NVRTCProgram(source(kernel), f"{kernel}.cu", method="ptx")
     return program.compile((*compiler_options(plan), f"-arch=compute_{architecture}"), None)[0].decode()
 
@@ -127,3 +129,10 @@ def test_a_programmatic_kernel_reads_and_writes_after_its_wait(kernel):
     assert waits and "griddepcontrol" not in after
     assert not re.search(r"\b(ld|st)\.global", before) and "ld.global.nc" not in text
     assert not re.search(r"griddepcontrol|cluster", _ptx(kernel, 80)), "sm_80 has none of these"
+
+
+def test_a_successor_is_let_in_after_the_wait():
+    """Before it, our predecessor may still run: the successor would overlap two launches, and waits for one."""
+    before, waits, after = _ptx("ffn_123", 90, models.MINICPM_S_1B).partition("griddepcontrol.wait")
+    assert waits and after.count("griddepcontrol.launch_dependents") == 1 and "griddepcontrol" not in before
+    assert "griddepcontrol" not in _ptx("ffn_123", 80, models.MINICPM_S_1B)

@@ -67,10 +67,10 @@ def test_no_worse_than_the_vendor(d_model, d_ff, dtype, sparsity, torch):
         assert_no_worse_than_vendor(first, to.get(dense), exact)
 
 
+@pytest.mark.parametrize(("d_model", "d_ff"), LARGE)
 @pytest.mark.parametrize("mask", [synthetic.hot_mask, synthetic.uniform_mask, synthetic.contiguous_mask])
-def test_masks(mask):
+def test_masks(mask, d_model, d_ff):
     rng = np.random.default_rng()
-    d_ff, d_model = 11008, 4096
     neurons = mask(synthetic.popularity(d_ff, rng) if mask is synthetic.hot_mask else d_ff, 0.9, rng)
     g = synthetic.gate_of(neurons, 0.01, rng).astype(DTYPES["bfloat16"])
     np.testing.assert_array_equal(reference.active(g, 0.01), neurons)
@@ -87,8 +87,9 @@ def test_weights_of_inactive_neurons_are_not_read_into_the_result(dtype):
     np.testing.assert_array_equal(bits(on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), 0.25))), bits(clean))
 
 
+@pytest.mark.parametrize("specialize", [True, False], ids=["a row a warp", "warps share rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_boundaries_and_special_values(dtype):
+def test_boundaries_and_special_values(dtype, specialize):
     """A gate at the threshold is kept, NaN is active, -0 is not; subnormals may be flushed by at most themselves."""
     t = np.array(0.3).astype(DTYPES[dtype])
     neighbours = (t.view(f"i{t.itemsize}") + np.arange(-2, 3)).astype(f"i{t.itemsize}").view(DTYPES[dtype])
@@ -97,7 +98,7 @@ def test_boundaries_and_special_values(dtype):
     g = np.concatenate([neighbours, smallest, -smallest, special])
     x, w = np.ones(8, DTYPES[dtype]), np.ones((len(g), 8), DTYPES[dtype])
     for threshold in (0.0, float(t)):
-        out = on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), threshold))
+        out = on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), threshold, specialize=specialize))
         expected = reference.ffn_23(g, x, w, threshold)
         off = ~reference.active(g, threshold)
         assert not bits(out[off]).any()

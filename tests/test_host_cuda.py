@@ -68,6 +68,7 @@ OFF_BY_ONE = [
     ("ffn_1", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
     ("ffn_123", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
     ("ffn_23", "if (c >= chunks) break;", "if (c > chunks) break;"),
+    ("ffn_23", "first + lane < D_FF(d_ff)", "first + lane <= D_FF(d_ff)"),
     ("ffn_4", "row + VEC <= rows ?", "row <= rows ?"),
     ("ffn_4", "row + e < rows) value", "row + e <= rows) value"),
     ("ffn_4", "&& chunk < chunks", ""),

@@ -19,8 +19,9 @@ from checks import (
 
 from prosparse_cupy import launch, reference
 
-# (d_model, d_ff): smallest, below and above a warp's 32 vectors, no multiple of any tile, one more than a pass over a row.
-SHAPES = [(8, 1), (8, 3), (16, 33), (264, 101), (40, 700), (1032, 9)]
+# (d_model, d_ff): smallest, below and above a warp's 32 vectors, no multiple of any tile, one more than a pass over a row,
+# and so long a row that warps of ffn_23 share rows.
+SHAPES = [(8, 1), (8, 3), (16, 33), (264, 101), (40, 700), (1032, 9), (2312, 41)]
 SPARSITIES = [0.0, 0.5, 0.9, 1.0, "one"]
 both = pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])
 shapes = pytest.mark.parametrize(("d_model", "d_ff"), SHAPES)
@@ -124,14 +125,10 @@ def test_special_values(host, dtype):
     d_model = 8
     x, w = np.ones(d_model, DTYPES[dtype]), np.ones((len(g), d_model), DTYPES[dtype])
     for threshold in (0.0, 0.25):
-        out = _run_twice(
-            host,
-            "ffn_23",
-            launch.Shape(d_model, len(g), dtype),
-            [g, x, w, None, threshold],
-            poisoned(len(g), dtype),
-        )
-        np.testing.assert_array_equal(out.astype(np.float32), reference.ffn_23(g, x, w, threshold).astype(np.float32))
+        for specialize in (True, False):  # a row a warp, and warps that share rows
+            shape = launch.Shape(d_model, len(g), dtype, specialize)
+            out = _run_twice(host, "ffn_23", shape, [g, x, w, None, threshold], poisoned(len(g), dtype))
+            np.testing.assert_array_equal(out.astype(np.float32), reference.ffn_23(g, x, w, threshold).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -46,13 +46,26 @@ def test_defines_say_the_dtype_and_the_dims(kernel, shape):
 
 
 @given(st.sampled_from(["ffn_1", "ffn_123", "ffn_23"]), shapes)
-def test_every_row_has_one_warp(kernel, shape):
+def test_every_row_has_one_block(kernel, shape):
     plan = launch.plan(kernel, shape)
     defines = _defines(plan)
     assert plan.block == (32 * defines["WARPS"], 1, 1)
-    rows = [b * defines["WARPS"] + w for b in (0, plan.grid[0] - 1) for w in range(defines["WARPS"])]
-    assert min(rows) == 0 and max(rows) >= shape.d_ff - 1  # the last row has a warp
-    assert (plan.grid[0] - 1) * defines["WARPS"] < shape.d_ff  # and no block is idle
+    rows = defines.get("ROWS", defines["WARPS"])  # of a block
+    assert plan.grid[0] * rows >= shape.d_ff > (plan.grid[0] - 1) * rows
+
+
+@given(shapes)
+def test_warps_of_ffn_23_share_rows_where_registers_leave_room_for_few(shape):
+    defines = _defines(launch.ffn_23(shape))
+    assert defines["WARPS"] <= defines["ROWS"] <= 32
+    assert (defines["ROWS"] > defines["WARPS"]) == (defines["LOADS"] > 8)
+
+
+@given(kernels, shapes)
+def test_a_successor_comes_early_only_where_ours_follows_and_all_rows_have_a_warp(kernel, shape):
+    early = "EARLY_SUCCESSOR" in _defines(launch.plan(kernel, shape))
+    fits = shape.d_ff <= 32 * shape.target.multiprocessors
+    assert early == (kernel == "ffn_123" and shape.specialize and shape.target.capability >= 90 and fits)
 
 
 @given(shapes)

@@ -89,7 +89,7 @@ class SparseGatedMLP(nn.Module):
             return torch.ops.prosparse.ffn_4(x1, w_down_t)
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not token.is_cuda:
             return torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, self.act_fn.threshold)
-        return ops.sparse_ffn(token, w_gate, w_up, w_down_t, self.act_fn.threshold)  # the dispatcher costs 15 µs
+        return ops.sparse_ffn(token, w_gate, w_up, w_down_t, self.act_fn.threshold)  # the dispatcher costs 13 µs
 
 
 def pack(down_proj: nn.Linear) -> None:
