@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import click
@@ -21,9 +22,11 @@ from . import host as host_times
 from .layers import STEPS, Layers
 from .measure import GRAPH, WALLCLOCK, Setting, measure, portable
 from .paper import PUBLISHED
-from .results import Result, read_json, write_csv, write_json
+from .results import DecodeRow, Result, Row, read_json, write_csv, write_json
 
 MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B}
+Show = Callable[[str, int], None]
+
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md")
@@ -104,8 +107,8 @@ def ffn(**options) -> None:
 def host(json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
     """Time on the calling thread per call, by array family."""
     _need_gpu()
-    yard, watch = conditions.yardsticks(), conditions.Watch()
-    rows = host_times.measure(LLAMA_2_7B, "7B", 20 if quick else 100)
+    yard, watch = conditions.prepare()
+    rows = watch.undisturbed(lambda: host_times.measure(LLAMA_2_7B, "7B", 20 if quick else 100), "7B")
     _finish(Result(conditions.head("host", "host thread", "torch eager FFN", yard, watch), tuple(rows)), json_path, csv_path)
 
 
@@ -130,25 +133,28 @@ def decode(
         from . import decode as models
     except ImportError as error:
         raise click.ClickException(f'decode needs torch and transformers, which the extra "hf" brings: {error}') from error
-    yard, watch, rows = conditions.yardsticks(), conditions.Watch(), []
+    yard, watch = conditions.prepare()
+    rows: list[DecodeRow] = []
     dense = best_dense(NUMPY_DTYPES["bfloat16"])
     repeats, contexts = (15, models.CONTEXTS[:1]) if quick else (40, models.CONTEXTS)
     labels = [checkpoint.name] if checkpoint else names
-    with _progress(len(labels)) as advance:
-        for label in labels:
-            advance(f"{label}: making the model", 0)
+    with _progress(len(labels)) as show:
+
+        def measure(label: str, say: Callable[[str], None]) -> list[DecodeRow]:
+            say("making the model")
             if checkpoint:
                 model, prompt = models.load(checkpoint, trust_remote_code)
             else:
                 model = models.random_model(MODELS[label])
                 prompt = models.random_prompt(model)
-            rows += models.measure_model(
-                model, prompt, label, dense, yard, repeats, lambda doing, label=label: advance(f"{label}: {doing}", 0), contexts
-            )
-            watch.look(label)
+            found = models.measure_model(model, prompt, label, dense, yard, repeats, say, contexts)
             del model
             models.free_memory()
-            advance("", 1)
+            return found
+
+        for done, label in enumerate(labels):
+            say = lambda doing, label=label, done=done: show(f"{label}: {doing}", done)  # noqa: E731
+            rows += watch.undisturbed(partial(measure, label, say), label)
     _finish(Result(conditions.head("decode", "graph", dense.name, yard, watch), tuple(rows)), json_path, csv_path)
 
 
@@ -238,24 +244,32 @@ def _finish(result: Result, json_path: Path | None, csv_path: Path | None) -> No
 
 
 def _measure_all(command: str, settings: list[Setting], repeats: int, method: str, is_portable: bool) -> Result:
-    yard, watch, rows = conditions.yardsticks(), conditions.Watch(), []
+    yard, watch = conditions.prepare()
+    rows: list[Row] = []
     names: dict[str, str] = {}
-    with _progress(len(settings)) as advance:
+    with _progress(len(settings)) as show:
+        done = 0
         for (model, dtype), group in _by_layers(settings):
             dense = best_dense(NUMPY_DTYPES[dtype])
             names[dtype] = dense.name
-            advance(f"{model.name}, {dtype}: making layers", 0)
+            show(f"{model.name}, {dtype}: making layers", done)
             layers = Layers(model, dtype, dense)
-            for setting in group:
-                advance(f"{setting.label} {dtype} {setting.op} {setting.mask} {setting.sparsity:.2%}", 0)
-                rows += measure(layers, setting, dense, yard, method, repeats)
-                advance("", 1)
-            watch.look(f"{model.name}, {dtype}")
-            del layers
+            measure_one = partial(measure, layers, dense=dense, yard=yard, method=method, repeats=repeats)
+            rows += watch.undisturbed(partial(_measure_group, group, measure_one, show, done), f"{model.name}, {dtype}")
+            done += len(group)
+            del layers, measure_one
             cupy().get_default_memory_pool().free_all_blocks()
     name = command + (" --portable" if is_portable else "")
     rows.sort(key=lambda row: [s.label for s in settings].index(row.model))
     return Result(conditions.head(name, method, "; ".join(sorted({*names.values()})), yard, watch), tuple(rows))
+
+
+def _measure_group(group: list[Setting], measure_one: Callable[[Setting], list[Row]], show: Show, done: int) -> list[Row]:
+    rows: list[Row] = []
+    for i, setting in enumerate(group):
+        show(f"{setting.label} {setting.dtype} {setting.op} {setting.mask} {setting.sparsity:.2%}", done + i)
+        rows += measure_one(setting)
+    return rows
 
 
 def _by_layers(settings: list[Setting]) -> Iterator[tuple[tuple, list[Setting]]]:
@@ -266,10 +280,10 @@ def _by_layers(settings: list[Setting]) -> Iterator[tuple[tuple, list[Setting]]]
 
 
 @contextmanager
-def _progress(total: int) -> Iterator:
-    """A bar on a terminal, and nothing where there is none."""
+def _progress(total: int) -> Iterator[Show]:
+    """A bar on a terminal, and nothing where there is none: what is being done, and how many are."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
-        yield lambda text, done: bar.update(task, advance=done, **({"description": text} if text else {}))
+        yield lambda doing, done: bar.update(task, description=doing, completed=done)

@@ -8,8 +8,10 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from prosparse_cupy import timing
 from prosparse_cupy._gpu import cupy, current_device, gpu
 
 from .results import Head
+
+Rows = TypeVar("Rows")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _READ_BYTES = 4 << 30
@@ -74,20 +78,38 @@ class Watch:
         self.disturbances: list[str] = []
         self._fastest = 0.0
 
-    def look(self, during: str) -> None:
-        """Note a clock well below the fastest seen so far, and other processes on the GPU."""
+    def undisturbed(self, measure: Callable[[], Rows], during: str) -> Rows:
+        """What `measure` returns; where something disturbs it, what it returns when called once more."""
+        rows = measure()
+        if self.look(during):
+            rows = measure()
+            self.look(f"{during}, measured again")
+        return rows
+
+    def look(self, during: str) -> bool:
+        """Note a clock well below the fastest seen so far, and other processes on the GPU; whether there is either."""
         clock = _smi("--query-gpu=clocks.sm", "--format=csv,noheader,nounits")
         processes = _smi("--query-compute-apps=pid", "--format=csv,noheader")
-        self.note(during, float(clock[0]) if clock and clock[0].isdigit() else 0.0, {int(p) for p in processes if p.isdigit()})
+        megahertz = float(clock[0]) if clock and clock[0].isdigit() else 0.0
+        return self.note(during, megahertz, {int(p) for p in processes if p.isdigit()})
 
-    def note(self, during: str, clock: float, processes: set[int]) -> None:
+    def note(self, during: str, clock: float, processes: set[int]) -> bool:
         """`look`, on what was seen."""
+        before = len(self.disturbances)
         if clock < (1 - self._LARGEST_DROP) * self._fastest:
             self.disturbances.append(f"{during}: the clock fell to {clock:.0f} MHz from {self._fastest:.0f}")
         self._fastest = max(self._fastest, clock)
         others = processes - {os.getpid()}
         if len(others) and len(processes) > 1:  # in a container our own process may go by another number
             self.disturbances.append(f"{during}: {len(processes) - 1} other process(es) on the GPU")
+        return len(self.disturbances) > before
+
+
+def prepare() -> tuple[Yardsticks, Watch]:
+    """Yardsticks, and a watch that has seen the clock right after them."""
+    measured, watch = yardsticks(), Watch()
+    watch.look("at the start")
+    return measured, watch
 
 
 def _smi(*arguments: str) -> list[str]:

@@ -32,7 +32,7 @@ class Head:
     read_peak_GBps: float
     launch_us: float
     disturbances: tuple[str, ...] = ()
-    """What was seen of other work on the GPU or of a clock that dropped."""
+    """What was seen of other work on the GPU or of a clock that dropped; the rows it met were measured once more."""
     version: int = VERSION
 
 

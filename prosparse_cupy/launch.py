@@ -113,8 +113,8 @@ def ffn_123(shape: Shape) -> Launch:
 
 def _all_rows_at_once(shape: Shape) -> bool:
     """Whether the GPU holds a warp for every row, so that blocks of the successor may come in without keeping others out."""
-    # H100, ffn_123 and ffn_4, µs at 1B 97 % / 88 % / 66 % / 0 %: 8.25 / 9.0 / 11.1 / 16.3; with the early successor 8.05 / 8.8 /
-    # 11.4 / 17.0; and 2 warps a block, not 4, 8.0 / 8.7 / 11.2 / 17.2. At 7B, where rows queue, 0 %: 92 and 96.
+    # H100, ffn_123 and ffn_4, µs at 1B 97 % / 88 % / 66 % / 0 %: 8.25 / 9.0 / 11.1 / 16.3; with the early successor 8.05 / 8.8
+    # / 11.4 / 17.0; and 2 warps a block, not 4, 8.0 / 8.7 / 11.2 / 17.2. At 7B, where rows queue, 0 %: 92 and 96.
     return shape.specialize and shape.is_programmatic and shape.d_ff <= 32 * shape.target.multiprocessors
 
 
@@ -123,8 +123,8 @@ def ffn_23(shape: Shape) -> Launch:
     # The GPU starts about 1.4 blocks a ns, so small blocks queue, and a large block keeps its place until its last row is done.
     # H100, µs at 7B 89 % / 7B 99 % / 13B 89 %: 8 warps a block 5.6 / 3.5 / 8.0; 7 warps 5.55 / 3.6 / 7.9; 4 warps 5.6 / 3.8 /
     # 7.9; 16 warps 6.7 / 3.8 / 9.5; 2 warps 5.9 / 5.3 / 8.1. A row in two batches of loads and in one: 7B 5.6 and 6.3.
-    # 8 warps that share 20 rows, µs at 13B 99 % / 89 % / 66 %: 3.35 / 8.0 / 19.0, where 7 warps with 7 rows take 4.55 / 7.9 / 18.7;
-    # at 7B 16 rows take 3.2 / 5.6 / 13.3 and more, a row a warp 3.6 / 5.6 / 12.5.
+    # 8 warps that share 20 rows, µs at 13B 99 % / 89 % / 66 %: 3.35 / 8.0 / 19.0, where 7 warps with 7 rows take 4.55 / 7.9 /
+    # 18.7. Shared by 8 warps, 16 rows take 3.2 / 5.6 / 13.3 at 7B, and a row a warp 3.6 / 5.6 / 12.5.
     warps, loads = 8, _row_loads(shape, most=10)
     shares = loads > 8  # so many need 80 registers, which leave room for 3 blocks an SM; 64 are enough for 8 loads
     rows, min_blocks = (20, 3) if shares else (warps, 4)
