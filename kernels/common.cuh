@@ -3,7 +3,7 @@
 //   DTYPE_BFLOAT16 | DTYPE_FLOAT16 | DTYPE_FLOAT32   the element type, exactly one of them
 //   ROW_OPT, COL_OPT                                 d_ff and d_model as constants; without them both come with the launch
 //   PROGRAMMATIC                                     launches may overlap the end of their predecessor (sm_90)
-//   EARLY_SUCCESSOR                                  the successor may overlap more than the end of this launch (sm_90)
+//   EARLY_SUCCESSOR                                  the successor may start before this launch has written its results (sm_90)
 //
 // 16-bit elements are carried as their bits, so no CUDA header is included: a header costs more to parse than these kernels cost
 // to compile. Inline PTX is in the helpers under #ifdef __CUDACC__ and nowhere else, each with a plain C++ twin.
@@ -79,11 +79,11 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
-// Lets the successor's blocks in as soon as all blocks of this launch have come here. Only where the successor is one of ours: it
-// touches nothing before it has waited, which foreign kernels may.
+// Lets the successor's blocks in as soon as all blocks of this launch have come here: after their last read, by all of their threads, so
+// that a successor that writes before it waits, as foreign ones may, overwrites nothing that is still needed.
 __device__ __forceinline__ void let_successor_in() {
 #ifdef EARLY_SUCCESSOR
-    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("bar.sync 0;\n griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

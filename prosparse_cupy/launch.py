@@ -112,9 +112,9 @@ def ffn_123(shape: Shape) -> Launch:
 
 
 def _all_rows_at_once(shape: Shape) -> bool:
-    """Whether the GPU holds a warp for every row, so that blocks of the successor may come in without keeping others out."""
-    # H100, ffn_123 and ffn_4, µs at 1B 97 % / 88 % / 66 % / 0 %: 8.25 / 9.0 / 11.1 / 16.3; with the early successor 8.05 / 8.8
-    # / 11.4 / 17.0; and 2 warps a block, not 4, 8.0 / 8.7 / 11.2 / 17.2. At 7B, where rows queue, 0 %: 92 and 96.
+    """Whether the GPU holds a warp for every row: blocks of the successor then come in without keeping others out."""
+    # H100, ffn_123 and ffn_4, µs at 1B 97 % / 88 % / 66 % / 0 %: 4 warps a block 8.3 / 9.0 / 11.1 / 16.3; 2 warps and the
+    # successor let in after the last read 8.3 / 8.9 / 11.0 / 16.4, before the first 8.0 / 8.7 / 11.2 / 17.3.
     return shape.specialize and shape.is_programmatic and shape.d_ff <= 32 * shape.target.multiprocessors
 
 

@@ -131,8 +131,12 @@ def test_a_programmatic_kernel_reads_and_writes_after_its_wait(kernel):
     assert not re.search(r"griddepcontrol|cluster", _ptx(kernel, 80)), "sm_80 has none of these"
 
 
-def test_a_successor_is_let_in_after_the_wait():
-    """Before it, our predecessor may still run: the successor would overlap two launches, and waits for one."""
-    before, waits, after = _ptx("ffn_123", 90, models.MINICPM_S_1B).partition("griddepcontrol.wait")
-    assert waits and after.count("griddepcontrol.launch_dependents") == 1 and "griddepcontrol" not in before
+def test_a_successor_is_let_in_between_the_last_read_and_the_write():
+    """And by all threads of a block: a successor may write, before it waits, what this kernel has read."""
+    text = _ptx("ffn_123", 90, models.MINICPM_S_1B)
+    start, waits, rest = text.partition("griddepcontrol.wait")
+    reads, barrier, rest = rest.partition("bar.sync 0;")
+    let, lets, writes = rest.partition("griddepcontrol.launch_dependents")
+    assert waits and barrier and lets and not let.strip() and "griddepcontrol" not in start + reads + writes
+    assert "ld.global" in reads and "st.global" not in reads and "st.global" in writes and "ld.global" not in writes
     assert "griddepcontrol" not in _ptx("ffn_123", 80, models.MINICPM_S_1B)
