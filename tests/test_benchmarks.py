@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -308,9 +309,11 @@ def no_gpu_needed(monkeypatch):
     """Commands are whole but for the GPU: what they measure is to be made up."""
     monkeypatch.setattr(cli, "current_device", lambda: 0)
     monkeypatch.setattr(cli.conditions, "yardsticks", lambda: conditions.Yardsticks(3e6, 1.0))
-    monkeypatch.setattr(
-        cli.conditions, "head", lambda *rest: dataclasses.replace(HEAD, disturbances=tuple(rest[-1].disturbances))
-    )
+
+    def head(command, *rest):
+        return dataclasses.replace(HEAD, command=command, disturbances=tuple(rest[-1].disturbances))
+
+    monkeypatch.setattr(cli.conditions, "head", head)
     _show(monkeypatch, [QUIET] * 9)
     monkeypatch.setattr(cli, "best_dense", lambda dtype: SimpleNamespace(name="dense"))
     monkeypatch.setattr(cli, "Layers", lambda *_: None)
@@ -375,6 +378,31 @@ def test_decode_rows_come_back_and_compare(tmp_path):
     new = Result(head, (_decode_row(time_us=6000.0, p10_us=5990.0, p90_us=6010.0),))
     [change] = compare.compare(read, new, 3.0)
     assert change.verdict is compare.Verdict.REGRESSION and change.percent == pytest.approx(20)
+
+
+def test_a_disturbed_model_is_made_and_measured_once_more(monkeypatch, no_gpu_needed, tmp_path):
+    """Made anew, since measuring patches it."""
+    pytest.importorskip("transformers")
+    from benchmarks import decode
+
+    made = []
+    monkeypatch.setattr(decode, "random_model", lambda record: made.append(record) or [])
+    monkeypatch.setattr(decode, "random_prompt", lambda model: None)
+    monkeypatch.setattr(decode, "free_memory", lambda: None)
+
+    def measured(model, prompt, label, dense, yard, repeats, say, contexts):
+        say("steps")
+        assert not model, "patched already"
+        model.append("patched")
+        return [_decode_row(model=label, time_us=1000.0 * len(made))]
+
+    monkeypatch.setattr(decode, "measure_model", measured)
+    _show(monkeypatch, [QUIET, SHARED, QUIET, QUIET])
+    done = CliRunner().invoke(cli.main, ["decode", "--json", str(tmp_path / "r.json")])
+    assert done.exit_code == 0 and "disturbed: 7B: 1 other process(es) on the GPU" in done.output, done.output
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["model"], row["time_us"]) for row in rows] == [("7B", 2000.0), ("13B", 3000.0)]
+    assert made == [cli.MODELS["7B"], cli.MODELS["7B"], cli.MODELS["13B"]]
 
 
 def test_decode_table():
