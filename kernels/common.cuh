@@ -60,15 +60,41 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
     return bits;
 }
 
-// Weights are read once: keep them out of L1, which then holds x. L2 may fetch 256 bytes at a time, since neighbours ask for the rest
-// soon: ffn_4 on every row of 13B, H100: 59.2 µs without, 52.4 with. Volatile keeps the loads of a batch together, ahead of their uses.
+// Weights are read once: keep them out of L1, which then holds x. Volatile keeps the loads of a batch together, ahead of their uses.
 __device__ __forceinline__ uint4 load_once(const uint4* address) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address));
+    return v;
+}
+
+// The same, and L2 may fetch 256 bytes at a time, since neighbours ask for the rest soon: ffn_4 on every row of 13B, H100: 59.2 µs
+// without, 52.4 with. Where a warp itself asks for all of it, it costs: ffn_23, 7B, 89 %: 5.6 µs, 5.55 without.
+__device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address));
     return v;
 }
+
+// A block's THREADS threads ask for a vector of `length` elements, which then comes into L1 while they do something else: a copy to shared
+// memory goes through L1, and unlike a load whose result is not used it stays in the program. prefetch.global.L1 takes 2 µs more.
+template <int THREADS>
+__device__ __forceinline__ void fetch_into_l1(const scalar* vector, int length) {
+    constexpr int SECTOR = 32 / sizeof(scalar);  // elements of what L1 fetches at a time
+    __shared__ unsigned unused;
+    const unsigned to = (unsigned)__cvta_generic_to_shared(&unused);
+#pragma unroll
+    for (int first = 0; first < length; first += THREADS * SECTOR) {
+        const int e = first + threadIdx.x * SECTOR;
+        if (e < length) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(vector + e) : "memory");
+    }
+}
+
+// Every thread that fetched calls this before it ends.
+__device__ __forceinline__ void end_fetch() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A programmatic launch starts while its predecessor on the stream ends. What that one wrote is there after this, and nothing may be
 // written before it. Vectors it may have written are not const __restrict__: the compiler would read them through a cache that holds
@@ -112,6 +138,13 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
 }
 
 __device__ __forceinline__ uint4 load_once(const uint4* address) { return *address; }
+
+__device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address) { return *address; }
+
+template <int THREADS>
+__device__ __forceinline__ void fetch_into_l1(const scalar*, int) {}
+
+__device__ __forceinline__ void end_fetch() {}
 
 __device__ __forceinline__ void wait_for_predecessor() {}
 

@@ -4,51 +4,78 @@
 //   active(g) = not (g < threshold) and g != 0                         so NaN is active
 //
 //   gate (d_ff,)   x (d_model,) and w_up (d_ff, d_model) row-major, both 16-byte aligned   x1 (d_ff,), every element written
-//   launch   WARPS warps and ROWS rows a block (at most 32); grid ceil(d_ff / ROWS). Where both are the same, a warp has one row; where
-//            there are more rows, the active ones go round the warps. Blocks without an active row are gone at once, so the GPU's own
-//            block scheduler balances any mask
+//   launch   WARPS warps a block. Without ROWS a row a warp, grid ceil(d_ff / WARPS). With it the warps of a block share the active ones
+//            of its ROWS rows (at most 32), and where these are few a row has two warps; grid ceil(d_ff / ROWS). Blocks without an
+//            active row are gone at once, so the GPU's own block scheduler balances any mask
 //   numerics float32 accumulation and product, one rounding at the store; the gate is compared as float32, threshold >= +0
 
 #include "common.cuh"
 #include "row_dot.cuh"
 
 #ifndef ROWS
-#error "define ROWS"
-#endif
-static_assert(WARPS <= ROWS && ROWS <= 32, "a warp has a row, and a lane a gate");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
        scalar* __restrict__ x1, float threshold, int d_ff, int d_model) {
     wait_for_predecessor();
-    const int chunks = D_MODEL(d_model) / VEC;
-
-#if ROWS == WARPS
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= D_FF(d_ff)) return;
 
     const float s = to_float(gate[row]);
     float product = 0.0f;
     if (is_active(s, threshold)) {
+        const int chunks = D_MODEL(d_model) / VEC;
         const uint4* weights = reinterpret_cast<const uint4*>(w_up) + (long long)row * chunks;
         product = s * row_dot(weights, reinterpret_cast<const uint4*>(x), chunks);
     }
     if (threadIdx.x % 32 == 0) x1[row] = from_float(product);
-#else
-    // Every warp looks at the gates of all rows, a lane at one; the n-th active row is that of warp n % WARPS.
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS;
-    const bool exists = lane < ROWS && first + lane < D_FF(d_ff);
-    const float gates = exists ? to_float(gate[first + lane]) : 0.0f;
-    const bool active = is_active(gates, threshold);
-    const int n = __popc(__ballot_sync(ALL_LANES, active) & ((1u << lane) - 1));
-    unsigned mine = __ballot_sync(ALL_LANES, active && n % WARPS == warp);
-    if (exists && !active && warp == WARPS - 1) x1[first + lane] = from_float(0.0f);
-    for (; mine != 0; mine &= mine - 1) {
-        const int i = __ffs(mine) - 1, row = first + i;
-        const float s = __shfl_sync(ALL_LANES, gates, i);
-        const uint4* weights = reinterpret_cast<const uint4*>(w_up) + (long long)row * chunks;
-        const float product = s * row_dot(weights, reinterpret_cast<const uint4*>(x), chunks);
-        if (lane == 0) x1[row] = from_float(product);
-    }
-#endif
 }
+
+#else
+
+static_assert(WARPS % 2 == 0 && ROWS <= 32, "warps come in pairs, and a lane has a gate");
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
+ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
+       scalar* __restrict__ x1, float threshold, int d_ff, int d_model) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS;
+    const int chunks = D_MODEL(d_model) / VEC;
+    const uint4* token = reinterpret_cast<const uint4*>(x);
+    const uint4* weights = reinterpret_cast<const uint4*>(w_up);
+
+    // Every warp looks at the gates of all rows, a lane at one, so that all know which rows are active.
+    wait_for_predecessor();
+    const bool in_block = lane < ROWS && first + lane < D_FF(d_ff);
+    const float gates = in_block ? to_float(gate[first + lane]) : 0.0f;
+    const bool active = is_active(gates, threshold);
+    const unsigned rows = __ballot_sync(ALL_LANES, active);
+    if (in_block && !active && warp == WARPS - 1) x1[first + lane] = from_float(0.0f);
+    if (rows == 0) return;
+
+    fetch_into_l1<32 * WARPS>(x, D_MODEL(d_model));
+    const int n = __popc(rows & ((1u << lane) - 1));  // active rows before the lane's own
+    if (__popc(rows) > WARPS / 2) {
+        // The n-th active row is that of warp n % WARPS.
+        for (unsigned mine = __ballot_sync(ALL_LANES, active && n % WARPS == warp); mine != 0; mine &= mine - 1) {
+            const int i = __ffs(mine) - 1, row = first + i;
+            const float s = __shfl_sync(ALL_LANES, gates, i);
+            const float product = s * row_dot(weights + (long long)row * chunks, token, chunks);
+            if (lane == 0) x1[row] = from_float(product);
+        }
+        end_fetch();
+        return;
+    }
+
+    // The n-th active row is that of warps 2 n and 2 n + 1, half of it each.
+    __shared__ float even[WARPS / 2][32];
+    const int i = __ffs(__ballot_sync(ALL_LANES, active && n == warp / 2)) - 1, half = warp % 2;
+    const float sum = i < 0 ? 0.0f : half_row(weights + (long long)(first + i) * chunks, token, half, chunks);
+    if (half == 0) even[warp / 2][lane] = sum;
+    end_fetch();
+    __syncthreads();
+    if (i < 0 || half == 0) return;
+    const float product = __shfl_sync(ALL_LANES, gates, i) * warp_sum(even[warp / 2][lane] + sum);
+    if (lane == 0) x1[first + i] = from_float(product);
+}
+
+#endif

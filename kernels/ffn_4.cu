@@ -97,7 +97,7 @@ ffn_4(const scalar* x1, const scalar* __restrict__ w_down_t, scalar* __restrict_
             for (int i = 0; i < LOADS; ++i) {
                 const bool valid = first + i * GROUPS < active && chunk < chunks;
                 const int row = tile + (valid ? list[first + i * GROUPS] : 0);
-                w[i] = valid ? load_once(weights + (long long)row * chunks) : uint4{0, 0, 0, 0};
+                w[i] = valid ? load_once_with_neighbours(weights + (long long)row * chunks) : uint4{0, 0, 0, 0};
                 s[i] = valid ? to_float(x1[row]) : 0.0f;
             }
 #pragma unroll

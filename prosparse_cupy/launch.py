@@ -83,17 +83,23 @@ def _operator(kernel: str, shape: Shape, blocks: int, warps: int, arguments: str
     return Launch(kernel, (blocks, 1, 1), (WARP * warps, 1, 1), defines, arguments, programmatic=shape.is_programmatic)
 
 
-def _row_loads(shape: Shape, most: int) -> int:
-    """16-byte loads a lane issues before it uses the first, so that all passes over a row are equally long."""
+def _piece(shape: Shape) -> int:
+    """16-byte loads of a lane that are summed at a time: all of a short row, or else an even number of equal pieces."""
     if not shape.specialize:
-        return min(most, 16)
-    chunks_per_lane = _ceil_div(shape.d_model // vector_length(shape.dtype), WARP)
-    return _ceil_div(chunks_per_lane, _ceil_div(chunks_per_lane, most))
+        return 8
+    loads = _ceil_div(shape.d_model // vector_length(shape.dtype), WARP)
+    return loads if loads <= 8 else _ceil_div(loads, 2 * _ceil_div(loads, 20))
 
 
 def _row_per_warp(kernel: str, shape: Shape, arguments: str, warps: int, most_loads: int, **constants: int | None) -> Launch:
-    blocks, loads = _ceil_div(shape.d_ff, warps), _row_loads(shape, most_loads)
-    return _operator(kernel, shape, blocks, warps, arguments, MIN_BLOCKS=4, LOADS=loads, **constants)
+    piece, blocks = _piece(shape), _ceil_div(shape.d_ff, warps)
+    loads = 2 * piece if 2 * piece <= most_loads and not _is_one_piece(shape) else piece
+    return _operator(kernel, shape, blocks, warps, arguments, MIN_BLOCKS=4, LOADS=loads, PIECE=piece, **constants)
+
+
+def _is_one_piece(shape: Shape) -> bool:
+    """Whether a lane sums its part of a row in one go."""
+    return shape.specialize and shape.d_model // vector_length(shape.dtype) <= WARP * _piece(shape)
 
 
 def ffn_1(shape: Shape) -> Launch:
@@ -121,15 +127,15 @@ def _all_rows_at_once(shape: Shape) -> bool:
 def ffn_23(shape: Shape) -> Launch:
     """Launch of the fused (FAT)ReLU and up-projection."""
     # The GPU starts about 1.4 blocks a ns, so small blocks queue, and a large block keeps its place until its last row is done.
-    # H100, µs at 7B 89 % / 7B 99 % / 13B 89 %: 8 warps a block 5.6 / 3.5 / 8.0; 7 warps 5.55 / 3.6 / 7.9; 4 warps 5.6 / 3.8 /
-    # 7.9; 16 warps 6.7 / 3.8 / 9.5; 2 warps 5.9 / 5.3 / 8.1. A row in two batches of loads and in one: 7B 5.6 and 6.3.
-    # 8 warps that share 20 rows, µs at 13B 99 % / 89 % / 66 %: 3.35 / 8.0 / 19.0, where 7 warps with 7 rows take 4.55 / 7.9 /
-    # 18.7. Shared by 8 warps, 16 rows take 3.2 / 5.6 / 13.3 at 7B, and a row a warp 3.6 / 5.6 / 12.5.
-    warps, loads = 8, _row_loads(shape, most=10)
-    shares = loads > 8  # so many need 80 registers, which leave room for 3 blocks an SM; 64 are enough for 8 loads
-    rows, min_blocks = (20, 3) if shares else (warps, 4)
+    # H100, µs at 99 % / 89 % / 66 % / 0 %. 7B: 8 warps with 8 rows 3.0 / 5.5 / 12.3 / 30.6; 10 rows 2.8 / 5.4 / 12.3 / 31.8;
+    # 16 rows 2.5 / 5.6 / 13.1 / 31.0; a row a warp 3.6 / 5.6 / 12.3 / 30.5. 13B: 12 rows 3.3 / 7.9 / 18.5 / 47.4; 10 rows 3.5 /
+    # 7.9 / 18.3 / 48.0; 16 rows 3.0 / 7.9 / 19.1 / 48.2. 1B, one piece, 88 %: a row a warp 2.3; 8 rows of two pieces 2.5.
+    if _is_one_piece(shape):
+        return _row_per_warp("ffn_23", shape, "PPPPfii", warps=8, most_loads=8)
+    piece, warps = _piece(shape), 8
+    rows, min_blocks = (8, 4) if piece <= 8 else (12, 3)  # registers of more loads leave room for 3 blocks an SM
     blocks = _ceil_div(shape.d_ff, rows)
-    return _operator("ffn_23", shape, blocks, warps, "PPPPfii", MIN_BLOCKS=min_blocks, LOADS=loads, ROWS=rows)
+    return _operator("ffn_23", shape, blocks, warps, "PPPPfii", MIN_BLOCKS=min_blocks, LOADS=piece, PIECE=piece, ROWS=rows)
 
 
 def ffn_4(shape: Shape) -> Launch:

@@ -87,6 +87,21 @@ def test_weights_of_inactive_neurons_are_not_read_into_the_result(dtype):
     np.testing.assert_array_equal(bits(on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), 0.25))), bits(clean))
 
 
+@pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d_model", "d_ff"), [(4096, 1007), (5120, 1007), (1536, 1007)])
+def test_the_bits_of_a_row_do_not_depend_on_which_others_are_active(d_model, d_ff, dtype, specialize):
+    rng = np.random.default_rng()
+    g, x, w = np.abs(token(d_ff, dtype, rng)) + DTYPES[dtype].type(1), token(d_model, dtype, rng), weights(d_ff, d_model, dtype)
+    x, w = on.put(x), on.put(w)
+    every = on.get(psc.ffn_23(on.put(g), x, w, specialize=specialize))
+    for sparsity in (0.5, 0.7, 0.9, 0.99):
+        active = rng.random(d_ff) >= sparsity
+        some = np.where(active, g, np.zeros_like(g))
+        out = on.get(psc.ffn_23(on.put(some), x, w, out=on.put(poisoned(d_ff, dtype)), specialize=specialize))
+        np.testing.assert_array_equal(bits(out), bits(np.where(active, every, np.zeros_like(every))))
+
+
 @pytest.mark.parametrize("specialize", [True, False], ids=["a row a warp", "warps share rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_boundaries_and_special_values(dtype, specialize):

@@ -45,7 +45,7 @@ def _is_caught(host, kernel: str, shape: launch.Shape, code: str) -> bool:
 
 
 def test_kernels_have_barriers():
-    assert {kernel for kernel, _ in KERNELS_WITH_BARRIERS} == {"ffn_4", "pack_down"}
+    assert {kernel for kernel, _ in KERNELS_WITH_BARRIERS} == {"ffn_23", "ffn_4", "pack_down"}
 
 
 @pytest.mark.parametrize(("kernel", "which"), KERNELS_WITH_BARRIERS)
@@ -64,10 +64,10 @@ def test_a_missing_barrier_of_a_warp_is_caught(host):
 
 
 OFF_BY_ONE = [
-    ("ffn_1", "c < chunks ?", "c <= chunks ?"),
+    ("ffn_1", "return c < chunks;", "return c <= chunks;"),
     ("ffn_1", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
     ("ffn_123", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
-    ("ffn_23", "if (c >= chunks) break;", "if (c > chunks) break;"),
+    ("ffn_1", "if (!exists(own + 32 * i, chunks)) break;", ""),
     ("ffn_23", "first + lane < D_FF(d_ff)", "first + lane <= D_FF(d_ff)"),
     ("ffn_4", "row + VEC <= rows ?", "row <= rows ?"),
     ("ffn_4", "row + e < rows) value", "row + e <= rows) value"),

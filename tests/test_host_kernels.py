@@ -21,11 +21,12 @@ from prosparse_cupy import launch, reference
 
 # (d_model, d_ff): smallest, below and above a warp's 32 vectors, no multiple of any tile, one more than a pass over a row.
 SHAPES = [(8, 1), (8, 3), (16, 33), (264, 101), (40, 700), (1032, 9)]
-SHARED_ROWS = (2312, 41)  # rows so long that warps of ffn_23 share them
+# Rows of two pieces and more, so that warps of ffn_23 share them: 8 of a block and 12.
+SHARED_ROWS = [(2312, 41), (4104, 29)]
 SPARSITIES = [0.0, 0.5, 0.9, 1.0, "one"]
 both = pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])
 shapes = pytest.mark.parametrize(("d_model", "d_ff"), SHAPES)
-shapes_of_ffn_23 = pytest.mark.parametrize(("d_model", "d_ff"), [*SHAPES, SHARED_ROWS])
+shapes_of_ffn_23 = pytest.mark.parametrize(("d_model", "d_ff"), [*SHAPES, *SHARED_ROWS])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -61,6 +62,22 @@ def test_ffn_23(host, d_model, d_ff, dtype, specialize):
             out = _run_twice(host, "ffn_23", shape, [g, x, w, None, threshold], poisoned(d_ff, dtype))
             assert_rounded_sum(out, *exact_ffn_23(g, x, w, threshold), d_model + 1)
             assert not np.any(bits(out[~reference.active(g, threshold)])), "an inactive output is not +0"
+
+
+@both
+@dtypes
+@pytest.mark.parametrize(("d_model", "d_ff"), SHARED_ROWS)
+def test_a_row_of_ffn_23_has_the_same_bits_whatever_else_is_active(host, d_model, d_ff, dtype, specialize):
+    """One, four and all rows of a block: read by two warps each, or by one."""
+    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    rng = np.random.default_rng(d_model * d_ff)
+    x, w, g = token(d_model, dtype, rng), weights(d_ff, d_model, dtype), np.abs(token(d_ff, dtype, rng)) + DTYPES[dtype].type(1)
+    every = _run_twice(host, "ffn_23", shape, [g, x, w, None, 0.0], poisoned(d_ff, dtype))
+    for stride in (d_ff, 12, 3, 2):
+        active = np.arange(d_ff) % stride == rng.integers(stride)
+        some = np.where(active, g, np.zeros_like(g))
+        out = _run_twice(host, "ffn_23", shape, [some, x, w, None, 0.0], poisoned(d_ff, dtype))
+        np.testing.assert_array_equal(bits(out), bits(np.where(active, every, np.zeros_like(every))))
 
 
 @both
