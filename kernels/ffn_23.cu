@@ -55,8 +55,9 @@ ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
     fetch_into_l1<32 * WARPS>(x, D_MODEL(d_model));
     const int n = __popc(rows & ((1u << lane) - 1));  // active rows before the lane's own
     if (__popc(rows) > WARPS / 2) {
-        // The n-th active row is that of warp n % WARPS.
-        for (unsigned mine = __ballot_sync(ALL_LANES, active && n % WARPS == warp); mine != 0; mine &= mine - 1) {
+        // The n-th active row is that of warp n % WARPS, and the only one where there are no more rows than warps.
+        unsigned mine = __ballot_sync(ALL_LANES, active && n % WARPS == warp);
+        for (; mine != 0; mine = ROWS > WARPS ? mine & (mine - 1) : 0) {
             const int i = __ffs(mine) - 1, row = first + i;
             const float s = __shfl_sync(ALL_LANES, gates, i);
             const float product = s * row_dot(weights + (long long)row * chunks, token, chunks);
@@ -68,14 +69,16 @@ ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
 
     // The n-th active row is that of warps 2 n and 2 n + 1, half of it each.
     __shared__ float even[WARPS / 2][32];
-    const int i = __ffs(__ballot_sync(ALL_LANES, active && n == warp / 2)) - 1, half = warp % 2;
-    const float sum = i < 0 ? 0.0f : half_row(weights + (long long)(first + i) * chunks, token, half, chunks);
+    const unsigned mine = __ballot_sync(ALL_LANES, active && n == warp / 2);
+    const int i = mine != 0 ? __ffs(mine) - 1 : 0, row = first + i, half = warp % 2;
+    const float s = __shfl_sync(ALL_LANES, gates, i);
+    const float sum = mine != 0 ? half_row(weights + (long long)row * chunks, token, half, chunks) : 0.0f;
     if (half == 0) even[warp / 2][lane] = sum;
     end_fetch();
     __syncthreads();
-    if (i < 0 || half == 0) return;
-    const float product = __shfl_sync(ALL_LANES, gates, i) * warp_sum(even[warp / 2][lane] + sum);
-    if (lane == 0) x1[first + i] = from_float(product);
+    if (mine == 0 || half == 0) return;
+    const float product = s * warp_sum(even[warp / 2][lane] + sum);
+    if (lane == 0) x1[row] = from_float(product);
 }
 
 #endif

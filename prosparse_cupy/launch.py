@@ -83,23 +83,23 @@ def _operator(kernel: str, shape: Shape, blocks: int, warps: int, arguments: str
     return Launch(kernel, (blocks, 1, 1), (WARP * warps, 1, 1), defines, arguments, programmatic=shape.is_programmatic)
 
 
-def _piece(shape: Shape) -> int:
-    """16-byte loads of a lane that are summed at a time: all of a short row, or else an even number of equal pieces."""
+def _row_loads(shape: Shape, most: int) -> int:
+    """16-byte loads a lane issues before it uses the first: a row in one batch, or in equal ones of an even number each."""
     if not shape.specialize:
-        return 8
-    loads = _ceil_div(shape.d_model // vector_length(shape.dtype), WARP)
-    return loads if loads <= 8 else _ceil_div(loads, 2 * _ceil_div(loads, 20))
+        return min(most, 16)
+    loads = _lane_loads(shape)
+    batches = _ceil_div(loads, most)
+    return loads if batches == 1 else 2 * _ceil_div(loads, 2 * batches)
+
+
+def _lane_loads(shape: Shape) -> int:
+    """A lane's part of a row, in 16-byte loads."""
+    return _ceil_div(shape.d_model // vector_length(shape.dtype), WARP)
 
 
 def _row_per_warp(kernel: str, shape: Shape, arguments: str, warps: int, most_loads: int, **constants: int | None) -> Launch:
-    piece, blocks = _piece(shape), _ceil_div(shape.d_ff, warps)
-    loads = 2 * piece if 2 * piece <= most_loads and not _is_one_piece(shape) else piece
-    return _operator(kernel, shape, blocks, warps, arguments, MIN_BLOCKS=4, LOADS=loads, PIECE=piece, **constants)
-
-
-def _is_one_piece(shape: Shape) -> bool:
-    """Whether a lane sums its part of a row in one go."""
-    return shape.specialize and shape.d_model // vector_length(shape.dtype) <= WARP * _piece(shape)
+    blocks, loads = _ceil_div(shape.d_ff, warps), _row_loads(shape, most_loads)
+    return _operator(kernel, shape, blocks, warps, arguments, MIN_BLOCKS=4, LOADS=loads, **constants)
 
 
 def ffn_1(shape: Shape) -> Launch:
@@ -129,13 +129,13 @@ def ffn_23(shape: Shape) -> Launch:
     # The GPU starts about 1.4 blocks a ns, so small blocks queue, and a large block keeps its place until its last row is done.
     # H100, µs at 99 % / 89 % / 66 % / 0 %. 7B: 8 warps with 8 rows 3.0 / 5.5 / 12.3 / 30.6; 10 rows 2.8 / 5.4 / 12.3 / 31.8;
     # 16 rows 2.5 / 5.6 / 13.1 / 31.0; a row a warp 3.6 / 5.6 / 12.3 / 30.5. 13B: 12 rows 3.3 / 7.9 / 18.5 / 47.4; 10 rows 3.5 /
-    # 7.9 / 18.3 / 48.0; 16 rows 3.0 / 7.9 / 19.1 / 48.2. 1B, one piece, 88 %: a row a warp 2.3; 8 rows of two pieces 2.5.
-    if _is_one_piece(shape):
-        return _row_per_warp("ffn_23", shape, "PPPPfii", warps=8, most_loads=8)
-    piece, warps = _piece(shape), 8
-    rows, min_blocks = (8, 4) if piece <= 8 else (12, 3)  # registers of more loads leave room for 3 blocks an SM
+    # 7.9 / 18.3 / 48.0; 16 rows 3.0 / 7.9 / 19.1 / 48.2. 1B, whose rows are one batch, 88 %: a row a warp 2.3; 8 rows 2.5.
+    warps, loads = 8, _row_loads(shape, most=10)
+    if shape.specialize and _lane_loads(shape) <= 8:
+        return _row_per_warp("ffn_23", shape, "PPPPfii", warps, most_loads=8)
+    rows, min_blocks = (8, 4) if loads <= 8 else (12, 3)  # registers of more loads leave room for 3 blocks an SM
     blocks = _ceil_div(shape.d_ff, rows)
-    return _operator("ffn_23", shape, blocks, warps, "PPPPfii", MIN_BLOCKS=min_blocks, LOADS=piece, PIECE=piece, ROWS=rows)
+    return _operator("ffn_23", shape, blocks, warps, "PPPPfii", MIN_BLOCKS=min_blocks, LOADS=loads, ROWS=rows)
 
 
 def ffn_4(shape: Shape) -> Launch:

@@ -68,9 +68,9 @@ def test_older_architectures_are_refused_by_name():
         ("ffn_4", (("DTYPE_FLOAT16", None), ("ROW_OPT", 64)), "ROW_OPT and COL_OPT go together"),
         ("ffn_4", (("DTYPE_FLOAT16", None), ("ROW_OPT", 64), ("COL_OPT", 12)), "multiple of 16 bytes"),
         ("ffn_4", (("DTYPE_FLOAT32", None),), "define LANES, LOADS, EACH and UNIT"),
-        ("ffn_1", (("DTYPE_FLOAT32", None), ("LOADS", 8)), "define LOADS and PIECE"),
-        ("ffn_1", (("DTYPE_FLOAT32", None), ("LOADS", 8), ("PIECE", 3)), "a batch of loads is whole pieces"),
-        ("ffn_23", (("DTYPE_FLOAT32", None), ("LOADS", 8), ("PIECE", 8), ("WARPS", 3), ("ROWS", 8)), "warps come in pairs"),
+        ("ffn_1", (("DTYPE_FLOAT32", None),), "define LOADS"),
+        ("ffn_1", (("DTYPE_FLOAT32", None), ("LOADS", 3)), "even loads are even in every batch"),
+        ("ffn_23", (("DTYPE_FLOAT32", None), ("LOADS", 8), ("WARPS", 3), ("ROWS", 8)), "warps come in pairs"),
     ],
 )
 def test_kernels_refuse_defines_that_make_no_sense(kernel, defines, message):

@@ -21,7 +21,7 @@ from prosparse_cupy import launch, reference
 
 # (d_model, d_ff): smallest, below and above a warp's 32 vectors, no multiple of any tile, one more than a pass over a row.
 SHAPES = [(8, 1), (8, 3), (16, 33), (264, 101), (40, 700), (1032, 9)]
-# Rows of two pieces and more, so that warps of ffn_23 share them: 8 of a block and 12.
+# Rows so long that warps of ffn_23 share them: 8 of a block and 12.
 SHARED_ROWS = [(2312, 41), (4104, 29)]
 SPARSITIES = [0.0, 0.5, 0.9, 1.0, "one"]
 both = pytest.mark.parametrize("specialize", [True, False], ids=["specialised", "dynamic"])
@@ -62,6 +62,19 @@ def test_ffn_23(host, d_model, d_ff, dtype, specialize):
             out = _run_twice(host, "ffn_23", shape, [g, x, w, None, threshold], poisoned(d_ff, dtype))
             assert_rounded_sum(out, *exact_ffn_23(g, x, w, threshold), d_model + 1)
             assert not np.any(bits(out[~reference.active(g, threshold)])), "an inactive output is not +0"
+
+
+@dtypes
+@shapes_of_ffn_23
+def test_dims_as_constants_do_not_change_the_bits_of_a_row(host, d_model, d_ff, dtype):
+    rng = np.random.default_rng(d_model * d_ff)
+    x, w, g = token(d_model, dtype, rng), weights(d_ff, d_model, dtype), gate(d_ff, dtype, 0.7, rng, 0.25)
+    for kernel, inputs in (("ffn_1", [x, w, None]), ("ffn_123", [x, w, w, None, 0.0]), ("ffn_23", [g, x, w, None, 0.25])):
+        one, other = (
+            _run_twice(host, kernel, launch.Shape(d_model, d_ff, dtype, specialize), inputs, poisoned(d_ff, dtype))
+            for specialize in (True, False)
+        )
+        np.testing.assert_array_equal(bits(one), bits(other))
 
 
 @both

@@ -57,11 +57,10 @@ def test_every_row_has_one_block(kernel, shape):
 @given(shapes)
 def test_warps_of_ffn_23_share_rows_that_two_of_them_can_halve(shape):
     defines = _defines(launch.ffn_23(shape))
-    one_piece = shape.specialize and shape.d_model <= 32 * defines["PIECE"] * launch.vector_length(shape.dtype)
-    assert ("ROWS" not in defines) == one_piece
-    if not one_piece:
-        assert defines["LOADS"] == defines["PIECE"] and defines["WARPS"] % 2 == 0
-        assert defines["WARPS"] <= defines["ROWS"] <= 32
+    short = shape.specialize and shape.d_model <= 32 * 8 * launch.vector_length(shape.dtype)
+    assert ("ROWS" not in defines) == short
+    if not short:
+        assert defines["WARPS"] % 2 == 0 and defines["WARPS"] <= defines["ROWS"] <= 32
         assert (defines["MIN_BLOCKS"] < 4) == (defines["LOADS"] > 8), "registers"
 
 
@@ -91,25 +90,19 @@ def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
         assert each == min(32 // length, 7) or (each - 1) * plan.block[0] * length < shape.d_ff <= tile
 
 
-@given(shapes)
-def test_a_row_is_summed_in_the_same_pieces_by_every_kernel(shape):
-    """Then `ffn_123` gives what `ffn_1` and `ffn_23` give, to the bit."""
-    assert len({_defines(kernel(shape))["PIECE"] for kernel in (launch.ffn_1, launch.ffn_23, launch.ffn_123)}) == 1
-
-
 @given(st.sampled_from([("ffn_1", 20), ("ffn_123", 10), ("ffn_23", 10)]), shapes)
-def test_batches_of_a_row_are_even(kernel_and_most, shape):
-    """Whole pieces, and of those a row has one or an even number, of which the last may be cut short."""
+def test_batches_of_a_row_are_equal_and_even(kernel_and_most, shape):
     kernel, most = kernel_and_most
-    defines = _defines(launch.plan(kernel, shape))
-    loads, piece = defines["LOADS"], defines["PIECE"]
-    assert 1 <= piece <= loads <= most and loads in (piece, 2 * piece)
+    loads = _defines(launch.plan(kernel, shape))["LOADS"]
+    assert 1 <= loads <= most
     if shape.specialize:
-        needed = -(-shape.d_model // launch.vector_length(shape.dtype) // 32)  # loads of a lane
-        pieces = -(-needed // piece)
-        passes = -(-needed // 20)  # over a row, of the kernel that has most in flight
-        assert (needed, 1) == (piece, pieces) or (needed > 8 and piece == -(-needed // (2 * passes)))
-        assert loads == piece or pieces > 1
+        needed = -(-shape.d_model // launch.vector_length(shape.dtype) // 32)
+        batches = -(-needed // loads)
+        assert batches == -(-needed // most) and loads * batches - needed < 2 * batches
+        assert batches == 1 or loads % 2 == 0
+        assert batches > 1 or loads == needed
+    else:
+        assert loads % 2 == 0
 
 
 @given(shapes)
