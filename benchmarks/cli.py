@@ -140,7 +140,10 @@ def decode(
     labels = [checkpoint.name] if checkpoint else names
     with _progress(len(labels)) as show:
 
-        def measure(label: str, say: Callable[[str], None]) -> list[DecodeRow]:
+        def measure(label: str, done: int) -> list[DecodeRow]:
+            def say(doing: str) -> None:
+                show(f"{label}: {doing}", done)
+
             say("making the model")
             if checkpoint:
                 model, prompt = models.load(checkpoint, trust_remote_code)
@@ -153,8 +156,7 @@ def decode(
             return found
 
         for done, label in enumerate(labels):
-            say = lambda doing, label=label, done=done: show(f"{label}: {doing}", done)  # noqa: E731
-            rows += watch.undisturbed(partial(measure, label, say), label)
+            rows += watch.undisturbed(partial(measure, label, done), label)
     _finish(Result(conditions.head("decode", "graph", dense.name, yard, watch), tuple(rows)), json_path, csv_path)
 
 
