@@ -140,10 +140,7 @@ def decode(
     labels = [checkpoint.name] if checkpoint else names
     with _progress(len(labels)) as show:
 
-        def measure(label: str, done: int) -> list[DecodeRow]:
-            def say(doing: str) -> None:
-                show(f"{label}: {doing}", done)
-
+        def measure(label: str, say: Callable[[str], None]) -> list[DecodeRow]:
             say("making the model")
             if checkpoint:
                 model, prompt = models.load(checkpoint, trust_remote_code)
@@ -156,7 +153,8 @@ def decode(
             return found
 
         for done, label in enumerate(labels):
-            rows += watch.undisturbed(partial(measure, label, done), label)
+            say = lambda doing, label=label, done=done: show(f"{label}: {doing}", done)  # noqa: E731
+            rows += watch.undisturbed(partial(measure, label, say), label)
     _finish(Result(conditions.head("decode", "graph", dense.name, yard, watch), tuple(rows)), json_path, csv_path)
 
 

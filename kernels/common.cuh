@@ -79,9 +79,8 @@ __device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address)
     return v;
 }
 
-// A block's THREADS threads ask for a vector of `length` elements, which then comes into L1 while they do something else: a copy to
-// shared memory goes through L1, and unlike a load whose result is not used it stays in the program. All copies go to one word that
-// nobody reads, which a race checker reports. prefetch.global.L1 costs 2 µs more.
+// A block's THREADS threads ask for a vector of `length` elements, which then comes into L1 while they do something else: a copy to shared
+// memory goes through L1, and unlike a load whose result is not used it stays in the program. prefetch.global.L1 takes 2 µs more.
 template <int THREADS>
 __device__ __forceinline__ void fetch_into_l1(const scalar* vector, int length) {
     constexpr int SECTOR = 32 / sizeof(scalar);  // elements of what L1 fetches at a time
