@@ -17,6 +17,7 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from prosparse_cupy.torch import measure_sparsity, patch_model, register_fatrelu
@@ -61,7 +62,7 @@ def progress() -> Iterator[Progress]:
 @click.command()
 @click.option("--model", "folder", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--prompt", required=True)
-@click.option("--max-new-tokens", default=200, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
 @click.option(
     "--threshold", type=click.FloatRange(0), help="FATReLU's T in place of the config's; it changes what the model says."
 )
@@ -88,9 +89,12 @@ def main(
         ).to(device)
         if not dense:
             click.echo(patch_model(model.eval(), threshold), err=True)
-    except (OSError, ValueError) as error:
+    # A folder without a model, a file cut short, a device that torch does not have or know.
+    except (OSError, ValueError, SafetensorError, RuntimeError, AssertionError) as error:
         raise click.ClickException(str(error)) from error
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    if inputs.input_ids.shape[1] == 0:
+        raise click.ClickException("the prompt has no tokens: give at least one character")
     with progress() as bar, torch.inference_mode():
         lines = Lines(tokenizer, max_new_tokens, bar)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=lines)

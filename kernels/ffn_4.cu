@@ -78,7 +78,7 @@ __device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 ffn_4(const scalar* x1, const scalar* __restrict__ w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
     __shared__ unsigned short lists[WARPS][TILE / WARPS];
-    __shared__ float partial[WARPS][SLICE + 1];
+    __shared__ float partial[WARPS][SLICE];
 
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model), chunks = columns / VEC;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -8,6 +8,7 @@ addresses.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._families import HOST, NUMPY, Family, family_of
+from ._families import HOST, NUMPY, Family, family_of, family_of_all
+from ._workspace import size_class
 from .launch import ITEMSIZE, VECTOR_BYTES, vector_length
 
 _MOST_TOKENS = 8
-_LARGEST_DIM = 2**31 - 1
+# Rows are counted in 32 bits, past the last one by up to a tile; pack_down's grid ends at 65535 blocks of 32 columns.
+_LARGEST_DIMS = {"d_ff": 2**31 - 2**17, "d_model": 2**20}
 _LARGEST_THRESHOLD = float(np.finfo(np.float32).max)
 _TRANSPOSED = {
     "w_down_t": "this is nn.Linear's layout, call pack_down(w_down) once",
@@ -71,7 +74,7 @@ class Meta(NamedTuple):
     family: Family
     shape: tuple[int, ...]
     dtype: str
-    device: int
+    device: int | str
     contiguous: bool
 
 
@@ -87,20 +90,28 @@ class Checked(NamedTuple):
     """Of the inputs, then of the output."""
     aligned: tuple[bool, ...]
     """Whether each of them must lie at a multiple of 16 bytes."""
+    scratch_bytes: int
+    """What an FFN takes of `_workspace`."""
 
 
 class Call:
     """A checked call of an operator: dims, addresses, and the array that takes the result."""
 
-    __slots__ = ("_given", "_like", "checked", "family", "inputs", "out", "output")
+    __slots__ = ("_given", "_likes", "checked", "family", "inputs", "out", "output")
 
     def __init__(self, signature: Signature, arrays: tuple[Any, ...], given: Any) -> None:
         views = arrays if given is None else (*arrays, given)
         family = _common_family(signature, views)
         if family.is_foreign:
-            views = [family.bring_in(a) for a in views]
-        checked = _checked(signature, family, family.describe_all(views), given is not None)
-        addresses = family.addresses(views)
+            views = _brought_in(signature, family, arrays, given)
+        try:
+            described, addresses = family.describe_all(views), family.addresses(views)
+        except (RuntimeError, NotImplementedError):  # torch's, of tensors without strides or memory
+            _refuse_without_memory(signature, family, views)
+            raise
+        checked = _checked(signature, family, described, given is not None)
+        if 0 in addresses:
+            _refuse_without_memory(signature, family, views)
         if given is None:
             out = family.empty(checked.out_shape, checked.dtype, checked.device)
             addresses.append(family.address(out))
@@ -114,7 +125,7 @@ class Call:
             _check_alignment(signature, checked, addresses)
         *inputs, output = addresses
         self.checked, self.family, self.inputs, self.out, self.output = checked, family, inputs, out, output
-        self._given, self._like = given, arrays[-1]
+        self._given, self._likes = given, arrays
 
     @property
     def on_host(self) -> bool:
@@ -125,29 +136,50 @@ class Call:
         """The result in the caller's own type; on the host, `value` is stored in it first."""
         if value is not None:
             self.out[...] = value
-        return self.family.hand_out(self.out, self._like) if self._given is None else self._given
+        return self.family.hand_out(self.out, self._likes) if self._given is None else self._given
 
 
 def _common_family(signature: Signature, arrays: tuple[Any, ...]) -> Family:
     kinds = {*map(type, arrays)}
     try:
-        if len(kinds) == 1:
-            return family_of(*kinds)
-        families = {*map(family_of, kinds)}
+        family = family_of(*kinds) if len(kinds) == 1 else family_of_all(kinds)
     except TypeError as error:
         wrong = next(n for n, a in zip(_names(signature), arrays, strict=False) if _is_unknown(a))
         raise TypeError(
             f"{signature.operator}: {wrong} must be a CuPy array, a CUDA torch tensor, a NumPy array or a CUDA object with "
             f"__dlpack__, got {error}"
         ) from None
-    if len(families) > 1:
+    if family is None:
         named = zip(_names(signature), arrays, strict=False)
         found = ", ".join(f"{n} is {type(a).__module__}.{type(a).__qualname__}" for n, a in named)
         raise TypeError(
             f"{signature.operator}: all arrays of a call must come from one library, got {found}: "
             "convert them first, nothing is copied behind your back"
         )
-    return families.pop()
+    return family
+
+
+def _brought_in(signature: Signature, family: Family, arrays: tuple[Any, ...], given: Any) -> list[Any]:
+    views = [family.bring_in(a) for a in arrays]
+    if given is None:
+        return views
+    try:
+        return [*views, family.bring_out(given)]
+    except ValueError as error:
+        raise ValueError(f"{signature.operator}: out is {error}") from None
+
+
+def _refuse_without_memory(signature: Signature, family: Family, arrays: Sequence[Any]) -> None:
+    """TypeError for the first array that has no address."""
+    for name, array in zip(_names(signature), arrays, strict=False):
+        try:
+            described, address = family.describe(array), family.address(array)
+        except (RuntimeError, NotImplementedError):
+            described, address = None, 0
+        if address == 0 and (described is None or math.prod(described[0])):
+            raise TypeError(
+                f"{signature.operator}: {name} must be a plain strided array in GPU memory, got {family.why_no_memory(array)}"
+            )
 
 
 def _is_unknown(array: Any) -> bool:
@@ -177,9 +209,10 @@ def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None) -> Ch
     _check_devices(operator, given)
 
     dims: dict[str, int] = {}
+    origins: dict[str, str] = {}
     tokens = _check_tokens(operator, given)
     for operand, meta in given:
-        _check_shape(operator, operand, meta.shape, dims)
+        _check_shape(operator, operand, meta.shape, dims, origins)
     for operand, meta in given:
         _check_contiguous(operator, operand, meta)
     dtype = metas[0].dtype
@@ -188,7 +221,8 @@ def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None) -> Ch
     out_shape = (*(tokens if output.is_vector else ()), *(dims[d] for d in output.dims))
     nbytes = tuple(o.nbytes(tokens, dims, dtype) for o in (*operands, output))
     aligned = tuple(o.aligned for o in (*operands, output))
-    return Checked(dims["d_model"], dims["d_ff"], dtype, metas[0].device, out_shape, nbytes, aligned)
+    scratch_bytes = size_class(dims["d_ff"] * ITEMSIZE[dtype])
+    return Checked(dims["d_model"], dims["d_ff"], dtype, metas[0].device, out_shape, nbytes, aligned, scratch_bytes)
 
 
 _Given = list[tuple[Operand, Meta]]
@@ -209,6 +243,10 @@ def _check_dtypes(operator: str, given: _Given) -> None:
 
 def _check_devices(operator: str, given: _Given) -> None:
     for operand, meta in given:
+        if isinstance(meta.device, str):
+            raise TypeError(
+                f"{operator}: {operand.name} must be on a GPU, got a {meta.family.name} array on the {meta.device!r} device"
+            )
         if meta.device == HOST and meta.family is not NUMPY:
             raise TypeError(
                 f"{operator}: {operand.name} must be on a GPU, got a {meta.family.name} array in host memory: move it with "
@@ -246,18 +284,29 @@ def _check_tokens(operator: str, given: _Given) -> tuple[int, ...]:
     return tokens
 
 
-def _check_shape(operator: str, operand: Operand, shape: tuple[int, ...], dims: dict[str, int]) -> None:
+def _check_shape(
+    operator: str, operand: Operand, shape: tuple[int, ...], dims: dict[str, int], origins: dict[str, str]
+) -> None:
+    """Check one argument's shape against the `dims` of those before it, and add its own; `origins` says whose each is."""
     sizes = shape[1:] if operand.is_vector and len(shape) == 2 else shape
     if len(sizes) == len(operand.dims) and _agree(operand.dims, sizes, dims):
         for dim, size in zip(operand.dims, sizes, strict=True):
-            if not 1 <= size <= _LARGEST_DIM:
-                raise ValueError(f"{operator}: {operand.name} must have 1 <= {dim} < 2**31, got shape {tuple(shape)}")
+            if size == 0:
+                raise ValueError(f"{operator}: {operand.name} must not be empty, got shape {tuple(shape)}: its {dim} is 0")
+            if size > _LARGEST_DIMS[dim]:
+                raise ValueError(
+                    f"{operator}: {operand.name} must have {dim} <= {_LARGEST_DIMS[dim]}, got shape {tuple(shape)}"
+                )
             dims[dim] = size
+            origins.setdefault(dim, operand.name)
         return
     known, hint = dims, ""
     if len(sizes) == 2 and _agree(operand.dims, sizes[::-1], dims):
         known = {**dims, **dict(zip(operand.dims, sizes[::-1], strict=True))}
         hint = f": {_TRANSPOSED.get(operand.name, 'this is transposed')}."
+    elif len(sizes) == len(operand.dims):
+        others = [d for d, size in zip(operand.dims, sizes, strict=True) if dims.get(d, size) != size]
+        hint = ": " + " and ".join(f"{d} is {dims[d]} in {origins[d]}" for d in others)
     expected = _expected_shape(operand, known)
     raise ValueError(f"{operator}: {operand.name} must have shape {expected}, got {tuple(shape)}{hint}")
 
@@ -315,10 +364,14 @@ def _check_overlap(signature: Signature, checked: Checked, addresses: list[int])
 def check_threshold(operator: str, threshold: float) -> float:
     """FATReLU's T as a float that is finite as float32 and not negative (-0 becomes +0)."""
     if not isinstance(threshold, (float, int, Real)):
-        raise TypeError(
-            f"{operator}: threshold must be a Python number, got {type(threshold).__name__}: reading it off a GPU array would "
-            "synchronise, call float() yourself"
-        )
-    if not 0.0 <= threshold <= _LARGEST_THRESHOLD:
-        raise ValueError(f"{operator}: threshold must be finite as float32 and >= 0, got {threshold}")
-    return float(threshold) + 0.0
+        fix = f"{threshold!r}: pass a float"
+        if hasattr(threshold, "shape"):
+            fix = f"{type(threshold).__name__}: reading it off a GPU array would synchronise, call float() yourself"
+        raise TypeError(f"{operator}: threshold must be a Python number, got {fix}")
+    try:
+        value = float(threshold) + 0.0
+    except OverflowError:  # an int beyond all floats
+        value = math.inf
+    if not 0.0 <= value <= _LARGEST_THRESHOLD:
+        raise ValueError(f"{operator}: threshold must be finite as float32 and >= 0, got {value}")
+    return value

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import launch
 from ._driver import launcher
-from ._gpu import cupy, gpu
+from ._gpu import compile_without_cache, cupy, gpu
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
@@ -76,8 +76,11 @@ def _compile(plan: launch.Launch, device: int) -> Any:
     cp = cupy()
     with cp.cuda.Device(device):
         try:
-            module = cp.RawModule(code=source(plan.kernel), options=compiler_options(plan))
-            return module.get_function(plan.kernel).kernel
+            try:
+                return _function(plan)
+            except OSError as error:  # a full disk, or a cache folder that went away
+                compile_without_cache(f"could not be used ({error})")
+                return _function(plan)
         except (cp.cuda.compiler.CompileException, RuntimeError) as error:  # RuntimeError: no NVRTC, no headers, a capture
             target = gpu(device)
             raise KernelCompileError(
@@ -85,6 +88,11 @@ def _compile(plan: launch.Launch, device: int) -> Any:
                 f"{' '.join(compiler_options(plan))}:\n{error}\n`prosparse-cupy doctor` checks NVRTC, headers and driver; "
                 "before a graph capture, call warmup()."
             ) from error
+
+
+def _function(plan: launch.Launch) -> Any:
+    module = cupy().RawModule(code=source(plan.kernel), options=compiler_options(plan))
+    return module.get_function(plan.kernel).kernel
 
 
 @cache

@@ -1,7 +1,7 @@
-"""The driver's launch call, with its arguments packed in one go, and programmatic where the GPU and the driver can.
+"""What CuPy lacks of the driver, called through ctypes: programmatic launches, and what scratch memory must know.
 
-CuPy's own launch knows no launch attributes, so cuLaunchKernelEx is called through ctypes; where the driver lacks it, launches
-go through CuPy and wait for their predecessor's end as ever.
+CuPy's own launch knows no launch attributes, so cuLaunchKernelEx is called with its arguments packed in one go; where the
+driver lacks it, launches go through CuPy and wait for their predecessor's end as ever.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 from ._gpu import cupy
 from .launch import Launch
@@ -67,9 +69,114 @@ def _slot(argument: str) -> str:
 @cache
 def launch_kernel_ex() -> Callable[..., int] | None:
     """The driver's cuLaunchKernelEx (CUDA 11.8), or None where it cannot be found."""
+    return _function("cuLaunchKernelEx", 4 * [ctypes.c_void_p])
+
+
+def _function(name: str, arguments: list[Any]) -> Callable[..., int] | None:
+    """A function of the driver, or None where it cannot be found."""
     try:
-        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+        function = getattr(ctypes.CDLL("libcuda.so.1"), name)
     except (OSError, AttributeError):
         return None
-    function.argtypes = [ctypes.c_void_p] * 4
+    function.argtypes = arguments
     return function
+
+
+@cache
+def _required(name: str, *arguments: Any) -> Callable[..., int]:
+    """A function that every CUDA 12 driver has."""
+    function = _function(name, [*arguments])
+    if function is None:
+        raise RuntimeError(f"prosparse_cupy: the driver has no {name}: it must be one for CUDA 12 or later")
+    return function
+
+
+def _check(status: int) -> None:
+    """Raise what the driver refuses."""
+    if status:
+        raise cupy().cuda.driver.CUDADriverError(status)
+
+
+class _Word(threading.local):
+    """A thread's 64-bit word for the driver to write into."""
+
+    def __init__(self) -> None:
+        self.word = ctypes.c_uint64()
+        self.address = ctypes.addressof(self.word)
+
+
+_written = _Word()
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint
+
+
+def stream_id(stream: int) -> int:
+    """The id of the stream behind a handle: never given to another stream, and each thread's default stream has its own."""
+    _check(_get_stream_id()(stream, _written.address))
+    return _written.word.value
+
+
+@cache
+def _get_stream_id() -> Callable[..., int]:
+    return _required("cuStreamGetId", _POINTER, _POINTER)
+
+
+class DestructionMark:
+    """A word that is set once the driver has destroyed all of a graph: itself, what was instantiated of it, and their launches.
+
+    The graph owns a CUDA user object. Its destructor runs in a thread of the driver, perhaps after Python's end, so it is a C
+    function that needs nothing but its one argument: `time`, which also stores the time at that address.
+    """
+
+    def __init__(self, stream: int) -> None:
+        """Of the graph that `stream` is captured into."""
+        create = _required("cuUserObjectCreate", _POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER)
+        retain = _required("cuGraphRetainUserObject", _POINTER, _POINTER, _NUMBER, _NUMBER)
+        no_synchronisation = move = 1
+        self._word = _libc().calloc(1, 8)
+        owner, destructor = ctypes.c_void_p(), ctypes.cast(_libc().time, _POINTER)
+        _check(create(ctypes.addressof(owner), self._word, destructor, 1, no_synchronisation))
+        _check(retain(_captured_graph(stream), owner, 1, move))
+
+    def is_set(self) -> bool:
+        return ctypes.c_int64.from_address(self._word).value != 0
+
+    def free(self) -> None:
+        """Free the word, once it is set."""
+        _libc().free(self._word)
+
+
+def _captured_graph(stream: int) -> int | None:
+    status, ident, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
+    found = map(ctypes.addressof, (status, ident, graph))
+    _check(_required("cuStreamGetCaptureInfo_v2", *6 * [_POINTER])(stream, *found, None, None))
+    return graph.value
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.calloc.argtypes, libc.calloc.restype = [ctypes.c_size_t, ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    return libc
+
+
+def event_after_everything(device: int) -> Any:
+    """A CUDA event after all that was launched on a GPU until now; None if it cannot be had, as while a stream is captured."""
+    with cupy().cuda.Device(device), allowed_during_captures():
+        event = cupy().cuda.Event(disable_timing=True)
+        record = _function("cuCtxRecordEvent", [_POINTER, _POINTER])  # CUDA 12.5
+        if record is None or record(cupy().cuda.driver.ctxGetCurrent(), event.ptr):
+            return None
+        return event
+
+
+@contextmanager
+def allowed_during_captures() -> Iterator[None]:
+    """Lets this thread do what would break a capture that waits for it: allocate, and ask whether an event has happened."""
+    exchange = _required("cuThreadExchangeStreamCaptureMode", _POINTER)
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    _check(exchange(ctypes.addressof(mode)))
+    try:
+        yield
+    finally:
+        _check(exchange(ctypes.addressof(mode)))

@@ -5,6 +5,7 @@ torch is looked up in `sys.modules` and never imported: whoever passes a tensor 
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ import numpy as np
 from ._gpu import cupy
 
 HOST = -1  # device index of host memory
+
+Description = tuple[tuple[int, ...], str, "int | str", bool]
+"""Shape, dtype name, device index (a device's name where it is no GPU), and whether an array is C-contiguous."""
 
 NUMPY_DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -33,18 +37,16 @@ class Family(ABC):
     name: str
     is_foreign = False
     """Whether arrays pass through `bring_in` and `hand_out`."""
-    allocator_knows_graphs = False
-    """Whether memory allocated during a graph capture stays the graph's."""
 
     @abstractmethod
-    def describe(self, array: Any) -> tuple[tuple[int, ...], str, int, bool]:
-        """Shape, dtype name, device index and whether the array is C-contiguous."""
+    def describe(self, array: Any) -> Description:
+        """What is known of an array but its address."""
 
     @abstractmethod
     def address(self, array: Any) -> int:
         """Address of the first element."""
 
-    def describe_all(self, arrays: Sequence[Any]) -> tuple[tuple[tuple[int, ...], str, int, bool], ...]:
+    def describe_all(self, arrays: Sequence[Any]) -> tuple[Description, ...]:
         """`describe` of each: half of what a call costs the host, so the libraries in use have it in one expression."""
         return tuple([self.describe(a) for a in arrays])
 
@@ -60,19 +62,27 @@ class Family(ABC):
         """The caller's current stream on a GPU, as a `cudaStream_t`."""
         raise NotImplementedError(f"{self.name} has no streams")
 
+    def why_no_memory(self, array: Any) -> str:
+        """What an array is that has no address."""
+        return "an array without memory"
+
     def bring_in(self, array: Any) -> Any:
         """The array as this family's `describe` and `address` know it; no copy."""
         return array
 
-    def hand_out(self, array: Any, like: Any) -> Any:
-        """A new result in the caller's own type; no copy."""
+    def bring_out(self, array: Any) -> Any:
+        """`bring_in` of an array that is written: ValueError where what is written would not be seen, or may not be."""
+        return array
+
+    def hand_out(self, array: Any, likes: Sequence[Any]) -> Any:
+        """A new result in the type of the caller's arrays; no copy."""
         return array
 
 
 class _Numpy(Family):
     name = "NumPy"
 
-    def describe(self, array: np.ndarray) -> tuple[tuple[int, ...], str, int, bool]:
+    def describe(self, array: np.ndarray) -> Description:
         dtype = array.dtype
         return array.shape, _NUMPY_NAMES.get(dtype) or str(dtype), HOST, array.flags.c_contiguous
 
@@ -86,11 +96,11 @@ class _Numpy(Family):
 class _Cupy(Family):
     name = "CuPy"
 
-    def describe(self, array: Any) -> tuple[tuple[int, ...], str, int, bool]:
+    def describe(self, array: Any) -> Description:
         dtype = array.dtype
         return array.shape, _NUMPY_NAMES.get(dtype) or str(dtype), array.data.device_id, array.flags.c_contiguous
 
-    def describe_all(self, arrays: Sequence[Any]) -> tuple[tuple[tuple[int, ...], str, int, bool], ...]:
+    def describe_all(self, arrays: Sequence[Any]) -> tuple[Description, ...]:
         name = _NUMPY_NAMES.get
         return tuple([(a.shape, name(a.dtype) or str(a.dtype), a.data.device_id, a.flags.c_contiguous) for a in arrays])
 
@@ -110,7 +120,6 @@ class _Cupy(Family):
 
 class _Torch(Family):
     name = "torch"
-    allocator_knows_graphs = True
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
@@ -119,13 +128,34 @@ class _Torch(Family):
         if hasattr(torch._C, "_cuda_getCurrentRawStream"):  # absent from CPU builds; 0.1 µs where current_stream() takes 1
             self.stream = torch._C._cuda_getCurrentRawStream
 
-    def describe(self, array: Any) -> tuple[tuple[int, ...], str, int, bool]:
-        dtype = array.dtype
-        return array.shape, self._names.get(dtype) or str(dtype), array.get_device(), array.is_contiguous()
+    def describe(self, array: Any) -> Description:
+        dtype, device = array.dtype, array.get_device() if array.is_cuda else self._off_gpu(array)
+        return array.shape, self._names.get(dtype) or str(dtype), device, array.is_contiguous()
 
-    def describe_all(self, arrays: Sequence[Any]) -> tuple[tuple[tuple[int, ...], str, int, bool], ...]:
-        name = self._names.get
-        return tuple([(a.shape, name(a.dtype) or str(a.dtype), a.get_device(), a.is_contiguous()) for a in arrays])
+    def describe_all(self, arrays: Sequence[Any]) -> tuple[Description, ...]:
+        name, off_gpu = self._names.get, self._off_gpu
+        return tuple(
+            [
+                (a.shape, name(a.dtype) or str(a.dtype), a.get_device() if a.is_cuda else off_gpu(a), a.is_contiguous())
+                for a in arrays
+            ]
+        )
+
+    @staticmethod
+    def _off_gpu(array: Any) -> int | str:
+        return HOST if array.device.type == "cpu" else array.device.type
+
+    def why_no_memory(self, array: Any) -> str:
+        torch = self._torch
+        if array.is_nested:
+            return "a nested tensor"
+        if array.layout is not torch.strided:
+            return f"a tensor of layout {array.layout}"
+        if torch._is_functional_tensor(array):
+            return "a functional tensor"
+        if torch._C._functorch.is_functorch_wrapped_tensor(array):
+            return "a tensor inside a torch.func transform, such as vmap"
+        return "a tensor without memory"
 
     def address(self, array: Any) -> int:
         return array.data_ptr()
@@ -141,7 +171,7 @@ class _Torch(Family):
 
 
 class _Dlpack(_Cupy):
-    """Any other CUDA array, seen through a CuPy view of its memory."""
+    """Any other CUDA array, seen through a CuPy view of its memory; CuPy's own may stand beside it."""
 
     is_foreign = True
 
@@ -149,6 +179,8 @@ class _Dlpack(_Cupy):
         self.name = f"DLPack ({kind.__module__}.{kind.__qualname__})"
 
     def bring_in(self, array: Any) -> Any:
+        if isinstance(array, cupy().ndarray):
+            return array
         if array.__dlpack_device__()[0] not in _CUDA_DLPACK_DEVICES:
             raise TypeError(
                 f"prosparse_cupy: a {type(array).__name__} in host memory: move it to a GPU, or pass NumPy arrays, "
@@ -156,10 +188,49 @@ class _Dlpack(_Cupy):
             )
         return cupy().from_dlpack(array)
 
-    def hand_out(self, array: Any, like: Any) -> Any:
+    def bring_out(self, array: Any) -> Any:
+        view = self.bring_in(array)
+        if view is array:
+            return view
+        capsule = _export(array)
+        if _dlpack_flags(capsule) & _READ_ONLY:
+            raise ValueError(f"a read-only {type(array).__name__}: pass an array that may be written")
+        # An exporter need not say that it copies. Two copies that are there at the same time have different addresses.
+        if cupy().from_dlpack(capsule).data.ptr != view.data.ptr:
+            raise ValueError(
+                f"a {type(array).__name__} that exports a copy of its memory, so a result would be lost: pass an array that "
+                "exports its memory itself"
+            )
+        return view
+
+    def hand_out(self, array: Any, likes: Sequence[Any]) -> Any:
         """Through the array API's `from_dlpack` where the caller's type names a namespace, else the CuPy array."""
-        namespace = getattr(like, "__array_namespace__", None)
+        foreign = next(a for a in likes if not isinstance(a, cupy().ndarray))
+        namespace = getattr(foreign, "__array_namespace__", None)
         return array if namespace is None else namespace().from_dlpack(array)
+
+
+_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
+
+
+def _export(array: Any) -> Any:
+    """A DLPack capsule for CuPy's current stream, with flags (DLPack 1.0) where the exporter has them."""
+    stream = cupy().cuda.get_current_stream().ptr or 1  # 1: the legacy default stream
+    try:
+        return array.__dlpack__(stream=stream, max_version=(1, 0))
+    except TypeError:
+        return array.__dlpack__(stream=stream)
+
+
+def _dlpack_flags(capsule: Any) -> int:
+    """The flags of a DLManagedTensorVersioned; 0 of an older DLManagedTensor."""
+    api = ctypes.pythonapi
+    api.PyCapsule_IsValid.argtypes, name = [ctypes.py_object, ctypes.c_char_p], b"dltensor_versioned"
+    if not api.PyCapsule_IsValid(capsule, name):
+        return 0
+    api.PyCapsule_GetPointer.argtypes, api.PyCapsule_GetPointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+    # After the version (two 32-bit integers), the manager's context and its deleter (pointers).
+    return ctypes.c_uint64.from_address(api.PyCapsule_GetPointer(capsule, name) + 8 + 2 * ctypes.sizeof(ctypes.c_void_p)).value
 
 
 NUMPY = _Numpy()
@@ -176,11 +247,30 @@ def family_of(kind: type) -> Family:
     """The family of an array type, or TypeError."""
     if issubclass(kind, np.ndarray):
         return NUMPY
-    modules = sys.modules
-    if "torch" in modules and issubclass(kind, modules["torch"].Tensor):
-        return _torch_family(modules["torch"])
-    if "cupy" in modules and issubclass(kind, modules["cupy"].ndarray):
+    torch, loaded_cupy = (sys.modules.get(name) for name in ("torch", "cupy"))
+    if issubclass(kind, getattr(torch, "Tensor", ())):
+        _refuse_tensors_without_memory(torch, kind)
+        return _torch_family(torch)
+    if issubclass(kind, getattr(loaded_cupy, "ndarray", ())):
         return CUPY
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         return _Dlpack(kind)
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def family_of_all(kinds: set[type]) -> Family | None:
+    """The family of arrays of these types, or None if they have several. CuPy arrays go with DLPack objects of one type."""
+    families = {family_of(kind) for kind in kinds}
+    if len(families) == 2 and CUPY in families:
+        families.discard(CUPY)
+        return next((f for f in families if f.is_foreign), None)
+    return families.pop() if len(families) == 1 else None
+
+
+def _refuse_tensors_without_memory(torch: Any, kind: type) -> None:
+    """TypeError for tensor subclasses whose data only their own code knows (DTensor, FakeTensor, ...), or that have none."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"{name}, a tensor subclass that is not plain memory: pass the plain tensors that it holds")
+    if issubclass(kind, torch.nn.parameter.UninitializedTensorMixin):
+        raise TypeError(f"{name}, which has no memory yet: initialise it first")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import tempfile
+import warnings
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -32,13 +36,52 @@ class Gpu(NamedTuple):
 def cupy() -> ModuleType:
     """CuPy, or an ImportError that says which extra brings it."""
     try:
-        return importlib.import_module("cupy")
+        return import_cupy()
     except ImportError as error:
         raise ImportError(
             "prosparse_cupy: GPU arrays need CuPy, which could not be imported "
             f'({error}). Install one of: pip install "prosparse-cupy[cuda12x]" (CUDA 12 driver) or '
             'pip install "prosparse-cupy[cuda13x]" (CUDA 13 driver). NumPy arrays, `reference` and `models` work without it.'
         ) from error
+
+
+def import_cupy() -> ModuleType:
+    """CuPy, also where the folder of its kernel cache cannot be made or written."""
+    folder, why_not = cache_folder()
+    if not why_not:
+        return importlib.import_module("cupy")
+    compile_without_cache(f"{folder} cannot be written ({why_not})")
+    before = os.environ.get("CUPY_CACHE_DIR")
+    os.environ["CUPY_CACHE_DIR"] = os.sep  # CuPy makes the folder when it is imported, unless there is one
+    try:
+        return importlib.import_module("cupy")
+    finally:
+        if before is None:
+            del os.environ["CUPY_CACHE_DIR"]
+        else:
+            os.environ["CUPY_CACHE_DIR"] = before
+
+
+def cache_folder() -> tuple[Path, str]:
+    """Where CuPy keeps compiled kernels, and why it cannot, or nothing."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder, ""
+    except OSError as error:
+        return folder, error.strerror or str(error)
+
+
+def compile_without_cache(reason: str) -> None:
+    """Let CuPy compile without its cache on disk from now on, and warn."""
+    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
+    warnings.warn(
+        f"prosparse_cupy: CuPy's kernel cache {reason}: every process compiles its kernels again. Set CUPY_CACHE_DIR to a "
+        "folder that can be written.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def current_device() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_LARGEST_THRESHOLD = float(np.finfo(np.float32).max)
 
 
 class CheckpointError(ValueError):
@@ -35,8 +37,8 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
     Raises
     ------
     CheckpointError
-        A file is missing or no checkpoint's, the activation is neither ``relu`` nor ``fatrelu``, the layer does not exist, or
-        its weights are quantised or do not fit each other.
+        A file is missing, may not be read or is no checkpoint's, the activation is neither ``relu`` nor ``fatrelu``, the layer
+        does not exist, or its weights are empty, quantised, not finite or do not fit each other.
     """
     threshold = _threshold(_read_json(folder / "config.json"))
     files = _files_by_name(folder)
@@ -44,6 +46,11 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
     if w_gate.ndim != 2 or w_up.shape != w_gate.shape or w_down.shape != w_gate.shape[::-1]:
         shapes = ", ".join(f"{n} {w.shape}" for n, w in zip(_PROJECTIONS, (w_gate, w_up, w_down), strict=True))
         raise CheckpointError(f"{folder}: layer {layer} is no gated FFN: {shapes}")
+    if w_gate.size == 0:
+        raise CheckpointError(f"{folder}: layer {layer} has no neurons: gate_proj has shape {w_gate.shape}")
+    for name, weights in zip(_PROJECTIONS, (w_gate, w_up, w_down), strict=True):
+        if wrong := weights.size - np.count_nonzero(np.isfinite(weights)):
+            raise CheckpointError(f"{folder}: layer {layer}'s {name} has {wrong} weights that are NaN or infinite")
     return FFNWeights(w_gate, w_up, w_down, threshold)
 
 
@@ -63,13 +70,14 @@ def _threshold(config: dict) -> float:
         return 0.0
     if activation != "fatrelu":
         raise CheckpointError(
-            f"hidden_act is {activation!r}: only relu and fatrelu leave neurons at zero, so only they can be skipped exactly"
+            f"config.json says hidden_act={activation!r}: gated FFNs with relu or fatrelu are what this version runs sparsely"
         )
     if "hidden_act_param" not in config:
         raise CheckpointError("hidden_act is fatrelu, but config.json has no hidden_act_param, its threshold")
     threshold = config["hidden_act_param"]
-    if not isinstance(threshold, int | float) or not 0 <= threshold < float("inf"):
-        raise CheckpointError(f"hidden_act_param, FATReLU's threshold, must be a finite number >= 0, got {threshold!r}")
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= _LARGEST_THRESHOLD:
+        shown = f"{threshold!r:.40}"
+        raise CheckpointError(f"hidden_act_param, FATReLU's threshold, must be >= 0 and finite as float32, got {shown}")
     return float(threshold)
 
 
@@ -77,7 +85,10 @@ def _files_by_name(folder: Path) -> dict[str, str]:
     """Tensor name to file name, from the index of a sharded checkpoint or from the only file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return _read_json(index).get("weight_map", {})
+        files = _read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files")
+        return files
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
     with _open(folder / "model.safetensors") as file:
@@ -87,9 +98,10 @@ def _files_by_name(folder: Path) -> dict[str, str]:
 def _load(folder: Path, files: dict[str, str], layer: int, projection: str) -> np.ndarray:
     ending = f"layers.{layer}.mlp.{projection}.weight"
     names = [name for name in files if name == ending or name.endswith(f".{ending}")]
-    if len(names) != 1:
-        found = "is no tensor" if not names else f"are {len(names)} tensors"
-        raise CheckpointError(f"{folder}: there {found} named *.{ending}")
+    if not names:
+        raise CheckpointError(f"{folder}: there is no tensor named *.{ending}: {_layers(files, projection)}")
+    if len(names) > 1:
+        raise CheckpointError(f"{folder}: there are {len(names)} tensors named *.{ending}")
     with _open(folder / files[names[0]]) as file:
         kind = file.get_slice(names[0]).get_dtype()
         if kind not in _FLOATS:
@@ -97,11 +109,19 @@ def _load(folder: Path, files: dict[str, str], layer: int, projection: str) -> n
         return file.get_tensor(names[0])
 
 
+def _layers(files: dict[str, str], projection: str) -> str:
+    """Which layers a checkpoint has."""
+    pattern = re.compile(rf"(?:^|\.)layers\.(\d+)\.mlp\.{projection}\.weight$")
+    layers = {int(found[1]) for name in files if (found := pattern.search(name))}
+    return f"its gated FFNs are in layers {min(layers)} to {max(layers)}" if layers else "it has no gated FFN"
+
+
 def _open(path: Path):
     import ml_dtypes  # noqa: F401  teaches NumPy, and so safetensors, bfloat16
     from safetensors import SafetensorError, safe_open
 
     try:
+        path.open("rb").close()  # safetensors calls every failure "no such file"
         return safe_open(path, framework="np")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from None

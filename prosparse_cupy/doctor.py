@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
+import platform
 import re
-import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._gpu import MINIMUM_CAPABILITY
+from . import __version__
+from ._gpu import MINIMUM_CAPABILITY, cache_folder, import_cupy
 
 _CUPY_WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "amd-cupy")
 _FIRST_NVRTC = {
@@ -37,6 +38,10 @@ class GpuFact:
 class Facts:
     """The environment."""
 
+    version: str = __version__
+    """Of prosparse-cupy."""
+    python: str = ""
+    system: str = ""
     cupy_wheels: dict[str, str] = field(default_factory=dict)
     """Distribution name to version."""
     cupy_error: str = ""
@@ -71,9 +76,12 @@ class Problem:
 
 def collect() -> Facts:
     """Look at the environment. Never raises for what it finds missing."""
-    facts: dict[str, Any] = {"cupy_wheels": _wheels(), **_cache(), **_torch()}
+    facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
+    facts |= {"cupy_wheels": _wheels(), **_cache(), **_torch()}
     try:
-        import cupy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the cache's folder is a finding of its own
+            cupy = import_cupy()
     except Exception as error:  # a broken CuPy fails in many ways; each is a finding
         return Facts(**facts, cupy_error=f"{type(error).__name__}: {error}")
     facts |= _compiler(cupy) | _headers() | _gpus(cupy)
@@ -88,7 +96,10 @@ def diagnose(facts: Facts) -> list[Problem]:
 
 
 def _cuda_extra(facts: Facts) -> str:
-    return "cuda13x" if facts.driver is not None and facts.driver[0] >= 13 else "cuda12x"
+    """The extra for the driver, and beside a torch for CUDA 12 or 13, which the driver supports, that of torch."""
+    driver, torch = facts.driver[0] if facts.driver else None, int(facts.torch_cuda.split(".")[0]) if facts.torch_cuda else None
+    major = torch if torch is not None and (driver is None or torch <= driver) else driver
+    return "cuda13x" if major is not None and major >= 13 else "cuda12x"
 
 
 def _toolkit(facts: Facts) -> str:
@@ -178,13 +189,8 @@ def _wheels() -> dict[str, str]:
 
 
 def _cache() -> dict[str, str]:
-    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return {"cache": str(folder)}
-    except OSError as error:
-        return {"cache": str(folder), "cache_error": error.strerror or str(error)}
+    folder, why_not = cache_folder()
+    return {"cache": str(folder), "cache_error": why_not}
 
 
 def _torch() -> dict[str, str]:
@@ -255,6 +261,9 @@ def describe(facts: Facts) -> list[tuple[str, str]]:
     gpus = ", ".join(f"{gpu.name} (sm_{gpu.capability})" for gpu in facts.gpus)
     torch = facts.torch and f"{facts.torch}, CUDA {facts.torch_cuda or 'none'}"
     return [
+        ("prosparse-cupy", facts.version),
+        ("Python", facts.python),
+        ("system", facts.system),
         ("CuPy", wheels or "not installed"),
         ("CUDA runtime of CuPy", _dotted(facts.runtime)),
         ("NVRTC", f"{_dotted(facts.nvrtc)} {facts.nvrtc_path or facts.nvrtc_error}".strip()),

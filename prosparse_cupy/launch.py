@@ -134,8 +134,16 @@ def ffn_23(shape: Shape) -> Launch:
     if shape.specialize and _lane_loads(shape) <= 8:
         return _row_per_warp("ffn_23", shape, "PPPPfii", warps, most_loads=8)
     rows, min_blocks = (8, 4) if loads <= 8 else (12, 3)  # registers of more loads leave room for 3 blocks an SM
+    if shape.target.capability >= 100 and _spills_at_four_blocks(shape, loads):
+        min_blocks = 3
     blocks = _ceil_div(shape.d_ff, rows)
     return _operator("ffn_23", shape, blocks, warps, "PPPPfii", MIN_BLOCKS=min_blocks, LOADS=loads, ROWS=rows)
+
+
+def _spills_at_four_blocks(shape: Shape, loads: int) -> bool:
+    """Whether ffn_23 spills 4 to 12 bytes on sm_100 and sm_120: where a row ends inside its second batch of eight loads."""
+    whole = shape.d_model % (vector_length(shape.dtype) * WARP * 2 * loads) == 0
+    return shape.specialize and loads == 8 and _lane_loads(shape) <= 16 and not whole
 
 
 def ffn_4(shape: Shape) -> Launch:

@@ -7,7 +7,6 @@ compiled and cached) -> the kernel's launch (`_driver`).
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,8 @@ from . import launch, reference
 from ._buffers import Call, Checked, Operand, Signature, check_threshold, vector, weight
 from ._compile import load
 from ._families import Family
-from ._gpu import cupy, current_device, gpu
+from ._gpu import current_device, gpu
+from ._workspace import take
 
 FFN_1 = Signature("ffn_1", (vector("x", "d_model"), weight("w_gate")), vector("gate", "d_ff"))
 FFN_123 = Signature("ffn_123", (vector("x", "d_model"), weight("w_gate"), weight("w_up")), vector("x1", "d_ff"))
@@ -216,8 +216,9 @@ def sparse_ffn(
 ) -> Any:
     """The whole gated FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
 
-    Two launches, `ffn_123` and `ffn_4`. The (d_ff,) intermediate lives in scratch memory that is kept per stream. Decoding
-    loops do better with `SparseFFN`, which checks the weights when it is built and owns its scratch.
+    Two launches, `ffn_123` and `ffn_4`, with the (d_ff,) intermediate in scratch memory that is kept for the next call on the
+    stream, or for the CUDA graph that the call is captured into. Threads and streams do not disturb each other. `SparseFFN`
+    binds the weights.
 
     Parameters
     ----------
@@ -246,20 +247,20 @@ def sparse_ffn(
     call = Call(SPARSE_FFN, (x, w_gate, w_up, w_down_t), out)
     if call.on_host:
         return call.result(reference.sparse_ffn(x, w_gate, w_up, w_down_t, threshold))
-    scratch = _stream_scratch(call.family, call.checked)
-    launch_ffn(call, *call.inputs, threshold, specialize, scratch)
+    _launch_ffn(call, *call.inputs, threshold, specialize)
     return call.result()
 
 
 class SparseFFN:
-    """`sparse_ffn` with its weights bound: checked once, with scratch memory of its own.
+    """`sparse_ffn` with its weights bound.
 
-    Calls of one instance share that scratch: use it on one stream at a time, or make one per stream.
+    Any number of threads and streams may share one. A CUDA graph that is captured from it needs it no longer; the weights, `x`
+    and `out` must stay where they are for as long as the graph is launched, as with every captured call.
 
     Parameters
     ----------
     w_gate, w_up, w_down_t : array, (d_ff, d_model)
-        As for `sparse_ffn`. They are kept, not copied.
+        As for `sparse_ffn`. They are kept, not copied, and may get other values, but not another shape, dtype or GPU.
     threshold : float, default 0.0
         FATReLU's T, as for `ffn_23`.
     specialize : bool, default True
@@ -276,18 +277,25 @@ class SparseFFN:
         self.threshold = check_threshold("SparseFFN", threshold)
         self._weights = (w_gate, w_up, w_down_t)
         self._specialize = specialize
-        bound = Call(BUILD, self._weights, None)
-        self.d_model, self.d_ff, self.dtype = bound.checked[:3]
-        self._scratch = None if bound.on_host else Scratch(bound.family, bound.checked)
+        self._bound = Call(BUILD, self._weights, None).checked[:4]
+        self.d_model, self.d_ff, self.dtype, _ = self._bound
 
     def __call__(self, x: Any, *, out: Any = None) -> Any:
         """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
         call = Call(BOUND_FFN, (*self._weights, x), out)
+        if call.checked[:4] != self._bound:
+            self._refuse(call.checked)
         if call.on_host:
             return call.result(reference.sparse_ffn(x, *self._weights, self.threshold))
-        *weights, x_address = call.inputs
-        launch_ffn(call, x_address, *weights, self.threshold, self._specialize, self._scratch)
+        w_gate, w_up, w_down_t, x_address = call.inputs
+        _launch_ffn(call, x_address, w_gate, w_up, w_down_t, self.threshold, self._specialize)
         return call.result()
+
+    def _refuse(self, now: Checked) -> None:
+        raise ValueError(
+            f"SparseFFN: its weights have changed since it was built: (d_model, d_ff, dtype, GPU) were {self._bound}, are "
+            f"{now[:4]}: make a new SparseFFN of them"
+        )
 
     def __repr__(self) -> str:
         return f"SparseFFN(d_model={self.d_model}, d_ff={self.d_ff}, dtype={self.dtype}, threshold={self.threshold:g})"
@@ -356,42 +364,14 @@ def _launch(kernel: str, checked: Checked, family: Family, specialize: bool, *ar
     load(kernel, d_model, d_ff, dtype, device, specialize)(family.stream(device), *arguments, d_ff, d_model)
 
 
-def launch_ffn(
-    call: Call, x: int, w_gate: int, w_up: int, w_down_t: int, threshold: float, specialize: bool, scratch: Scratch
-) -> None:
-    checked, family = call.checked, call.family
-    _launch("ffn_123", checked, family, specialize, x, w_gate, w_up, scratch.x1, threshold)
-    _launch("ffn_4", checked, family, specialize, scratch.x1, w_down_t, call.output)
-
-
-class Scratch:
-    """The intermediate of one FFN: x1, (d_ff,), from the array library's allocator."""
-
-    def __init__(self, family: Family, checked: Checked) -> None:
-        self._array = family.empty((checked.d_ff,), checked.dtype, checked.device)
-        self.x1 = family.address(self._array)
-
-
-_MOST_SCRATCH = 64
-_scratch: OrderedDict[tuple[Any, ...], Scratch] = OrderedDict()
-_captured: list[Scratch] = []
-
-
-def _stream_scratch(family: Family, checked: Checked) -> Scratch:
-    """Scratch of the current stream: launches on one stream follow each other, so they can share it.
-
-    A captured graph replays later, perhaps on another stream, so every captured call gets scratch of its own; where the
-    allocator does not know that a graph uses it (CuPy's), it is kept for good.
-    """
-    stream = family.stream(checked.device)
-    if cupy().cuda.runtime.streamIsCapturing(stream):
-        fresh = Scratch(family, checked)
-        if not family.allocator_knows_graphs:
-            _captured.append(fresh)
-        return fresh
-    key = (family, checked.device, stream, checked.d_ff, checked.dtype)
-    if key not in _scratch:
-        _scratch[key] = Scratch(family, checked)
-        if len(_scratch) > _MOST_SCRATCH:
-            _scratch.popitem(last=False)
-    return _scratch[key]
+def _launch_ffn(call: Call, x: int, w_gate: int, w_up: int, w_down_t: int, threshold: float, specialize: bool) -> None:
+    """`ffn_123` into scratch and `ffn_4` out of it."""
+    d_model, d_ff, dtype, device = call.checked[:4]
+    first, second = (load(kernel, d_model, d_ff, dtype, device, specialize) for kernel in ("ffn_123", "ffn_4"))
+    stream = call.family.stream(device)
+    x1, home = take(stream, device, call.checked.scratch_bytes)
+    try:
+        first(stream, x, w_gate, w_up, x1, threshold, d_ff, d_model)
+        second(stream, x1, w_down_t, call.output, d_ff, d_model)
+    finally:
+        home.append(x1)

@@ -54,14 +54,17 @@ def test_relu_has_no_threshold(tmp_path):
     [
         (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
-        (lambda f: (f / "config.json").write_text('{"hidden_act": "silu"}'), "hidden_act is 'silu': only relu and fatrelu"),
+        (
+            lambda f: (f / "config.json").write_text('{"hidden_act": "silu"}'),
+            "config.json says hidden_act='silu': gated FFNs with relu",
+        ),
         (lambda f: (f / "config.json").write_text('{"hidden_act": "fatrelu"}'), "no hidden_act_param"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: must hold a JSON object, got list"),
         (
             lambda f: _checkpoint(f, hidden_act_param="x"),
-            "hidden_act_param, FATReLU's threshold, must be a finite number >= 0, got 'x'",
+            "hidden_act_param, FATReLU's threshold, must be >= 0 and finite as float32, got 'x'",
         ),
-        (lambda f: _checkpoint(f, hidden_act_param=-1), "must be a finite number >= 0, got -1"),
+        (lambda f: _checkpoint(f, hidden_act_param=-1), "must be >= 0 and finite as float32, got -1"),
         (lambda f: _checkpoint(f, dtype=np.int8), "gate_proj.weight is I8: quantised weights are not supported"),
         (
             lambda f: _checkpoint(f, up=(90, 64)),
@@ -82,7 +85,10 @@ def test_broken_checkpoints_say_what_is_wrong(tmp_path, breakage, message):
 
 def test_a_layer_that_is_not_there(tmp_path):
     _checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"there is no tensor named \*\.layers\.7\.mlp\.gate_proj\.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"there is no tensor named \*\.layers\.7\.mlp\.gate_proj\.weight: its gated FFNs are in layers 0 to 1",
+    ):
         load_ffn(tmp_path, 7)
 
 

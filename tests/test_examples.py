@@ -44,7 +44,9 @@ def test_generate_says_what_is_wrong(tmp_path):
     config = {**json.loads((SMALL / "config.json").read_text()), "hidden_act": "silu"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = _run("examples/generate.py", "--model", str(tmp_path), "--prompt", "x", "--device", "cpu", fails=True)
-    assert "has the activation 'silu': only relu and fatrelu" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "the config says hidden_act='silu'; gated MLPs with relu or fatrelu" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_training_makes_a_folder_that_loads(tmp_path):

@@ -161,7 +161,9 @@ def test_a_threshold_of_the_users_moves_the_activation():
 def test_what_is_not_relu_is_refused(activation):
     model = _model(hidden_act=activation)
     for threshold in (None, 0.01):
-        with pytest.raises(ValueError, match=rf"model.layers.0.mlp has the activation '{activation}': only relu and fatrelu"):
+        with pytest.raises(
+            ValueError, match=rf"layers.0.mlp: the config says hidden_act='{activation}'; gated MLPs with relu or"
+        ):
             patch_model(model, threshold)
     assert _unchanged(model)
 
@@ -175,7 +177,7 @@ def test_refusals_change_nothing():
     with pytest.raises(ValueError, match=r"not a model with some: use SparseGatedMLP\.from_mlp"):
         patch_model(model.model.layers[0].mlp)
     model.model.layers[2].mlp.config = SimpleNamespace(hidden_act="fatrelu")
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp .* no hidden_act_param"):
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp: .* no hidden_act_param"):
         patch_model(model)
     assert _unchanged(model)
     unpatch_model(model)
@@ -191,11 +193,11 @@ def test_a_failure_on_the_way_puts_everything_back(monkeypatch):
     before = _text(model)
     real = SparseGatedMLP._sparse
 
-    def fails_at_the_third(self, token):
+    def fails_at_the_third(self, *tensors):
         calls.append(self)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("made up")
-        return real(self, token)
+        return real(self, *tensors)
 
     monkeypatch.setattr(SparseGatedMLP, "_sparse", fails_at_the_third)
     with pytest.raises(torch.OutOfMemoryError, match="made up"):
@@ -207,7 +209,7 @@ def test_without_a_config_the_activation_module_decides():
     model = RemoteModel()
     del model.config
     model.mlp.act_fn = nn.SiLU()
-    with pytest.raises(ValueError, match="'SiLU'"):
+    with pytest.raises(ValueError, match="the config has no hidden_act, and act_fn is a SiLU"):
         patch_model(model)
     model.mlp.act_fn = FATReLU(0.05)
     assert patch_model(model).layers[0].sparse
@@ -241,7 +243,7 @@ def _spoil(mlp, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("quantised", "up_proj is a QuantisedLinear"),
+        ("quantised", "test_torch_patch.QuantisedLinear, not a torch.nn.Linear itself"),
         ("bias", "gate_proj has a bias"),
         ("meta", "on the meta device"),
         ("hook", "has hooks"),

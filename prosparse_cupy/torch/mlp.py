@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..launch import VECTOR_BYTES
 from .activation import FATReLU
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class SparseGatedMLP(nn.Module):
@@ -38,7 +41,7 @@ class SparseGatedMLP(nn.Module):
         self.counts: Tensor | None = None
         """Active neurons and all neurons so far, (2,) int64, where a `SparsityMeter` counts them."""
         self._replaced: tuple[nn.Module, ...] = ()
-        self.register_load_state_dict_post_hook(lambda module, _: pack(module.down_proj))
+        self.register_load_state_dict_post_hook(_pack_what_was_loaded)
         pack(self.down_proj)
 
     @classmethod
@@ -69,27 +72,87 @@ class SparseGatedMLP(nn.Module):
         return self.gate_proj.out_features
 
     @property
-    def threshold(self) -> float:
-        return self.act_fn.threshold
+    def threshold(self) -> float | None:
+        """FATReLU's T, or None where `act_fn` has been replaced by something else."""
+        return self.act_fn.threshold if isinstance(self.act_fn, FATReLU) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The FFN of `x`, (..., d_model); inference only where `x` is one token."""
-        if x.numel() == x.shape[-1]:
-            return self._sparse(x.reshape(-1)).view(x.shape)
+        """The FFN of `x`, (..., d_model).
+
+        One token goes through the sparse operators, unless gradients are recorded or the modules are not those of an FFN that
+        was patched any more: a LoRA adapter, a hook, a bias, another activation and the like take the dense path, which calls
+        the modules as they are.
+        """
+        if x.numel() == x.shape[-1] and (weights := self._plain_weights(x)) is not None:
+            return self._sparse(x.reshape(-1), *weights).view(x.shape)
         x1 = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         if self.counts is not None:
             count_active(self.counts, x1)
         return self.down_proj(x1)
 
-    def _sparse(self, token: Tensor) -> Tensor:
-        w_gate, w_up, w_down_t = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight.t()
+    def _plain_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The weights for the sparse operators, or None where only the modules themselves know what they do to `x`."""
+        modules, weights = self._modules, []
+        for name in PROJECTIONS:
+            linear = modules.get(name)
+            if type(linear) is not nn.Linear or _does_more(linear):
+                return None
+            weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+            if weight is None or bias is not None:
+                return None
+            weights.append(weight)
+        activation = modules.get("act_fn")
+        if type(activation) is not FATReLU or activation.threshold is None or _does_more(activation) or any(_GLOBAL_HOOKS):
+            return None
+        w_gate, w_up, w_down = weights
+        w_down_t = w_down.t()
+        return (w_gate, w_up, w_down_t) if _takes(x, w_gate, w_up, w_down_t) else None
+
+    def _sparse(self, token: Tensor, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor) -> Tensor:
+        threshold = self.act_fn.threshold
         if self.counts is not None:
-            x1 = torch.ops.prosparse.ffn_123(token, w_gate, w_up, self.act_fn.threshold)
+            x1 = torch.ops.prosparse.ffn_123(token, w_gate, w_up, threshold)
             count_active(self.counts, x1)
             return torch.ops.prosparse.ffn_4(x1, w_down_t)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not token.is_cuda:
-            return torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, self.act_fn.threshold)
-        return ops.sparse_ffn(token, w_gate, w_up, w_down_t, self.act_fn.threshold)  # the dispatcher costs 13 µs
+        if torch.compiler.is_compiling() or not token.is_cuda:
+            return torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, threshold)
+        return ops.sparse_ffn(token, w_gate, w_up, w_down_t, threshold)  # the dispatcher costs 13 µs
+
+
+_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+def _does_more(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a `forward` of its own, which accelerate sets."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _takes(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the sparse operators take one token `x` with these (d_ff, d_model) weights, in place of the dense path."""
+    dtype, device, shape = x.dtype, x.get_device(), weights[0].shape
+    if dtype not in _DTYPES or x.shape[-1] != shape[-1] or x.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
+        return False
+    for w in weights:
+        if w.dtype != dtype or w.get_device() != device or w.shape != shape or not w.is_contiguous():
+            return False
+    kind = "cuda" if x.is_cuda else x.device.type
+    if kind not in ("cuda", "cpu") or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+        return False
+    return torch.compiler.is_compiling() or _have_memory(x, *weights)
+
+
+def _have_memory(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors at addresses that kernels can read 16 bytes at a time."""
+    try:
+        return all(type(t) in _PLAIN and t.data_ptr() and t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
+    except RuntimeError:  # torch's, of tensors inside vmap and the like
+        return False
+
+
+def _pack_what_was_loaded(module: SparseGatedMLP, incompatible_keys: Any) -> None:
+    pack(module.down_proj)
 
 
 def pack(down_proj: nn.Linear) -> None:
@@ -101,7 +164,8 @@ def pack(down_proj: nn.Linear) -> None:
 
 def unpack(down_proj: nn.Linear) -> None:
     """The inverse of `pack`: `nn.Linear`'s own layout."""
-    down_proj.weight.data = down_proj.weight.data.contiguous()
+    if not down_proj.weight.is_contiguous():
+        down_proj.weight.data = down_proj.weight.data.contiguous()
 
 
 def count_active(counts: Tensor, x1: Tensor) -> None:

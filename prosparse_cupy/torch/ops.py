@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._buffers import Call, Signature, check_threshold
+from .._buffers import Signature
 from ..ops import FFN_1, FFN_4, FFN_23, FFN_123, SPARSE_FFN
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
@@ -32,8 +32,7 @@ def _register(name: str) -> None:
     _LIBRARY.define(f"{name}({inputs}{threshold}) -> Tensor", tags=_TAGS)
     _LIBRARY.define(f"{name}.out({inputs}{threshold}, *, Tensor(a!) out) -> ()", tags=_TAGS)
     operator = getattr(ops, name)
-    on_gpu = _sparse_ffn_on_gpu if name == "sparse_ffn" else operator
-    for key, run in (("CUDA", on_gpu), ("CPU", _on_host(operator))):
+    for key, run in (("CUDA", operator), ("CPU", _on_host(operator))):
         call = _refusing_grad(name, run)
         _LIBRARY.impl(name, call, key)
         _LIBRARY.impl(f"{name}.out", _returning_nothing(call), key)
@@ -58,16 +57,6 @@ def _returning_nothing(call: Callable[..., Tensor]) -> Callable[..., None]:
     return call_out
 
 
-def _sparse_ffn_on_gpu(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, threshold: float = 0.0, *, out: Tensor | None = None
-) -> Tensor:
-    """`prosparse_cupy.sparse_ffn` with fresh scratch: what the memory pool of a CUDA graph gives may not be kept."""
-    threshold = check_threshold("sparse_ffn", threshold)
-    call = Call(SPARSE_FFN, (x, w_gate, w_up, w_down_t), out)
-    ops.launch_ffn(call, *call.inputs, threshold, True, ops.Scratch(call.family, call.checked))
-    return call.result()
-
-
 def _on_host(operator: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
     def call(*arguments: Any, out: Tensor | None) -> Tensor:
         arrays = [as_numpy(a) if isinstance(a, Tensor) else a for a in arguments]
@@ -82,6 +71,14 @@ def _fake(signature: Signature) -> Callable[..., Tensor]:
 
     def call(*arguments: Any, out: Tensor | None) -> Tensor:
         first, weights = arguments[0], arguments[len(signature.inputs) - 1]
+        # Also runs if one of them is on the meta device: a result on another device would be memory that nobody wrote.
+        given = zip((*(o.name for o in signature.inputs), "out"), (*arguments[: len(signature.inputs)], out), strict=True)
+        for name, tensor in given:
+            if tensor is not None and tensor.device != first.device:
+                raise ValueError(
+                    f"{signature.operator}: {name} must be on the device of {signature.inputs[0].name}, {first.device}, got "
+                    f"{tensor.device}: move it there"
+                )
         return first.new_empty((*first.shape[:-1], weights.shape[axis]))
 
     return call

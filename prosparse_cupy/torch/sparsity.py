@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._text import table
 from .mlp import SparseGatedMLP, count_active
-from .patch import gated_mlps
+from .patch import check_module, gated_mlps
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class SparsityMeter:
 
     Raises
     ------
+    TypeError
+        `model` is no module.
     ValueError
         No gated MLP, or another meter is on.
 
@@ -88,6 +90,7 @@ class SparsityMeter:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_module("SparsityMeter", model)
         found = list(gated_mlps(model))
         if not found:
             raise ValueError(f"SparsityMeter: {type(model).__name__} has no gated MLP")

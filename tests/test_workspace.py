@@ -1,0 +1,524 @@
+"""Scratch memory: threads, streams, graphs, and what is left of them. On a driver that only notes, and on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from checks import DTYPES, bits, poisoned, token
+from gpu_arrays import OnCupy, OnTorch
+
+import prosparse_cupy as psc
+from prosparse_cupy import _workspace, synthetic
+
+KIB = 1024
+
+
+class _Runtime:
+    """CUDA's memory and streams as far as scratch sees them."""
+
+    class CUDARuntimeError(RuntimeError):
+        def __init__(self, status: int) -> None:
+            super().__init__(f"status {status}")
+            self.status = status
+
+    def __init__(self) -> None:
+        self.ids, self.capturing, self.allocated, self.marks, self.events = {}, set(), [], [], []
+        self.full = 0  # allocations that fail from now on
+
+    def malloc(self, nbytes: int) -> int:
+        if self.full:
+            self.full -= 1
+            raise self.CUDARuntimeError(2)
+        self.allocated.append(nbytes)
+        return 0x1000 * len(self.allocated)
+
+    def streamIsCapturing(self, stream: int) -> bool:
+        return stream in self.capturing
+
+
+class _Mark:
+    def __init__(self, runtime: _Runtime) -> None:
+        self.destroyed = self.freed = False
+        runtime.marks.append(self)
+
+    def is_set(self) -> bool:
+        return self.destroyed
+
+    def free(self) -> None:
+        assert self.destroyed and not self.freed
+        self.freed = True
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A workspace of its own on a made-up driver."""
+    runtime = _Runtime()
+    pool = SimpleNamespace(free_all_blocks=lambda: runtime.events.append("CuPy's cache freed"))
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(runtime=runtime, Device=lambda index: contextlib.nullcontext()),
+        get_default_memory_pool=lambda: pool,
+    )
+    monkeypatch.setattr(_workspace, "cupy", lambda: cupy)
+    driver = SimpleNamespace(
+        stream_id=lambda stream: runtime.ids.get(stream, stream),
+        DestructionMark=lambda stream: _Mark(runtime),
+        allowed_during_captures=contextlib.nullcontext,
+        event_after_everything=lambda device: None,
+    )
+    monkeypatch.setattr(_workspace, "_driver", driver)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name, empty in (("_homes", {}), ("_graphs", []), ("_collected", [])):
+        monkeypatch.setattr(_workspace, name, empty)
+    _workspace._left_over.clear()
+    monkeypatch.setattr(_workspace, "_idle", type(_workspace._idle)(list))
+    runtime.driver = driver
+    yield runtime
+    _workspace._homes.clear()
+    _workspace._left_over.clear()
+
+
+def _use(stream: int, nbytes: int = 4 * KIB, device: int = 0) -> int:
+    """The address that a call on `stream` gets, given back."""
+    address, home = _workspace.take(stream, device, nbytes)
+    home.append(address)
+    return address
+
+
+def test_a_stream_reuses_its_scratch(cuda):
+    for stream in (0, 1, 7, 8):
+        assert _use(stream) == _use(stream)
+    assert _use(0) == _use(1), "two names of the legacy default stream"
+    assert len({_use(0), _use(7), _use(8)}) == 3 and len(cuda.allocated) == 3
+
+
+def test_what_differs_does_not_share(cuda):
+    addresses = [_use(7), _use(7, nbytes=8 * KIB), _use(7, device=1), _use(0), _use(0, device=1)]
+    assert len(set(addresses)) == 5 and cuda.allocated == [4 * KIB, 8 * KIB, 4 * KIB, 4 * KIB, 4 * KIB]
+
+
+def test_calls_at_the_same_time_do_not_share(cuda):
+    taken = [_workspace.take(0, 0, 4 * KIB) for _ in range(3)]
+    assert len({address for address, _ in taken}) == 3
+    for address, home in taken:
+        home.append(address)
+    assert {_use(0) for _ in range(9)} <= {address for address, _ in taken} and len(cuda.allocated) == 3
+
+
+def test_a_handle_that_is_given_out_again_is_another_stream(cuda):
+    cuda.ids[7] = 100
+    first = _use(7)
+    cuda.ids[7] = 101
+    assert _use(7) != first
+
+
+def test_a_graph_keeps_its_scratch_until_it_is_destroyed(cuda):
+    eager = _use(7)
+    cuda.capturing.add(7)
+    captured = [_use(7), _use(7)]
+    assert len({eager, *captured}) == 3 and [m.destroyed for m in cuda.marks] == [False, False]
+    cuda.marks[0].destroyed = True
+    again = _use(7)
+    assert again == captured[0] and cuda.marks[0].freed and not cuda.marks[1].freed
+    for _ in range(50):
+        for mark in cuda.marks:
+            mark.destroyed = True
+        _use(7)
+    assert len(cuda.allocated) == 3
+    cuda.capturing.clear()
+    assert _use(7) == eager
+
+
+def test_a_graph_that_cannot_own_is_an_error_and_loses_nothing(cuda):
+    cuda.capturing.add(7)
+
+    def refuse(stream):
+        raise RuntimeError("no user objects")
+
+    cuda.driver.DestructionMark = refuse
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no user objects"):
+            _workspace.take(7, 0, 4 * KIB)
+    assert cuda.allocated == [4 * KIB] and not _workspace._graphs
+
+
+def test_streams_that_come_and_go_are_collected(cuda, monkeypatch):
+    monkeypatch.setattr(_workspace, "_MOST_HOMES", 8)
+    events = []
+
+    def event_after_everything(device):
+        events.append(SimpleNamespace(device=device, done=False))
+        return events[-1]
+
+    cuda.driver.event_after_everything = event_after_everything
+    seen = {_use(stream, device=stream % 2) for stream in range(10, 18)}
+    assert len(seen) == 8 and not events
+    new = _use(18)
+    assert [e.device for e in events] == [0, 1] and new not in seen, "launches of the others may still run"
+    for event in events:
+        event.done = True
+    assert {_use(stream, device=stream % 2) for stream in range(20, 26)} < seen
+    for stream in range(30, 300):
+        _use(stream, device=stream % 2)
+        for event in events:
+            event.done = True
+    assert len(cuda.allocated) <= 20
+
+
+def test_what_is_in_use_while_streams_are_collected_comes_back_later(cuda, monkeypatch):
+    monkeypatch.setattr(_workspace, "_MOST_HOMES", 2)
+    cuda.driver.event_after_everything = lambda device: SimpleNamespace(done=True)
+    address, home = _workspace.take(7, 0, 4 * KIB)
+    _use(8)
+    assert address not in [_use(stream) for stream in range(9, 14)]
+    home.append(address)
+    del home
+    gc.collect()
+    assert address in [_use(stream) for stream in range(20, 26)]
+
+
+def test_a_driver_that_cannot_say_when_loses_nothing(cuda, monkeypatch):
+    monkeypatch.setattr(_workspace, "_MOST_HOMES", 2)
+    seen = {_use(stream) for stream in range(7, 17)}
+    assert len(seen) == 10 and len(_workspace._left_over) == 8
+
+
+def test_out_of_memory(cuda):
+    cuda.full = 1
+    assert _use(7) and cuda.events == ["CuPy's cache freed"]
+    cuda.full = 2
+    with pytest.raises(MemoryError, match="GPU 0 has no 4096 bytes for an FFN's scratch: status 2"):
+        _use(8)
+    assert _use(8), "the next call works"
+
+
+def test_sizes_are_few():
+    sizes = {_workspace.size_class(n) for n in range(1, 300_000)}
+    assert len(sizes) == 8 and all(_workspace.size_class(n) >= n for n in (1, 4096, 4097, 22016, 240_000))
+
+
+# On a GPU
+
+on, to = OnCupy(), OnTorch()
+D_MODEL, D_FF, T = 512, 3000, 0.01
+
+
+def _layer(seed: int, d_ff: int = D_FF, dtype: str = "bfloat16"):
+    """A layer's x, w_gate, w_up and w_down_t, and its result on an idle GPU."""
+    layer = synthetic.layer(D_MODEL, d_ff, DTYPES[dtype], 0.8, T, np.random.default_rng(seed))
+    arrays = [on.put(a) for a in (layer.x, layer.w_gate, layer.w_up, layer.w_down.T.copy())]
+    return arrays, on.get(psc.sparse_ffn(*arrays, T))
+
+
+def _as(library: str, arrays: list) -> list:
+    import torch
+
+    return [torch.from_dlpack(a) if library == "torch" else a for a in arrays]
+
+
+def _callers(entry: str) -> list[tuple[Callable, np.ndarray]]:
+    """Four callers of one entry point, each with numbers of its own: a call that returns y, and what y must be."""
+    import torch
+
+    from prosparse_cupy.torch import SparseGatedMLP
+
+    how, library = entry.split()
+    callers = []
+    shared, _ = _layer(0)
+    shared_ffn = psc.SparseFFN(*_as(library, shared[1:]), T)
+    for seed in range(4):
+        arrays, expected = _layer(seed)
+        x, *ws = _as(library, arrays)
+        if how == "sparse_ffn":
+            callers.append((lambda x=x, ws=ws: psc.sparse_ffn(x, *ws, T), expected))
+        elif how == "SparseFFN":
+            expected = on.get(psc.sparse_ffn(arrays[0], *shared[1:], T))
+            callers.append((lambda x=x: shared_ffn(x), expected))
+        elif how == "op":
+            callers.append((lambda x=x, ws=ws: torch.ops.prosparse.sparse_ffn(x, *ws, T), expected))
+        else:
+            mlp = SparseGatedMLP(D_MODEL, D_FF, T, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+            mlp.gate_proj.weight.copy_(ws[0])
+            mlp.up_proj.weight.copy_(ws[1])
+            mlp.down_proj.weight.copy_(ws[2].t())
+            callers.append((lambda x=x, mlp=mlp: mlp(x), expected))
+    return callers
+
+
+def _run_in_threads(callers, around: Callable, calls: int = 200) -> int:
+    """Wrong results of `calls` calls of each caller in a thread of its own, inside `around()`."""
+    results, start = [[] for _ in callers], threading.Barrier(len(callers))
+    failures = []
+
+    def work(call, mine):
+        try:
+            with around():
+                start.wait()
+                mine += [call() for _ in range(calls)]
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(c[0], r)) for c, r in zip(callers, results, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    import cupy
+
+    cupy.cuda.Device().synchronize()
+    assert not failures and all(len(mine) == calls for mine in results)
+    get = on.get if hasattr(results[0][0], "get") else to.get
+    return sum(not np.array_equal(bits(get(y)), bits(c[1])) for c, mine in zip(callers, results, strict=True) for y in mine)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stream", ["default", "one side stream", "per thread"])
+@pytest.mark.parametrize(
+    "entry", ["sparse_ffn cupy", "SparseFFN cupy", "sparse_ffn torch", "SparseFFN torch", "op torch", "mlp torch"]
+)
+def test_threads_get_their_own_numbers(entry, stream, torch):
+    import cupy
+
+    side, torch_side = cupy.cuda.Stream(non_blocking=True), torch.cuda.Stream()
+    on_torch = entry.endswith("torch")
+    around = {
+        "default": contextlib.nullcontext,
+        "one side stream": lambda: torch.cuda.stream(torch_side) if on_torch else side,
+        "per thread": lambda: torch.cuda.stream(torch.cuda.ExternalStream(2)) if on_torch else cupy.cuda.Stream.ptds,
+    }[stream]
+    assert _run_in_threads(_callers(entry), around) == 0
+
+
+@pytest.mark.gpu
+def test_threads_on_streams_of_their_own():
+    import cupy
+
+    assert _run_in_threads(_callers("SparseFFN cupy"), lambda: cupy.cuda.Stream(non_blocking=True)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_a_stream_destroyed_with_work_in_flight(library, torch):
+    """Its handle is given out again at once, so a new stream runs beside the old one under the same handle."""
+    import cupy
+
+    layers = [_layer(seed, 11008) for seed in range(3)]
+    outs = [_as(library, [on.put(poisoned(D_MODEL, "bfloat16"))])[0] for _ in range(300)]
+    given = [_as(library, arrays) for arrays, _ in layers]
+    cupy.cuda.Device().synchronize()
+    handles = set()
+    for i, out in enumerate(outs):
+        stream = cupy.cuda.Stream(non_blocking=True)
+        handles.add(stream.ptr)
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)) if library == "torch" else stream:
+            for _ in range(3):
+                psc.sparse_ffn(*given[i % 3], T, out=out)
+        del stream
+    cupy.cuda.Device().synchronize()
+    assert len(handles) < 300, "no handle was given out twice, so nothing was tried"
+    get = to.get if library == "torch" else on.get
+    wrong = [i for i, out in enumerate(outs) if not np.array_equal(bits(get(out)), bits(layers[i % 3][1]))]
+    assert not wrong
+
+
+@pytest.mark.gpu
+def test_a_sparse_ffn_dropped_while_a_side_stream_runs_it(torch):
+    layers = [_layer(seed, 11008) for seed in range(2)]
+    side, outs = torch.cuda.Stream(), []
+    given = [_as("torch", arrays) for arrays, _ in layers]
+    torch.cuda.synchronize()
+    for i in range(40):
+        x, *ws = given[i % 2]
+        out = torch.full_like(x, float("nan"))
+        ffn = psc.SparseFFN(*ws, T)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(200_000)
+            ffn(x, out=out)
+        del ffn
+        foreign = torch.full((11008,), 7.0, dtype=torch.bfloat16, device="cuda")  # takes what was freed, on another stream
+        outs.append((out, foreign))
+    torch.cuda.synchronize()
+    for i, (out, foreign) in enumerate(outs):
+        np.testing.assert_array_equal(bits(to.get(out)), bits(layers[i % 2][1]))
+        assert bool((foreign == 7).all())
+
+
+def _capture(library: str, by: str, call: Callable):
+    """A CUDA graph of `call`, captured by CuPy or torch: a function that launches it."""
+    import cupy
+    import torch
+
+    if by == "torch":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream, torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)) if library == "torch" else contextlib.nullcontext():
+        stream.begin_capture()
+        call()
+        graph = stream.end_capture()
+    return lambda: graph.launch(cupy.cuda.Stream.null)
+
+
+CAPTURES = pytest.mark.parametrize(("library", "by"), [("cupy", "cupy"), ("torch", "cupy"), ("torch", "torch")])
+
+
+@pytest.mark.gpu
+@CAPTURES
+def test_a_graph_outlives_what_it_was_captured_from(library, by, torch):
+    import cupy
+
+    arrays, expected = _layer(0)
+    x, *ws = _as(library, arrays)
+    (out,) = _as(library, [on.put(poisoned(D_MODEL, "bfloat16"))])
+    psc.SparseFFN(*ws, T)(x, out=out)
+    cupy.cuda.Device().synchronize()
+    replay = _capture(library, by, lambda: psc.SparseFFN(*ws, T)(x, out=out))
+    gc.collect()
+    # Whatever was freed is now somebody else's.
+    others = [cupy.full(D_FF, 7, np.float16) for _ in range(200)]
+    tensors = [torch.full((D_FF,), 7.0, dtype=torch.bfloat16, device="cuda") for _ in range(200)]
+    for _ in range(3):
+        out[...] = float("nan")
+        cupy.cuda.Device().synchronize()
+        replay()
+        cupy.cuda.Device().synchronize()
+        np.testing.assert_array_equal(bits((to if library == "torch" else on).get(out)), bits(expected))
+    assert all(bool((a == 7).all()) for a in (*others, *tensors))
+
+
+@pytest.mark.gpu
+@CAPTURES
+def test_graphs_made_and_dropped_leave_nothing(library, by, torch):
+    import cupy
+
+    arrays, expected = _layer(0)
+    x, *ws = _as(library, arrays)
+    (out,) = _as(library, [on.put(poisoned(D_MODEL, "bfloat16"))])
+    ffn, owned = psc.SparseFFN(*ws, T), []
+    cupy.cuda.Device().synchronize()
+    for _ in range(60):
+        replay = _capture(library, by, lambda: [ffn(x, out=out) for _ in range(4)])
+        replay()
+        cupy.cuda.Device().synchronize()
+        del replay
+        gc.collect()
+        time.sleep(0.01)  # the driver tells in a thread of its own
+        owned.append(len(_workspace._graphs) + sum(map(len, _workspace._idle.values())))
+    assert owned[-1] <= owned[9] + 4, owned
+    np.testing.assert_array_equal(bits((to if library == "torch" else on).get(out)), bits(expected))
+
+
+@pytest.mark.gpu
+def test_graphs_and_calls_side_by_side():
+    """Three graphs of one SparseFFN and calls on four streams, all at the same time."""
+    import cupy
+
+    arrays, _ = _layer(0)
+    ffn = psc.SparseFFN(*arrays[1:], T)
+    tokens = [on.put(token(D_MODEL, "bfloat16", np.random.default_rng(seed))) for seed in range(7)]
+    expected = [on.get(ffn(x)) for x in tokens]
+    outs = [on.put(poisoned(D_MODEL, "bfloat16")) for _ in tokens]
+    graphs = []
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in tokens]
+    cupy.cuda.Device().synchronize()
+    for i in range(3):
+        with streams[i]:
+            streams[i].begin_capture()
+            ffn(tokens[i], out=outs[i])
+            graphs.append(streams[i].end_capture())
+    for _ in range(200):
+        for i, stream in enumerate(streams):
+            if i < 3:
+                graphs[i].launch(stream)
+            else:
+                with stream:
+                    ffn(tokens[i], out=outs[i])
+    cupy.cuda.Device().synchronize()
+    for out, right in zip(outs, expected, strict=True):
+        np.testing.assert_array_equal(bits(on.get(out)), bits(right))
+
+
+@pytest.mark.gpu
+def test_a_first_call_while_another_thread_captures():
+    """It allocates scratch, which CUDA forbids during a capture of mode global unless the thread says that it knows."""
+    import cupy
+
+    arrays, expected = _layer(0)
+    stream, results = cupy.cuda.Stream(non_blocking=True), []
+    cupy.cuda.Device().synchronize()
+
+    def call():
+        with cupy.cuda.Stream(non_blocking=True) as own:
+            out = cupy.empty(D_MODEL, DTYPES["bfloat16"])
+            results.append(out)
+            psc.sparse_ffn(*arrays, T, out=out)
+            own.synchronize()
+
+    with stream:
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+        other = threading.Thread(target=call)
+        other.start()
+        other.join()
+        out = results[0]
+        psc.sparse_ffn(*arrays, T, out=out)
+        graph = stream.end_capture()
+        np.testing.assert_array_equal(bits(on.get(out)), bits(expected))
+        out.fill(float("nan"))
+        graph.launch(stream)
+        stream.synchronize()
+    np.testing.assert_array_equal(bits(on.get(out)), bits(expected))
+
+
+@pytest.mark.gpu
+def test_many_streams_are_collected_without_waiting(monkeypatch):
+    import cupy
+
+    monkeypatch.setattr(_workspace, "_MOST_HOMES", 16)
+    layers = [_layer(seed) for seed in range(3)]
+    outs = [on.put(poisoned(D_MODEL, "bfloat16")) for _ in range(400)]
+    cupy.cuda.Device().synchronize()
+    for i, out in enumerate(outs):
+        with cupy.cuda.Stream(non_blocking=True):
+            psc.sparse_ffn(*layers[i % 3][0], T, out=out)
+    cupy.cuda.Device().synchronize()
+    for i, out in enumerate(outs):
+        np.testing.assert_array_equal(bits(on.get(out)), bits(layers[i % 3][1]))
+    kept = sum(map(len, _workspace._homes.values())) + sum(map(len, _workspace._idle.values())) + len(_workspace._left_over)
+    assert kept + sum(len(scratch) for _, scratch in _workspace._collected) < 400
+
+
+@pytest.mark.gpu
+def test_collecting_does_not_disturb_a_capture(monkeypatch):
+    import cupy
+
+    arrays, expected = _layer(0)
+    stream, out = cupy.cuda.Stream(non_blocking=True), on.put(poisoned(D_MODEL, "bfloat16"))
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        psc.sparse_ffn(*arrays, T, out=out)
+    monkeypatch.setattr(_workspace, "_MOST_HOMES", 1)
+    for _ in range(3):
+        with cupy.cuda.Stream(non_blocking=True):
+            psc.sparse_ffn(*arrays, T)
+    with stream:
+        graph = stream.end_capture()
+        graph.launch(stream)
+        stream.synchronize()
+    np.testing.assert_array_equal(bits(on.get(out)), bits(expected))
