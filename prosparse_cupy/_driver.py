@@ -160,16 +160,6 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def event_after_everything(device: int) -> Any:
-    """A CUDA event after all that was launched on a GPU until now; None if it cannot be had, as while a stream is captured."""
-    with cupy().cuda.Device(device), allowed_during_captures():
-        event = cupy().cuda.Event(disable_timing=True)
-        record = _function("cuCtxRecordEvent", [_POINTER, _POINTER])  # CUDA 12.5
-        if record is None or record(cupy().cuda.driver.ctxGetCurrent(), event.ptr):
-            return None
-        return event
-
-
 @contextmanager
 def allowed_during_captures() -> Iterator[None]:
     """Lets this thread do what would break a capture that waits for it: allocate, and ask whether an event has happened."""

@@ -5,55 +5,52 @@ stream is handed out on that stream alone, where the next call's launches follow
 threads that share a stream do not share scratch. A captured call's address belongs to the graph until the driver has destroyed
 the graph.
 
-Streams are told apart by their ids, which are unique in a process. A handle is not: it is given out again as soon as its stream
-is destroyed, while that stream's last launches may still run. The memory comes from cudaMalloc and not from an array library,
-whose allocator would give it to others while a stream or a graph that it does not know still writes there.
+Streams are told apart by their ids, which are unique in a process. A handle is not: it is given out again as soon as its
+stream is destroyed, while that stream's last launches may still run. The memory comes from cudaMalloc and not from an array library:
+the library's allocator would give it to others while a stream or a graph that it does not know still writes there.
+
+Nobody says when a stream is gone. So only the first streams of a process have scratch of their own; each call on another records
+an event behind its launches, and its scratch serves any stream once that event has happened.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections import defaultdict
-from typing import Any, NamedTuple
+from collections import defaultdict, deque
+from typing import Any, NamedTuple, Protocol
 
 from . import _driver
 from ._gpu import cupy
 
-_LEGACY = (0, 1)  # handles of the legacy default stream, which is neither captured nor destroyed
-_MOST_HOMES = 1024  # streams and sizes in use; at more, most of the streams must be gone, and the memory of all is collected
+_LEGACY = 1  # handles 0 and 1 are the legacy default stream's, which is neither captured nor destroyed
+_MOST_HOMES = 64  # streams and sizes with scratch of their own; recording and asking for events costs the others 3 µs a call
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
-class _Scratch(NamedTuple):
-    """A piece of memory."""
+class Home(Protocol):
+    """Where an address comes from and goes back to."""
+
+    def append(self, address: int, /) -> None: ...
+
+
+class _OfGraph(NamedTuple):
+    """An address that a CUDA graph owns."""
 
     device: int
     nbytes: int
     address: int
+    destroyed: _driver.DestructionMark
 
 
-_left_over: list[_Scratch] = []
-"""Of streams that were forgotten; launches there may not have ended."""
-_collected: list[tuple[Any, list[_Scratch]]] = []
-"""What was left over, with an event after which it is idle."""
+_homes: dict[tuple[int, int, int], list[int]] = {}
+"""The free addresses of a stream, by device, stream id and size."""
+_passing: defaultdict[tuple[int, int], deque[tuple[Any, int]]] = defaultdict(deque)
+"""Addresses, each with the event after which it is free, by device and size."""
+_graphs: list[_OfGraph] = []
 _idle: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
 """Addresses that nothing uses, by device and size."""
-
-
-class _Home(list[int]):
-    """Free addresses of one stream. Once nobody can bring one back, they are left over."""
-
-    def __init__(self, device: int, nbytes: int) -> None:
-        self._key = device, nbytes
-
-    def __del__(self, left_over: list[_Scratch] = _left_over) -> None:
-        left_over.extend(_Scratch(*self._key, address) for address in self)
-
-
-_homes: dict[tuple[int, int, int], _Home] = {}  # by device, stream id and size
-_graphs: list[tuple[_Scratch, _driver.DestructionMark]] = []
-_lock = threading.RLock()  # not for the single operations on `_homes` and its lists, which are atomic
+_lock = threading.RLock()  # not for the single operations on lists and dicts that a running call needs, which are atomic
 
 
 def size_class(nbytes: int) -> int:
@@ -61,13 +58,13 @@ def size_class(nbytes: int) -> int:
     return max(4096, 1 << (nbytes - 1).bit_length())
 
 
-def take(stream: int, device: int, nbytes: int) -> tuple[int, list[int]]:
+def take(stream: int, device: int, nbytes: int) -> tuple[int, Home]:
     """Scratch of `nbytes`, a `size_class`, for launches on `stream` (a `cudaStream_t`).
 
-    Returns its address and the list to which the caller appends the address when its launches are made.
+    Returns its address and the home to which the caller appends the address when its launches are made.
     """
     ident = -1
-    if stream not in _LEGACY:
+    if stream > _LEGACY:
         if cupy().cuda.runtime.streamIsCapturing(stream):
             return _for_graph(stream, device, nbytes), []
         ident = _driver.stream_id(stream)
@@ -77,49 +74,56 @@ def take(stream: int, device: int, nbytes: int) -> tuple[int, list[int]]:
     except (KeyError, IndexError):  # the stream's first call, or one while other threads have all of its addresses
         pass
     with _lock:
-        if len(_homes) >= _MOST_HOMES:
-            _collect()
-        return _allocate(device, nbytes), _homes.setdefault((device, ident, nbytes), _Home(device, nbytes))
+        key = device, ident, nbytes
+        if key in _homes or ident == -1 or len(_homes) < _MOST_HOMES:
+            return _allocate(device, nbytes), _homes.setdefault(key, [])
+        return _Passing.take(stream, device, nbytes)
+
+
+class _Passing:
+    """The home of an address on a stream that may be gone any time: back with an event recorded behind the call."""
+
+    def __init__(self, event: Any, stream: int, addresses: deque[tuple[Any, int]]) -> None:
+        self._event, self._stream, self._addresses = event, stream, addresses
+
+    @classmethod
+    def take(cls, stream: int, device: int, nbytes: int) -> tuple[int, _Passing]:
+        """One of the addresses that have been back for longest, if its event has happened, or a new one."""
+        addresses = _passing[device, nbytes]
+        with cupy().cuda.Device(device), _driver.allowed_during_captures():
+            for _ in range(min(len(addresses), 8)):  # one long launch must not keep all others from being found
+                event, address = addresses.popleft()
+                if event.done:
+                    return address, cls(event, stream, addresses)
+                addresses.append((event, address))
+            return _allocate(device, nbytes), cls(cupy().cuda.Event(disable_timing=True), stream, addresses)
+
+    def append(self, address: int) -> None:
+        cupy().cuda.runtime.eventRecord(self._event.ptr, self._stream)
+        self._addresses.append((self._event, address))
 
 
 def _for_graph(stream: int, device: int, nbytes: int) -> int:
-    """An address for the graph that `stream` is captured into, and the addresses of destroyed graphs back to the idle ones."""
+    """An address for the graph that `stream` is captured into; those of destroyed graphs become idle."""
     with _lock:
-        for owned in [g for g in _graphs if g[1].is_set()]:
+        for owned in [g for g in _graphs if g.destroyed.is_set()]:
             _graphs.remove(owned)
-            owned[1].free()
-            _idle[owned[0][:2]].append(owned[0].address)
+            owned.destroyed.free()
+            _idle[owned.device, owned.nbytes].append(owned.address)
         address = _allocate(device, nbytes)
         try:
-            mark = _driver.DestructionMark(stream)
+            destroyed = _driver.DestructionMark(stream)
         except BaseException:
             _idle[device, nbytes].append(address)
             raise
-        _graphs.append((_Scratch(device, nbytes, address), mark))
+        _graphs.append(_OfGraph(device, nbytes, address, destroyed))
         return address
-
-
-def _collect() -> None:
-    """Forget all streams. What they had is idle once all that was launched until now has ended; this does not wait for it."""
-    _homes.clear()
-    taken = [_left_over.pop() for _ in range(len(_left_over))]
-    for device in {scratch.device for scratch in taken}:
-        own = [scratch for scratch in taken if scratch.device == device]
-        event = _driver.event_after_everything(device)
-        if event is None:
-            _left_over.extend(own)
-        else:
-            _collected.append((event, own))
 
 
 def _allocate(device: int, nbytes: int) -> int:
     """An idle address, or a new one."""
     runtime = cupy().cuda.runtime
     with cupy().cuda.Device(device), _driver.allowed_during_captures():
-        for entry in [e for e in _collected if e[0].done]:
-            _collected.remove(entry)
-            for scratch in entry[1]:
-                _idle[scratch[:2]].append(scratch.address)
         if _idle[device, nbytes]:
             return _idle[device, nbytes].pop()
         try:
@@ -131,9 +135,7 @@ def _allocate(device: int, nbytes: int) -> int:
         try:
             return runtime.malloc(nbytes)
         except runtime.CUDARuntimeError as error:
-            raise MemoryError(
-                f"prosparse_cupy: GPU {device} has no {nbytes} bytes left for an FFN's scratch: {error}"
-            ) from error
+            raise MemoryError(f"prosparse_cupy: GPU {device} has no {nbytes} bytes for an FFN's scratch: {error}") from error
 
 
 def _free_what_libraries_cache() -> None:

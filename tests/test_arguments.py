@@ -386,3 +386,41 @@ def test_without_cupy():
 def test_signatures_name_the_public_functions():
     for signature in (ops.FFN_1, ops.FFN_23, ops.FFN_4, ops.SPARSE_FFN, ops.PACK_DOWN):
         assert hasattr(psc, signature.operator)
+
+
+@pytest.mark.parametrize(
+    ("operator", "changes", "message"),
+    [
+        ("ffn_23", {"gate": (15,)}, r"w_up must have shape \(d_ff, d_model\) = \(15, 16\), got \(24, 16\): d_ff is 15 in gate"),
+        ("ffn_23", {"gate": (15,), "x": (8,)}, r"got \(24, 16\): d_ff is 15 in gate and d_model is 8 in x"),
+        ("ffn_1", {"x": (8,)}, r"w_gate must have shape \(d_ff, d_model\) with d_model = 8, got \(24, 16\): d_model is 8 in x"),
+        ("sparse_ffn", {"w_up": (32, 16)}, r"w_up must have shape .* got \(32, 16\): d_ff is 24 in w_gate"),
+    ],
+)
+def test_a_contradiction_names_both_arguments(operator, changes, message):
+    arrays = _arrays()
+    arrays |= {name: np.ones(shape, DTYPES["bfloat16"]) for name, shape in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        _call(operator, arrays)
+
+
+def test_an_out_that_contradicts_names_the_weights():
+    arrays = _arrays()
+    with pytest.raises(ValueError, match=r"out must have shape \(d_ff,\) = \(24,\), got \(25,\): d_ff is 24 in w_gate"):
+        psc.ffn_1(arrays["x"], arrays["w_gate"], out=poisoned(25, "bfloat16"))
+
+
+def test_a_sparse_ffn_whose_weights_have_changed_is_refused():
+    arrays = _arrays()
+    ws = [arrays[name].copy() for name in ("w_gate", "w_up", "w_down_t")]
+    ffn = psc.SparseFFN(*ws)
+    before = ffn(arrays["x"])
+    for w in ws:
+        w *= 2
+    assert not np.array_equal(bits(ffn(arrays["x"])), bits(before)), "other values are used"
+    for w in ws:
+        w.resize((48, D_MODEL), refcheck=False)
+    with pytest.raises(
+        ValueError, match=r"SparseFFN: its weights have changed since it was built: .*\(16, 24, .* are \(16, 48"
+    ):
+        ffn(arrays["x"])

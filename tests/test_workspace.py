@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +34,7 @@ class _Runtime:
     def __init__(self) -> None:
         self.ids, self.capturing, self.allocated, self.marks, self.events = {}, set(), [], [], []
         self.full = 0  # allocations that fail from now on
+        self.happened: set[int] = set()  # streams whose events have happened
 
     def malloc(self, nbytes: int) -> int:
         if self.full:
@@ -42,6 +45,21 @@ class _Runtime:
 
     def streamIsCapturing(self, stream: int) -> bool:
         return stream in self.capturing
+
+    def eventRecord(self, event: _Event, stream: int) -> None:
+        event.stream = stream
+        self.events.append((stream, "recorded"))
+
+
+class _Event:
+    """A CUDA event: its stream is its address here."""
+
+    def __init__(self, runtime: _Runtime, disable_timing: bool) -> None:
+        self.runtime, self.ptr, self.stream = runtime, self, None
+
+    @property
+    def done(self) -> bool:
+        return self.stream in self.runtime.happened
 
 
 class _Mark:
@@ -62,8 +80,9 @@ def cuda(monkeypatch):
     """A workspace of its own on a made-up driver."""
     runtime = _Runtime()
     pool = SimpleNamespace(free_all_blocks=lambda: runtime.events.append("CuPy's cache freed"))
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda index: contextlib.nullcontext(), Event=partial(_Event, runtime))
     cupy = SimpleNamespace(
-        cuda=SimpleNamespace(runtime=runtime, Device=lambda index: contextlib.nullcontext()),
+        cuda=cuda,
         get_default_memory_pool=lambda: pool,
     )
     monkeypatch.setattr(_workspace, "cupy", lambda: cupy)
@@ -71,18 +90,14 @@ def cuda(monkeypatch):
         stream_id=lambda stream: runtime.ids.get(stream, stream),
         DestructionMark=lambda stream: _Mark(runtime),
         allowed_during_captures=contextlib.nullcontext,
-        event_after_everything=lambda device: None,
     )
     monkeypatch.setattr(_workspace, "_driver", driver)
     monkeypatch.setitem(sys.modules, "torch", None)
-    for name, empty in (("_homes", {}), ("_graphs", []), ("_collected", [])):
-        monkeypatch.setattr(_workspace, name, empty)
-    _workspace._left_over.clear()
-    monkeypatch.setattr(_workspace, "_idle", type(_workspace._idle)(list))
+    for name in ("_homes", "_graphs", "_passing", "_idle"):
+        monkeypatch.setattr(_workspace, name, copy.copy(getattr(_workspace, name)))
+        getattr(_workspace, name).clear()
     runtime.driver = driver
-    yield runtime
-    _workspace._homes.clear()
-    _workspace._left_over.clear()
+    return runtime
 
 
 def _use(stream: int, nbytes: int = 4 * KIB, device: int = 0) -> int:
@@ -149,45 +164,22 @@ def test_a_graph_that_cannot_own_is_an_error_and_loses_nothing(cuda):
     assert cuda.allocated == [4 * KIB] and not _workspace._graphs
 
 
-def test_streams_that_come_and_go_are_collected(cuda, monkeypatch):
-    monkeypatch.setattr(_workspace, "_MOST_HOMES", 8)
-    events = []
-
-    def event_after_everything(device):
-        events.append(SimpleNamespace(device=device, done=False))
-        return events[-1]
-
-    cuda.driver.event_after_everything = event_after_everything
-    seen = {_use(stream, device=stream % 2) for stream in range(10, 18)}
-    assert len(seen) == 8 and not events
-    new = _use(18)
-    assert [e.device for e in events] == [0, 1] and new not in seen, "launches of the others may still run"
-    for event in events:
-        event.done = True
-    assert {_use(stream, device=stream % 2) for stream in range(20, 26)} < seen
-    for stream in range(30, 300):
-        _use(stream, device=stream % 2)
-        for event in events:
-            event.done = True
-    assert len(cuda.allocated) <= 20
-
-
-def test_what_is_in_use_while_streams_are_collected_comes_back_later(cuda, monkeypatch):
-    monkeypatch.setattr(_workspace, "_MOST_HOMES", 2)
-    cuda.driver.event_after_everything = lambda device: SimpleNamespace(done=True)
-    address, home = _workspace.take(7, 0, 4 * KIB)
-    _use(8)
-    assert address not in [_use(stream) for stream in range(9, 14)]
-    home.append(address)
-    del home
-    gc.collect()
-    assert address in [_use(stream) for stream in range(20, 26)]
-
-
-def test_a_driver_that_cannot_say_when_loses_nothing(cuda, monkeypatch):
-    monkeypatch.setattr(_workspace, "_MOST_HOMES", 2)
-    seen = {_use(stream) for stream in range(7, 17)}
-    assert len(seen) == 10 and len(_workspace._left_over) == 8
+def test_streams_beyond_the_first_share_what_is_certainly_free(cuda, monkeypatch):
+    monkeypatch.setattr(_workspace, "_MOST_HOMES", 3)
+    own = [_use(stream) for stream in (7, 8, 9)]
+    assert cuda.events == []
+    first = _use(10)
+    assert cuda.events == [(10, "recorded")] and first not in own
+    assert _use(11) != first, "the launches on stream 10 may still run, or stream 10 be gone"
+    cuda.happened = {10, 11}
+    assert _use(12) == first
+    assert [_use(stream) for stream in (7, 8, 9)] == own
+    for stream in range(13, 300):  # stream 12 runs on all the time
+        _use(stream)
+        cuda.happened.add(stream)
+    assert len(cuda.allocated) <= 7
+    assert _use(0) not in own, "the default stream always has its own"
+    assert _use(0) == _use(0)
 
 
 def test_out_of_memory(cuda):
@@ -486,39 +478,28 @@ def test_a_first_call_while_another_thread_captures():
 
 
 @pytest.mark.gpu
-def test_many_streams_are_collected_without_waiting(monkeypatch):
+def test_more_streams_than_have_scratch_of_their_own(monkeypatch):
+    """Each with launches in flight when it is destroyed, and beside a capture, which asking for an event must not break."""
     import cupy
 
-    monkeypatch.setattr(_workspace, "_MOST_HOMES", 16)
-    layers = [_layer(seed) for seed in range(3)]
+    monkeypatch.setattr(_workspace, "_homes", {})
+    monkeypatch.setattr(_workspace, "_MOST_HOMES", 4)
+    layers = [_layer(seed, 11008) for seed in range(3)]
     outs = [on.put(poisoned(D_MODEL, "bfloat16")) for _ in range(400)]
+    captured, capturing = on.put(poisoned(D_MODEL, "bfloat16")), cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
+    with capturing:
+        capturing.begin_capture()
+        psc.sparse_ffn(*layers[0][0], T, out=captured)
     for i, out in enumerate(outs):
         with cupy.cuda.Stream(non_blocking=True):
             psc.sparse_ffn(*layers[i % 3][0], T, out=out)
+    with capturing:
+        graph = capturing.end_capture()
+        graph.launch(capturing)
     cupy.cuda.Device().synchronize()
     for i, out in enumerate(outs):
         np.testing.assert_array_equal(bits(on.get(out)), bits(layers[i % 3][1]))
-    kept = sum(map(len, _workspace._homes.values())) + sum(map(len, _workspace._idle.values())) + len(_workspace._left_over)
-    assert kept + sum(len(scratch) for _, scratch in _workspace._collected) < 400
-
-
-@pytest.mark.gpu
-def test_collecting_does_not_disturb_a_capture(monkeypatch):
-    import cupy
-
-    arrays, expected = _layer(0)
-    stream, out = cupy.cuda.Stream(non_blocking=True), on.put(poisoned(D_MODEL, "bfloat16"))
-    cupy.cuda.Device().synchronize()
-    with stream:
-        stream.begin_capture()
-        psc.sparse_ffn(*arrays, T, out=out)
-    monkeypatch.setattr(_workspace, "_MOST_HOMES", 1)
-    for _ in range(3):
-        with cupy.cuda.Stream(non_blocking=True):
-            psc.sparse_ffn(*arrays, T)
-    with stream:
-        graph = stream.end_capture()
-        graph.launch(stream)
-        stream.synchronize()
-    np.testing.assert_array_equal(bits(on.get(out)), bits(expected))
+    np.testing.assert_array_equal(bits(on.get(captured)), bits(layers[0][1]))
+    nbytes = _workspace.size_class(2 * 11008)
+    assert 1 <= len(_workspace._passing[0, nbytes]) < 300 and len(_workspace._homes) <= 5

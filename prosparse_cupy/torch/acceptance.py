@@ -32,8 +32,7 @@ def why_another_formula(mlp: nn.Module, threshold: float) -> str:
         values = torch.randn(rows, columns, dtype=torch.float64, generator=generator) / columns**0.5
         linear.weight = nn.Parameter(values.to(weight.device), requires_grad=False)
         small._modules[name] = linear
-    activation = getattr(mlp, "act_fn", None)
-    if isinstance(activation, FATReLU) and activation.threshold is None:
+    if lacks_threshold(mlp):
         small._modules["act_fn"] = FATReLU(threshold)
     gates = _GATES + (threshold,) * (threshold > 0)
     x = torch.randn(len(gates), d_model, dtype=torch.float64, generator=generator).to(weight.device)
@@ -80,6 +79,12 @@ def why_outside_the_contract(mlp: nn.Module | None, sparse: SparseGatedMLP) -> s
             name, scale = _name(sparse.act_fn.threshold), _SCALES[worst]
             return f"its {what} differs from that of {name} by {share:.2g} of its norm, at inputs of scale {scale:g}"
     return ""
+
+
+def lacks_threshold(mlp: nn.Module) -> bool:
+    """Whether `mlp` cannot run, since its FATReLU was made for a config that names no threshold."""
+    activation = getattr(mlp, "act_fn", None)
+    return isinstance(activation, FATReLU) and activation.threshold is None
 
 
 def _name(threshold: float) -> str:

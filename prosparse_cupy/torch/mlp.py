@@ -84,7 +84,7 @@ class SparseGatedMLP(nn.Module):
         the modules as they are.
         """
         if x.numel() == x.shape[-1] and (weights := self._plain_weights(x)) is not None:
-            return self._sparse(x.reshape(-1), *weights).view(x.shape)
+            return self._sparse(x.reshape(-1).contiguous(), *weights).view(x.shape)
         x1 = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         if self.counts is not None:
             count_active(self.counts, x1)

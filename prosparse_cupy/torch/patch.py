@@ -11,7 +11,7 @@ from torch import nn
 from .._buffers import check_threshold
 from ..launch import VECTOR_BYTES
 from ._text import table
-from .acceptance import why_another_formula, why_outside_the_contract
+from .acceptance import lacks_threshold, why_another_formula, why_outside_the_contract
 from .activation import FATReLU
 from .mlp import PROJECTIONS, SparseGatedMLP, unpack
 
@@ -202,7 +202,8 @@ def _replace(model: nn.Module, name: str, mlp: nn.Module, was: float, becomes: f
             return reason
         sparse = SparseGatedMLP.from_mlp(mlp, becomes)
         model.set_submodule(name, sparse)
-        reason = why_outside_the_contract(mlp if was == becomes else None, sparse)
+        moved = was != becomes or lacks_threshold(mlp)
+        reason = why_outside_the_contract(None if moved else mlp, sparse)
     if reason:
         _put_back(model, name, sparse)
     return reason
