@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +16,28 @@ from prosparse_cupy import cli, reference
 from prosparse_cupy.checkpoint import CheckpointError, load_ffn
 
 
-def _checkpoint(folder, *, shards: int = 1, dtype="bfloat16", d_model: int = 64, up: tuple | None = None, **config):
+def _index(folder, content) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def _checkpoint(
+    folder,
+    *,
+    shards: int = 1,
+    dtype="bfloat16",
+    d_model: int = 64,
+    d_ff: int = 96,
+    up: tuple | None = None,
+    wrong: float | None = None,
+    **config,
+):
     rng = np.random.default_rng(0)
     tensors = {}
     for layer in range(2):
-        for name, shape in (("gate_proj", (96, d_model)), ("up_proj", up or (96, d_model)), ("down_proj", (d_model, 96))):
+        for name, shape in (("gate_proj", (d_ff, d_model)), ("up_proj", up or (d_ff, d_model)), ("down_proj", (d_model, d_ff))):
             tensors[f"model.layers.{layer}.mlp.{name}.weight"] = rng.standard_normal(shape).astype(DTYPES.get(dtype, dtype))
+        if wrong is not None:
+            tensors[f"model.layers.{layer}.mlp.up_proj.weight"][3:5, 7] = wrong
     (folder / "config.json").write_text(json.dumps({"hidden_act": "fatrelu", "hidden_act_param": 0.03, **config}))
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -70,6 +87,18 @@ def test_relu_has_no_threshold(tmp_path):
             lambda f: _checkpoint(f, up=(90, 64)),
             "layer 0 is no gated FFN: gate_proj (96, 64), up_proj (90, 64), down_proj (64, 96)",
         ),
+        (lambda f: _checkpoint(f, hidden_act_param=10**400), "must be >= 0 and finite as float32, got 1000"),
+        (lambda f: _checkpoint(f, hidden_act_param=1e39), "must be >= 0 and finite as float32, got 1e+39"),
+        (lambda f: _checkpoint(f, hidden_act_param=True), "must be >= 0 and finite as float32, got True"),
+        (lambda f: _checkpoint(f, d_ff=0), "layer 0 has no neurons: gate_proj has shape (0, 64)"),
+        (lambda f: _checkpoint(f, wrong=np.nan), "layer 0's up_proj has 2 weights that are NaN or infinite"),
+        (lambda f: _checkpoint(f, wrong=-np.inf), "layer 0's up_proj has 2 weights that are NaN or infinite"),
+        (lambda f: _index(f, {"weight_map": 3}), "weight_map must map names of tensors to names of files"),
+        (lambda f: _index(f, {"weight_map": None}), "weight_map must map names"),
+        (lambda f: _index(f, {}), "weight_map must map names"),
+        (lambda f: _index(f, {"weight_map": {"model.layers.0.mlp.gate_proj.weight": 7}}), "weight_map must map names"),
+        (lambda f: _index(f, {"weight_map": {}}), "*.layers.0.mlp.gate_proj.weight: it has no gated FFN"),
+        (lambda f: _index(f, {"weight_map": {"layers.0.mlp.gate_proj.weight": "no.safetensors"}}), "No such file"),
         (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (lambda f: (f / "model.safetensors").write_bytes(b"not a checkpoint"), "cannot be read as safetensors"),
     ],
@@ -90,6 +119,20 @@ def test_a_layer_that_is_not_there(tmp_path):
         match=r"there is no tensor named \*\.layers\.7\.mlp\.gate_proj\.weight: its gated FFNs are in layers 0 to 1",
     ):
         load_ffn(tmp_path, 7)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(monkeypatch, tmp_path):
+    _checkpoint(tmp_path)
+    real = Path.open
+
+    def refuse(self, *arguments, **keywords):  # as the file's mode does for users other than root
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read as safetensors: .*Permission denied"):
+        load_ffn(tmp_path, 0)
 
 
 def test_dims_that_no_kernel_supports_are_no_traceback(monkeypatch, tmp_path):

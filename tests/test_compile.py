@@ -7,6 +7,7 @@ import io
 import re
 
 import pytest
+from test_launch import static_shared_bytes
 
 from prosparse_cupy import _compile, _gpu, launch, models
 from prosparse_cupy._compile import compiler_options, kernel_folder, source
@@ -53,6 +54,52 @@ def test_no_spills_within_budget(kernel, dtype, architecture):
         name = f"{kernel} of 12 rows a block" if (kernel, dict(plan.defines).get("ROWS")) == ("ffn_23", 12) else kernel
         assert _reported(r"Used (\d+) registers", report) <= REGISTERS[name]
         assert "warning" not in report, report
+
+
+# Of models with exact zeros in their FFN: prosparse-llama-2 7B and 13B, MiniCPM-S, Mistral-sized TurboSparse, Minitron, AFM,
+# Nemotron-H, BitNet, and ReluLLaMA-70B.
+DIMS = [
+    (4096, 11008),
+    (5120, 13824),
+    (1536, 3840),
+    (4096, 14336),
+    (3072, 9216),
+    (2560, 18432),
+    (4096, 21504),
+    (2560, 6912),
+    (8192, 28672),
+]
+
+
+@pytest.mark.parametrize("dtype", launch.ITEMSIZE)
+def test_real_models_compile_for_gpus_of_any_size(dtype):
+    """From MIG slices and laptops (16 multiprocessors) to the largest (188), each launch that differs once."""
+    plans = {}
+    for d_model, d_ff in DIMS:
+        for multiprocessors in range(16, 189):
+            target = launch.Target(89, multiprocessors)
+            for kernel in ("ffn_123", "ffn_4"):  # the only ones that depend on it
+                plan = launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, target=target))
+                plans.setdefault((kernel, plan.defines), plan)
+    assert len(plans) > 20
+    for plan in plans.values():
+        code, report = compile_for(plan, 89)
+        used = re.search(r"(\d+) bytes smem", report)
+        assert code and (int(used[1]) if used else 0) == static_shared_bytes(plan)
+        assert _reported(r"(\d+) bytes spill stores", report) == 0
+
+
+@pytest.mark.parametrize("architecture", [100, 120])
+@pytest.mark.parametrize(
+    ("dtype", "d_model"),
+    [("float32", d) for d in (1668, 1728, 1804, 1916)]
+    + [(d, n) for d in ("float16", "bfloat16") for n in (3848, 3896, 4016, 4088)],
+)
+def test_rows_that_end_in_a_second_batch_do_not_spill(dtype, d_model, architecture):
+    plan = launch.plan("ffn_23", launch.Shape(d_model, 11008, dtype, target=launch.Target(architecture, 148)))
+    _, report = compile_for(plan, architecture)
+    assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0
+    assert int(re.search(r"(\d+) bytes smem", report)[1]) == static_shared_bytes(plan)
 
 
 def test_older_architectures_are_refused_by_name():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import sys
 
 import pytest
 from click.testing import CliRunner
 
+import prosparse_cupy
 from prosparse_cupy import cli, doctor
 
 H100 = doctor.GpuFact("NVIDIA H100", 90)
@@ -39,6 +41,10 @@ def test_a_healthy_environment_has_no_problem():
     [
         ({"cupy_wheels": {}}, "CuPy is not installed", 'pip install "prosparse-cupy[cuda12x]"'),
         ({"cupy_wheels": {}, "driver": (13, 0)}, "CuPy is not installed", 'pip install "prosparse-cupy[cuda13x]"'),
+        ({"cupy_wheels": {}, "driver": None, "torch": "2.11.0", "torch_cuda": "13.0"}, "CuPy is not installed", "[cuda13x]"),
+        ({"cupy_wheels": {}, "driver": (13, 0), "torch": "2.9.0", "torch_cuda": "12.8"}, "CuPy is not installed", "[cuda12x]"),
+        ({"cupy_wheels": {}, "driver": (12, 8), "torch": "2.11.0", "torch_cuda": "13.0"}, "CuPy is not installed", "[cuda12x]"),
+        ({"cupy_wheels": {}, "driver": None, "torch": "2.11.0+cpu"}, "CuPy is not installed", "[cuda12x]"),
         (
             {"cupy_wheels": {"cupy-cuda12x": "14.2.0", "cupy-cuda13x": "14.2.0"}},
             "two CuPy wheels",
@@ -104,6 +110,10 @@ def test_doctor_looks_at_this_environment(monkeypatch, tmp_path):
     assert facts.cupy_wheels and all(re.match(r"\d+\.\d+", v) for v in facts.cupy_wheels.values())
     assert facts.nvrtc is not None and facts.nvrtc >= (12, 0) and "libnvrtc" in facts.nvrtc_path
     assert facts.headers is not None and facts.headers_path
+    assert (facts.version, facts.python) == (prosparse_cupy.__version__, platform.python_version())
+    assert facts.system.startswith("Linux")
+    lines = dict(doctor.describe(facts))
+    assert (lines["prosparse-cupy"], lines["Python"]) == (facts.version, facts.python) and lines["system"] == facts.system
     assert (facts.cache, facts.cache_error) == (str(tmp_path / "new" / "cache"), "")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file"))

@@ -49,6 +49,33 @@ def test_generate_says_what_is_wrong(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--prompt", "x", "--max-new-tokens", "0"), "'--max-new-tokens': 0 is not in the range x>=1"),
+        (("--prompt", ""), "Error: the prompt has no tokens"),
+        (("--prompt", "x", "--device", "nonsense"), "Error: "),
+        pytest.param(
+            ("--prompt", "x", "--device", "cuda"),
+            "Error: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the device is not missing here"),
+        ),
+        (("--prompt", "x", "--device", "cuda:99"), "Error: "),
+    ],
+)
+def test_generate_has_no_traceback_for(given, message):
+    done = _run("examples/generate.py", "--model", str(SMALL), "--device", "cpu", *given, fails=True)
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_generate_from_a_file_cut_short(tmp_path):
+    for file in SMALL.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[:4000] if file.suffix == ".safetensors" else content)
+    done = _run("examples/generate.py", "--model", str(tmp_path), "--prompt", "x", "--device", "cpu", fails=True)
+    assert "Error: " in done.stderr and "Traceback" not in done.stderr
+
+
 def test_training_makes_a_folder_that_loads(tmp_path):
     given = ("--steps", "4", "--batch", "2", "--length", "64", "--device", "cpu")
     done = _run("examples/train_relu_lm.py", str(tmp_path), *given)

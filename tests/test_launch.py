@@ -26,6 +26,18 @@ def _defines(plan: launch.Launch) -> dict[str, int | None]:
     return dict(plan.defines)
 
 
+def static_shared_bytes(plan: launch.Launch) -> int:
+    """What a kernel declares as `__shared__`, which `test_compile` holds against the compiler's word."""
+    defines = _defines(plan)
+    itemsize = 4 if "DTYPE_FLOAT32" in defines else 2
+    if plan.kernel == "ffn_4":
+        tile = defines["EACH"] * 32 * defines["WARPS"] * 16 // itemsize
+        return 2 * tile + 4 * defines["WARPS"] * defines["LANES"] * 16 // itemsize
+    if plan.kernel == "ffn_23" and "ROWS" in defines:
+        return 4 * 32 * defines["WARPS"] // 2 + 4
+    return 32 * 33 * itemsize if plan.kernel == "pack_down" else 0
+
+
 @given(kernels, shapes)
 def test_launches_are_legal(kernel, shape):
     plan = launch.plan(kernel, shape)
@@ -33,7 +45,7 @@ def test_launches_are_legal(kernel, shape):
     assert all(n >= 1 for n in (*plan.grid, *plan.block))
     assert plan.grid[0] < 2**31 and plan.grid[1] <= 65535 and plan.grid[2] <= 65535
     assert plan.block[0] * plan.block[1] * plan.block[2] <= 1024
-    assert plan.shared_bytes <= 48 * 1024
+    assert plan.shared_bytes + static_shared_bytes(plan) <= 48 * 1024
     assert len(plan.arguments) <= 16 and set(plan.arguments) <= set("Pfi")
 
 
@@ -61,7 +73,10 @@ def test_warps_of_ffn_23_share_rows_that_two_of_them_can_halve(shape):
     assert ("ROWS" not in defines) == short
     if not short:
         assert defines["WARPS"] % 2 == 0 and defines["WARPS"] <= defines["ROWS"] <= 32
-        assert (defines["MIN_BLOCKS"] < 4) == (defines["LOADS"] > 8), "registers"
+        if shape.target.capability < 100 or not shape.specialize:
+            assert (defines["MIN_BLOCKS"] < 4) == (defines["LOADS"] > 8), "registers"
+        else:
+            assert defines["MIN_BLOCKS"] < 4 or defines["LOADS"] <= 8, "registers"
 
 
 @given(kernels, shapes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from checks import DTYPES, assert_no_worse_than_vendor, bits, poisoned, token
@@ -71,18 +74,30 @@ def test_no_worse_than_the_vendor(d_model, d_ff, dtype, sparsity, torch):
 
 @pytest.mark.gpu
 def test_a_second_shape_after_the_first():
-    """13B arrays after 7B arrays specialise by themselves; both stay compiled."""
+    """13B arrays after 7B arrays specialise by themselves, and a smaller FFN's scratch does not serve a larger one."""
+    import cupy
+
     from prosparse_cupy._compile import load
 
-    results = {}
-    for d_model, d_ff in [(4096, 11008), (5120, 13824), (4096, 11008)]:
-        layer = _layer(d_model, d_ff, "bfloat16", 0.9, seed=d_ff)
-        out = on.get(psc.sparse_ffn(*_on_gpu(layer), layer.threshold))
-        results.setdefault(d_ff, out)
-        np.testing.assert_array_equal(bits(out), bits(results[d_ff]))
+    shapes = [(256, 1000), (4096, 11008), (5120, 13824), (4096, 11008), (256, 1000), (256, 60000)]
+    layers = {shape: _layer(*shape, "bfloat16", 0.9, seed=shape[1]) for shape in set(shapes)}
+    arrays = {shape: _on_gpu(layer) for shape, layer in layers.items()}
+    alone = {}
+    for shape, layer in layers.items():
+        alone[shape] = on.get(psc.sparse_ffn(*arrays[shape], layer.threshold))
+        assert_near_float64(alone[shape], layer)
     before = load.cache_info()
-    psc.sparse_ffn(*_on_gpu(layer), layer.threshold)
+    outs = [(shape, psc.sparse_ffn(*arrays[shape], layers[shape].threshold)) for _ in range(20) for shape in shapes]
+    cupy.cuda.Device().synchronize()
+    for shape, out in outs:
+        np.testing.assert_array_equal(bits(on.get(out)), bits(alone[shape]))
     assert load.cache_info().misses == before.misses
+
+
+def assert_near_float64(out: np.ndarray, layer: synthetic.Layer) -> None:
+    """Within bfloat16's reach of the reference: another shape's numbers are not."""
+    exact = reference.sparse_ffn(layer.x, layer.w_gate, layer.w_up, layer.w_down.T, layer.threshold).astype(np.float64)
+    assert np.linalg.norm(out.astype(np.float64) - exact) <= 0.02 * np.linalg.norm(exact)
 
 
 @pytest.mark.gpu
@@ -120,21 +135,52 @@ def test_nothing_is_allocated_with_out():
 
 @pytest.mark.gpu
 def test_streams_do_not_share_scratch():
+    """Each stream has numbers of its own, so that another's x1 in its scratch shows."""
     import cupy
 
-    layer = _layer(4096, 11008, "bfloat16", 0.9)
-    x, *weights = _on_gpu(layer)
-    expected = on.get(psc.sparse_ffn(x, *weights, layer.threshold))
-    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
+    layers = [_layer(4096, 11008, "bfloat16", 0.9, seed) for seed in range(4)]
+    arrays = [_on_gpu(layer) for layer in layers]
+    expected = [on.get(psc.sparse_ffn(*a, T)) for a in arrays]
+    assert len({e.tobytes() for e in expected}) == 4
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in layers]
     cupy.cuda.Device().synchronize()
-    outs = []
+    outs = [[] for _ in layers]
     for _ in range(20):
-        for stream in streams:
+        for stream, mine, own in zip(streams, outs, arrays, strict=True):
             with stream:
-                outs.append(psc.sparse_ffn(x, *weights, layer.threshold))
+                mine.append(psc.sparse_ffn(*own, T))
     cupy.cuda.Device().synchronize()
-    for out in outs:
-        np.testing.assert_array_equal(bits(on.get(out)), bits(expected))
+    for mine, right in zip(outs, expected, strict=True):
+        for out in mine:
+            np.testing.assert_array_equal(bits(on.get(out)), bits(right))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", ["float", "larger"])
+def test_weights_that_change_under_a_sparse_ffn_are_refused(change, torch):
+    """It used to write beyond its scratch."""
+    to = OnTorch()
+    x, *ws = (to.put(on.get(a)) for a in _on_gpu(_layer(256, 1000, "bfloat16", 0.5)))
+    ws = [torch.nn.Parameter(w, requires_grad=False) for w in ws]
+    ffn = psc.SparseFFN(*ws, T)
+    before = ffn(x)
+    for w in ws:
+        w.data = w.data.clone()
+    assert torch.equal(ffn(x), before), "elsewhere in memory, they are the same weights"
+    for w in ws:
+        w.data = w.data.float() if change == "float" else torch.cat([w.data] * 4)
+    out = torch.full_like(x, float("nan"), dtype=ws[0].dtype)
+    with pytest.raises(ValueError, match=r"SparseFFN: its weights have changed since it was built: .* make a new SparseFFN"):
+        ffn(x.to(ws[0].dtype), out=out)
+    assert bool(out.isnan().all())
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle"])
+def test_a_sparse_ffn_can_be_copied(how):
+    layer = _layer(64, 101, "bfloat16", 0.5)
+    ffn = psc.SparseFFN(layer.w_gate, layer.w_up, psc.pack_down(layer.w_down), T)
+    again = copy.deepcopy(ffn) if how == "copy" else pickle.loads(pickle.dumps(ffn))
+    np.testing.assert_array_equal(bits(again(layer.x)), bits(ffn(layer.x)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
