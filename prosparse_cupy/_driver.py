@@ -111,7 +111,9 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint
 
 def stream_id(stream: int) -> int:
     """The id of the stream behind a handle: never given to another stream, and each thread's default stream has its own."""
-    _check(_get_stream_id()(stream, _written.address))
+    status = _get_stream_id()(stream, _written.address)
+    if status:
+        _check(status)
     return _written.word.value
 
 

@@ -19,8 +19,8 @@ from ._gpu import cupy
 
 HOST = -1  # device index of host memory
 
-Description = tuple[tuple[int, ...], str, "int | str", bool]
-"""Shape, dtype name, device index (a device's name where it is no GPU), and whether an array is C-contiguous."""
+Description = tuple[tuple[int, ...], str, int, bool]
+"""Shape, dtype name, device index (`HOST` where it is no GPU), and whether an array is C-contiguous."""
 
 NUMPY_DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -127,23 +127,19 @@ class _Torch(Family):
         self._names = {dtype: name for name, dtype in self._dtypes.items()}
         if hasattr(torch._C, "_cuda_getCurrentRawStream"):  # absent from CPU builds; 0.1 µs where current_stream() takes 1
             self.stream = torch._C._cuda_getCurrentRawStream
+        if torch.version.cuda is None:  # get_device() then counts devices of another kind
+            self.describe_all = self._describe_all_off_gpu
 
     def describe(self, array: Any) -> Description:
-        dtype, device = array.dtype, array.get_device() if array.is_cuda else self._off_gpu(array)
-        return array.shape, self._names.get(dtype) or str(dtype), device, array.is_contiguous()
+        return self.describe_all((array,))[0]
 
     def describe_all(self, arrays: Sequence[Any]) -> tuple[Description, ...]:
-        name, off_gpu = self._names.get, self._off_gpu
-        return tuple(
-            [
-                (a.shape, name(a.dtype) or str(a.dtype), a.get_device() if a.is_cuda else off_gpu(a), a.is_contiguous())
-                for a in arrays
-            ]
-        )
+        name = self._names.get
+        return tuple([(a.shape, name(a.dtype) or str(a.dtype), a.get_device(), a.is_contiguous()) for a in arrays])
 
-    @staticmethod
-    def _off_gpu(array: Any) -> int | str:
-        return HOST if array.device.type == "cpu" else array.device.type
+    def _describe_all_off_gpu(self, arrays: Sequence[Any]) -> tuple[Description, ...]:
+        name = self._names.get
+        return tuple([(a.shape, name(a.dtype) or str(a.dtype), HOST, a.is_contiguous()) for a in arrays])
 
     def why_no_memory(self, array: Any) -> str:
         torch = self._torch

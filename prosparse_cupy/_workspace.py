@@ -6,11 +6,11 @@ threads that share a stream do not share scratch. A captured call's address belo
 the graph.
 
 Streams are told apart by their ids, which are unique in a process. A handle is not: it is given out again as soon as its
-stream is destroyed, while that stream's last launches may still run. The memory comes from cudaMalloc and not from an array library:
-the library's allocator would give it to others while a stream or a graph that it does not know still writes there.
+stream is destroyed, while that stream's last launches may still run. The memory comes from cudaMalloc and not from an array
+library, whose allocator would give it to others while a stream or a graph that it does not know still writes there.
 
-Nobody says when a stream is gone. So only the first streams of a process have scratch of their own; each call on another records
-an event behind its launches, and its scratch serves any stream once that event has happened.
+Nobody says when a stream is gone. So only the first streams of a process have scratch of their own; each call on another
+records an event behind its launches, and its scratch serves any stream once that event has happened.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict, deque
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from . import _driver
@@ -65,7 +67,7 @@ def take(stream: int, device: int, nbytes: int) -> tuple[int, Home]:
     """
     ident = -1
     if stream > _LEGACY:
-        if cupy().cuda.runtime.streamIsCapturing(stream):
+        if _is_capturing()(stream):
             return _for_graph(stream, device, nbytes), []
         ident = _driver.stream_id(stream)
     try:
@@ -78,6 +80,11 @@ def take(stream: int, device: int, nbytes: int) -> tuple[int, Home]:
         if key in _homes or ident == -1 or len(_homes) < _MOST_HOMES:
             return _allocate(device, nbytes), _homes.setdefault(key, [])
         return _Passing.take(stream, device, nbytes)
+
+
+@cache
+def _is_capturing() -> Callable[[int], bool]:
+    return cupy().cuda.runtime.streamIsCapturing
 
 
 class _Passing:

@@ -277,13 +277,13 @@ class SparseFFN:
         self.threshold = check_threshold("SparseFFN", threshold)
         self._weights = (w_gate, w_up, w_down_t)
         self._specialize = specialize
-        self._bound = Call(BUILD, self._weights, None).checked[:4]
+        self._bound = _what_is_bound(Call(BUILD, self._weights, None).checked)
         self.d_model, self.d_ff, self.dtype, _ = self._bound
 
     def __call__(self, x: Any, *, out: Any = None) -> Any:
         """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
         call = Call(BOUND_FFN, (*self._weights, x), out)
-        if call.checked[:4] != self._bound:
+        if _what_is_bound(call.checked) != self._bound:
             self._refuse(call.checked)
         if call.on_host:
             return call.result(reference.sparse_ffn(x, *self._weights, self.threshold))
@@ -294,7 +294,7 @@ class SparseFFN:
     def _refuse(self, now: Checked) -> None:
         raise ValueError(
             f"SparseFFN: its weights have changed since it was built: (d_model, d_ff, dtype, GPU) were {self._bound}, are "
-            f"{now[:4]}: make a new SparseFFN of them"
+            f"{_what_is_bound(now)}: make a new SparseFFN of them"
         )
 
     def __repr__(self) -> str:
@@ -359,17 +359,24 @@ def warmup(
     return report
 
 
+def _what_is_bound(checked: Checked) -> tuple[int, int, str, int]:
+    """What a SparseFFN's weights may not change."""
+    return checked.d_model, checked.d_ff, checked.dtype, checked.device
+
+
 def _launch(kernel: str, checked: Checked, family: Family, specialize: bool, *arguments: int | float) -> None:
-    d_model, d_ff, dtype, device = checked[:4]
-    load(kernel, d_model, d_ff, dtype, device, specialize)(family.stream(device), *arguments, d_ff, d_model)
+    d_ff, d_model, device = checked.d_ff, checked.d_model, checked.device
+    load(kernel, d_model, d_ff, checked.dtype, device, specialize)(family.stream(device), *arguments, d_ff, d_model)
 
 
 def _launch_ffn(call: Call, x: int, w_gate: int, w_up: int, w_down_t: int, threshold: float, specialize: bool) -> None:
     """`ffn_123` into scratch and `ffn_4` out of it."""
-    d_model, d_ff, dtype, device = call.checked[:4]
-    first, second = (load(kernel, d_model, d_ff, dtype, device, specialize) for kernel in ("ffn_123", "ffn_4"))
+    checked = call.checked
+    d_ff, d_model, dtype, device = checked.d_ff, checked.d_model, checked.dtype, checked.device
+    first = load("ffn_123", d_model, d_ff, dtype, device, specialize)
+    second = load("ffn_4", d_model, d_ff, dtype, device, specialize)
     stream = call.family.stream(device)
-    x1, home = take(stream, device, call.checked.scratch_bytes)
+    x1, home = take(stream, device, checked.scratch_bytes)
     try:
         first(stream, x, w_gate, w_up, x1, threshold, d_ff, d_model)
         second(stream, x1, w_down_t, call.output, d_ff, d_model)

@@ -14,7 +14,7 @@ from gpu_arrays import Exporter
 
 import prosparse_cupy as psc
 from prosparse_cupy import ops
-from prosparse_cupy._buffers import Checked, Meta, _check_alignment, check, check_threshold
+from prosparse_cupy._buffers import Checked, Meta, _check_addresses, check, check_threshold
 from prosparse_cupy._families import CUPY, NUMPY
 
 D_FF, D_MODEL = 24, 16
@@ -283,7 +283,7 @@ def test_two_gpus():
 
 
 def test_a_host_tensor_among_device_ones():
-    with pytest.raises(TypeError, match=r"ffn_23: w_up must be on a GPU, got a CuPy array in host memory.*\.cuda\(\)"):
+    with pytest.raises(TypeError, match=r"ffn_23: w_up must be on a CUDA GPU, got a CuPy array in host memory.*\.cuda\(\)"):
         check(ops.FFN_23, _metas(w_up={"device": -1}), None)
     assert check(ops.FFN_23, tuple(m._replace(family=NUMPY, device=-1) for m in _metas()), None).device == -1
 
@@ -304,13 +304,10 @@ def test_alignment():
         ops.FFN_4, (Meta(CUPY, (D_FF,), "bfloat16", 0, True), Meta(CUPY, (D_FF, D_MODEL), "bfloat16", 0, True)), None
     )
     assert isinstance(checked, Checked)
-    _check_alignment(ops.FFN_4, checked, [16, 32, 64])
-    with pytest.raises(ValueError, match="ffn_4: x1 must start at a multiple of 16 bytes"):
-        _check_alignment(ops.FFN_4, checked, [2, 32, 64])
-    with pytest.raises(ValueError, match="ffn_4: w_down_t must start at a multiple of 16 bytes, got address 0x28: copy it"):
-        _check_alignment(ops.FFN_4, checked, [16, 40, 64])
-    with pytest.raises(ValueError, match="ffn_4: out must start at a multiple of 16 bytes"):
-        _check_alignment(ops.FFN_4, checked, [16, 32, 66])
+    _check_addresses(ops.FFN_4, checked, (16, 1024, 4096))
+    for addresses, name in (((2, 1024, 4096), "x1"), ((16, 1032, 4096), "w_down_t"), ((16, 1024, 4098), "out")):
+        with pytest.raises(ValueError, match=f"ffn_4: {name} must start at a multiple of 16 bytes, got address 0x.*: copy it"):
+            _check_addresses(ops.FFN_4, checked, addresses)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +336,7 @@ def test_mixed_libraries():
 
 def test_torch_tensors_in_host_memory():
     torch = pytest.importorskip("torch")
-    with pytest.raises(TypeError, match=r"ffn_1: x must be on a GPU, got a torch array in host memory.*pass NumPy arrays"):
+    with pytest.raises(TypeError, match=r"ffn_1: x must be on a CUDA GPU, got a torch array in host memory.*pass NumPy arrays"):
         psc.ffn_1(torch.zeros(D_MODEL), torch.zeros(D_FF, D_MODEL))
 
 

@@ -69,7 +69,7 @@ STRANGE = {
         lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
         "must be bfloat16, float16 or float32, got torch.qint8",
     ),
-    "meta": (lambda w: w.to("meta"), "must be on a GPU, got a torch array on the 'meta' device"),
+    "meta": (lambda w: w.to("meta"), "got a torch array in host memory, on the meta device or the like"),
     "functional": (torch._to_functional_tensor, "a functional tensor"),
 }
 
@@ -84,11 +84,11 @@ def test_tensors_without_memory_are_refused_by_name(kind, device):
     x, w = _tensors(device)
     make, message = STRANGE[kind]
     strange = make(w)
-    host = "must be on a GPU, got a torch array in host memory"  # x, on the CPU, may be what is named first
+    host = "must be on a CUDA GPU, got a torch array in host memory"  # x, on the CPU, may be what is named first
     for call in (
         lambda: psc.ffn_1(x, strange),
         lambda: psc.sparse_ffn(x, w, strange, w),
-        lambda: psc.ffn_1(x, w, out=strange),
+        lambda: psc.pack_down(w.t().contiguous(), out=strange),
         lambda: psc.SparseFFN(w, w, strange),
     ):
         with pytest.raises(TypeError) as caught:

@@ -86,6 +86,7 @@ def cuda(monkeypatch):
         get_default_memory_pool=lambda: pool,
     )
     monkeypatch.setattr(_workspace, "cupy", lambda: cupy)
+    monkeypatch.setattr(_workspace, "_is_capturing", lambda: runtime.streamIsCapturing)
     driver = SimpleNamespace(
         stream_id=lambda stream: runtime.ids.get(stream, stream),
         DestructionMark=lambda stream: _Mark(runtime),
@@ -246,7 +247,7 @@ def _callers(entry: str) -> list[tuple[Callable, np.ndarray]]:
 
 def _run_in_threads(callers, around: Callable, calls: int = 200) -> int:
     """Wrong results of `calls` calls of each caller in a thread of its own, inside `around()`."""
-    results, start = [[] for _ in callers], threading.Barrier(len(callers))
+    results, start = [[] for _ in callers], threading.Barrier(len(callers), timeout=60)
     failures = []
 
     def work(call, mine):
@@ -259,7 +260,7 @@ def _run_in_threads(callers, around: Callable, calls: int = 200) -> int:
             raise
 
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(1e-5)
     try:
         threads = [threading.Thread(target=work, args=(c[0], r)) for c, r in zip(callers, results, strict=True)]
         for thread in threads:

@@ -83,43 +83,52 @@ class SparseGatedMLP(nn.Module):
         was patched any more: a LoRA adapter, a hook, a bias, another activation and the like take the dense path, which calls
         the modules as they are.
         """
-        if x.numel() == x.shape[-1] and (weights := self._plain_weights(x)) is not None:
-            return self._sparse(x.reshape(-1).contiguous(), *weights).view(x.shape)
+        if x.numel() == x.shape[-1] and (y := self._sparse(x)) is not None:
+            return y
         x1 = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         if self.counts is not None:
             count_active(self.counts, x1)
         return self.down_proj(x1)
 
-    def _plain_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The weights for the sparse operators, or None where only the modules themselves know what they do to `x`."""
+    def _sparse(self, x: Tensor) -> Tensor | None:
+        """One token by the sparse operators, or None where only calling the modules does what they do."""
+        weights = self._plain_weights()
+        if weights is None or _is_cast(x) or (torch.is_grad_enabled() and _is_recorded(x, *weights)):
+            return None
+        w_gate, w_up, w_down = weights
+        token, w_down_t, threshold = x.reshape(-1), w_down.t(), self._modules["act_fn"].threshold
+        if self.counts is None and x.is_cuda and not torch.compiler.is_compiling():
+            try:
+                return ops.sparse_ffn(token, w_gate, w_up, w_down_t, threshold).view(x.shape)  # the dispatcher costs 13 µs
+            except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
+                return None
+        if not _is_taken(token, w_gate, w_up, w_down_t):
+            return None
+        if self.counts is None:
+            return torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, threshold).view(x.shape)
+        x1 = torch.ops.prosparse.ffn_123(token, w_gate, w_up, threshold)
+        count_active(self.counts, x1)
+        return torch.ops.prosparse.ffn_4(x1, w_down_t).view(x.shape)
+
+    def _plain_weights(self) -> list[Tensor] | None:
+        """The three weights, if calling the projections and the activation does what it did when the module was made."""
         modules, weights = self._modules, []
         for name in PROJECTIONS:
             linear = modules.get(name)
             if type(linear) is not nn.Linear or _does_more(linear):
                 return None
-            weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-            if weight is None or bias is not None:
+            parameters = linear._parameters
+            if parameters.get("bias") is not None or parameters.get("weight") is None:
                 return None
-            weights.append(weight)
+            weights.append(parameters["weight"])
         activation = modules.get("act_fn")
-        if type(activation) is not FATReLU or activation.threshold is None or _does_more(activation) or any(_GLOBAL_HOOKS):
+        if type(activation) is not FATReLU or activation.threshold is None or _does_more(activation):
             return None
-        w_gate, w_up, w_down = weights
-        w_down_t = w_down.t()
-        return (w_gate, w_up, w_down_t) if _takes(x, w_gate, w_up, w_down_t) else None
-
-    def _sparse(self, token: Tensor, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor) -> Tensor:
-        threshold = self.act_fn.threshold
-        if self.counts is not None:
-            x1 = torch.ops.prosparse.ffn_123(token, w_gate, w_up, threshold)
-            count_active(self.counts, x1)
-            return torch.ops.prosparse.ffn_4(x1, w_down_t)
-        if torch.compiler.is_compiling() or not token.is_cuda:
-            return torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, threshold)
-        return ops.sparse_ffn(token, w_gate, w_up, w_down_t, threshold)  # the dispatcher costs 13 µs
+        return None if _GLOBAL_HOOKS or _GLOBAL_PRE_HOOKS else weights
 
 
-_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+_GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
+_GLOBAL_PRE_HOOKS = nn.modules.module._global_forward_pre_hooks
 
 
 def _does_more(module: nn.Module) -> bool:
@@ -127,20 +136,29 @@ def _does_more(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def _takes(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the sparse operators take one token `x` with these (d_ff, d_model) weights, in place of the dense path."""
-    dtype, device, shape = x.dtype, x.get_device(), weights[0].shape
-    if dtype not in _DTYPES or x.shape[-1] != shape[-1] or x.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast has the projections compute in another dtype."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    return any(t.requires_grad for t in tensors)
+
+
+def _is_taken(token: Tensor, *weights: Tensor) -> bool:
+    """Whether `torch.ops.prosparse` takes a token with these (d_ff, d_model) weights."""
+    dtype, device, shape = token.dtype, token.get_device(), weights[0].shape
+    if dtype not in _DTYPES or token.shape[-1] != shape[-1] or token.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
+        return False
+    if not token.is_contiguous():
         return False
     for w in weights:
         if w.dtype != dtype or w.get_device() != device or w.shape != shape or not w.is_contiguous():
             return False
-    kind = "cuda" if x.is_cuda else x.device.type
-    if kind not in ("cuda", "cpu") or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+    if not token.is_cuda and token.device.type != "cpu":
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
-        return False
-    return torch.compiler.is_compiling() or _have_memory(x, *weights)
+    return torch.compiler.is_compiling() or _have_memory(token, *weights)
 
 
 def _have_memory(*tensors: Tensor) -> bool:
