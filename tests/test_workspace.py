@@ -302,28 +302,42 @@ def test_threads_on_streams_of_their_own():
     assert _run_in_threads(_callers("SparseFFN cupy"), lambda: cupy.cuda.Stream(non_blocking=True)) == 0
 
 
+def _spin():
+    """A kernel that holds a stream for a number of clock cycles."""
+    import cupy
+
+    code = 'extern "C" __global__ void spin(long long n) { const long long t = clock64(); while (clock64() - t < n) {} }'
+    return cupy.RawKernel(code, "spin")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("library", ["cupy", "torch"])
 def test_a_stream_destroyed_with_work_in_flight(library, torch):
     """Its handle is given out again at once, so a new stream runs beside the old one under the same handle."""
     import cupy
 
-    layers = [_layer(seed, 11008) for seed in range(3)]
-    outs = [_as(library, [on.put(poisoned(D_MODEL, "bfloat16"))])[0] for _ in range(300)]
-    given = [_as(library, arrays) for arrays, _ in layers]
+    d_model, d_ff = 4096, 11008
+    generator = cupy.random.RandomState(0)
+    ws = [(generator.standard_normal((d_ff, d_model), dtype=np.float32) / 64).astype(np.float16) for _ in range(3)]
+    xs = [generator.standard_normal(d_model, dtype=np.float32).astype(np.float16) for _ in range(3)]
+    expected = [on.get(psc.sparse_ffn(x, *ws)) for x in xs]
+    assert len({e.tobytes() for e in expected}) == 3
+    outs = [cupy.full(d_model, np.nan, np.float16) for _ in range(300)]
+    weights, handles, spin = _as(library, ws), set(), _spin()
+    given = [_as(library, [xs[i % 3], out]) for i, out in enumerate(outs)]
     cupy.cuda.Device().synchronize()
-    handles = set()
-    for i, out in enumerate(outs):
+    for x, out in given:
         stream = cupy.cuda.Stream(non_blocking=True)
         handles.add(stream.ptr)
+        with stream:
+            spin((1,), (1,), (np.int64(4_000_000),))  # 2 ms: the FFNs of many streams then run at the same time
         with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)) if library == "torch" else stream:
             for _ in range(3):
-                psc.sparse_ffn(*given[i % 3], T, out=out)
+                psc.sparse_ffn(x, *weights, out=out)
         del stream
     cupy.cuda.Device().synchronize()
     assert len(handles) < 300, "no handle was given out twice, so nothing was tried"
-    get = to.get if library == "torch" else on.get
-    wrong = [i for i, out in enumerate(outs) if not np.array_equal(bits(get(out)), bits(layers[i % 3][1]))]
+    wrong = [i for i, out in enumerate(outs) if not np.array_equal(bits(on.get(out)), bits(expected[i % 3]))]
     assert not wrong
 
 
@@ -379,9 +393,14 @@ def test_a_graph_outlives_what_it_was_captured_from(library, by, torch):
     arrays, expected = _layer(0)
     x, *ws = _as(library, arrays)
     (out,) = _as(library, [on.put(poisoned(D_MODEL, "bfloat16"))])
-    psc.SparseFFN(*ws, T)(x, out=out)
-    cupy.cuda.Device().synchronize()
-    replay = _capture(library, by, lambda: psc.SparseFFN(*ws, T)(x, out=out))
+
+    def captured():
+        ffn = psc.SparseFFN(*ws, T)
+        ffn(x, out=out)
+        cupy.cuda.Device().synchronize()
+        return _capture(library, by, lambda: ffn(x, out=out))
+
+    replay = captured()
     gc.collect()
     # Whatever was freed is now somebody else's.
     others = [cupy.full(D_FF, 7, np.float16) for _ in range(200)]
@@ -405,7 +424,7 @@ def test_graphs_made_and_dropped_leave_nothing(library, by, torch):
     (out,) = _as(library, [on.put(poisoned(D_MODEL, "bfloat16"))])
     ffn, owned = psc.SparseFFN(*ws, T), []
     cupy.cuda.Device().synchronize()
-    for _ in range(60):
+    for _ in range(25):
         replay = _capture(library, by, lambda: [ffn(x, out=out) for _ in range(4)])
         replay()
         cupy.cuda.Device().synchronize()
