@@ -98,7 +98,7 @@ class Checked:
 class Call:
     """A checked call of an operator: dims, addresses, and the array that takes the result."""
 
-    __slots__ = ("_given", "_likes", "checked", "family", "inputs", "out", "output")
+    __slots__ = ("_given", "_likes", "_views", "checked", "family", "inputs", "out", "output")
 
     def __init__(self, signature: Signature, arrays: tuple[Any, ...], given: Any) -> None:
         views = arrays if given is None else (*arrays, given)
@@ -116,13 +116,13 @@ class Call:
             addresses.append(family.address(out))
         else:
             out = views[-1]
-        if checked.device != HOST or given is not None:
-            if 0 in addresses:
-                _refuse_without_memory(signature, family, views)
-            _check_addresses(signature, checked, tuple(addresses))
+        if 0 in addresses:
+            _refuse_without_memory(signature, family, views)
+        _check_addresses(signature, checked, tuple(addresses))
         *inputs, output = addresses
         self.checked, self.family, self.inputs, self.out, self.output = checked, family, inputs, out, output
         self._given, self._likes = given, arrays
+        self._views = views  # of foreign arrays, perhaps copies, which must live until they are launched on
 
     @property
     def on_host(self) -> bool:
@@ -359,7 +359,7 @@ def check_threshold(operator: str, threshold: float) -> float:
     if not isinstance(threshold, (float, int, Real)):
         fix = f"{threshold!r}: pass a float"
         if hasattr(threshold, "shape"):
-            fix = f"{type(threshold).__name__}: reading it off a GPU array would synchronise, call float() yourself"
+            fix = f"{type(threshold).__name__}: call float() yourself, which waits for the GPU if it is an array there"
         raise TypeError(f"{operator}: threshold must be a Python number, got {fix}")
     try:
         value = float(threshold) + 0.0

@@ -189,10 +189,11 @@ class _Dlpack(_Cupy):
         if view is array:
             return view
         capsule = _export(array)
-        if _dlpack_flags(capsule) & _READ_ONLY:
+        flags = _dlpack_flags(capsule)
+        if flags & _READ_ONLY:
             raise ValueError(f"a read-only {type(array).__name__}: pass an array that may be written")
         # An exporter need not say that it copies. Two copies that are there at the same time have different addresses.
-        if cupy().from_dlpack(capsule).data.ptr != view.data.ptr:
+        if flags & _IS_COPIED or cupy().from_dlpack(capsule).data.ptr != view.data.ptr:
             raise ValueError(
                 f"a {type(array).__name__} that exports a copy of its memory, so a result would be lost: pass an array that "
                 "exports its memory itself"
@@ -206,7 +207,7 @@ class _Dlpack(_Cupy):
         return array if namespace is None else namespace().from_dlpack(array)
 
 
-_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
+_READ_ONLY, _IS_COPIED = 1, 2  # bits of DLPACK_FLAG_BITMASK
 
 
 def _export(array: Any) -> Any:

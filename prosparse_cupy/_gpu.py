@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
+import shutil
 import tempfile
 import warnings
 from functools import cache
@@ -50,9 +52,10 @@ def import_cupy() -> ModuleType:
     folder, why_not = cache_folder()
     if not why_not:
         return importlib.import_module("cupy")
-    compile_without_cache(f"{folder} cannot be written ({why_not})")
+    if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") == "0":
+        compile_without_cache(f"{folder} cannot be written ({why_not})")
     before = os.environ.get("CUPY_CACHE_DIR")
-    os.environ["CUPY_CACHE_DIR"] = os.sep  # CuPy makes the folder when it is imported, unless there is one
+    os.environ["CUPY_CACHE_DIR"] = _some_folder()  # CuPy makes the folder when it is imported, unless there is one
     try:
         return importlib.import_module("cupy")
     finally:
@@ -62,9 +65,22 @@ def import_cupy() -> ModuleType:
             os.environ["CUPY_CACHE_DIR"] = before
 
 
+@cache
+def _some_folder() -> str:
+    """One that is there, and of this process alone if there can be such a one."""
+    try:
+        folder = tempfile.mkdtemp(prefix="prosparse-cupy-")
+    except OSError:
+        return os.sep
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def cache_folder() -> tuple[Path, str]:
     """Where CuPy keeps compiled kernels, and why it cannot, or nothing."""
-    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    folder = Path(
+        os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    )  # as CuPy does, without a home too
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

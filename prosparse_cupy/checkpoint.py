@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +60,7 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(content).__name__}")
@@ -116,12 +119,17 @@ def _layers(files: dict[str, str], projection: str) -> str:
     return f"its gated FFNs are in layers {min(layers)} to {max(layers)}" if layers else "it has no gated FFN"
 
 
-def _open(path: Path):
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file; what it cannot give, while it is open, is a CheckpointError."""
     import ml_dtypes  # noqa: F401  teaches NumPy, and so safetensors, bfloat16
     from safetensors import SafetensorError, safe_open
 
     try:
         path.open("rb").close()  # safetensors calls every failure "no such file"
-        return safe_open(path, framework="np")
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
         raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from None

@@ -195,7 +195,10 @@ def _cache() -> dict[str, str]:
 
 def _torch() -> dict[str, str]:
     """Of torch's own files: importing it takes seconds and may initialise CUDA."""
-    spec = importlib.util.find_spec("torch")
+    try:
+        spec = importlib.util.find_spec("torch")
+    except ValueError:  # half imported
+        return {}
     if spec is None or spec.origin is None:
         return {}
     try:

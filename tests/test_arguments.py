@@ -13,7 +13,7 @@ from checks import DTYPES, bits, poisoned
 from gpu_arrays import Exporter
 
 import prosparse_cupy as psc
-from prosparse_cupy import ops
+from prosparse_cupy import _buffers, ops
 from prosparse_cupy._buffers import Checked, Meta, _check_addresses, check, check_threshold
 from prosparse_cupy._families import CUPY, NUMPY
 
@@ -297,6 +297,44 @@ def test_dims_beyond_int32():
     assert check(ops.FFN_23, _metas(gate={"shape": (largest,)}, w_up={"shape": (largest, D_MODEL)}), None).d_ff == largest
     with pytest.raises(ValueError, match=r"ffn_23: x must have d_model <= 1048576"):
         check(ops.FFN_23, _metas(x={"shape": (2**20 + 8,)}, w_up={"shape": (D_FF, 2**20 + 8)}), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d_ff", [1, 11008, 13824, 60000])
+def test_scratch_holds_x1(d_ff, dtype):
+    shapes = ((D_MODEL,), *3 * [(d_ff, D_MODEL)])
+    checked = check(ops.SPARSE_FFN, tuple(Meta(CUPY, shape, dtype, 0, True) for shape in shapes), None)
+    assert d_ff * DTYPES[dtype].itemsize <= checked.scratch_bytes <= max(4096, 2 * d_ff * DTYPES[dtype].itemsize)
+
+
+def test_views_of_foreign_arrays_live_until_they_are_launched_on(monkeypatch):
+    """Where a library exports copies, nothing else keeps them."""
+    import weakref
+
+    class View:
+        def __init__(self, array):
+            self.array = array
+
+    class Foreign(type(NUMPY)):
+        name, is_foreign = "foreign", True
+
+        def bring_in(self, array):
+            view = View(array)
+            views.append(weakref.ref(view))
+            return view
+
+        def describe(self, view):
+            return super().describe(view.array)
+
+        def address(self, view):
+            return super().address(view.array)
+
+    views, foreign, arrays = [], Foreign(), _arrays()
+    monkeypatch.setattr(_buffers, "_common_family", lambda signature, kinds: foreign)
+    monkeypatch.setattr(foreign, "empty", lambda *given: View(NUMPY.empty(*given)))
+    monkeypatch.setattr(_buffers, "NUMPY", foreign)
+    call = _buffers.Call(ops.FFN_1, (arrays["x"], arrays["w_gate"]), None)
+    assert call.inputs and len(views) == 2 and all(view() is not None for view in views)
 
 
 def test_alignment():

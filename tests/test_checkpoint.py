@@ -15,6 +15,9 @@ from safetensors.numpy import save_file
 from prosparse_cupy import cli, reference
 from prosparse_cupy.checkpoint import CheckpointError, load_ffn
 
+_ALL = {f"model.layers.0.mlp.{p}_proj.weight": "model.safetensors" for p in ("gate", "up", "down")}
+_UP = "model.layers.0.mlp.up_proj.weight"
+
 
 def _index(folder, content) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
@@ -29,6 +32,7 @@ def _checkpoint(
     d_ff: int = 96,
     up: tuple | None = None,
     wrong: float | None = None,
+    forget: str = "",
     **config,
 ):
     rng = np.random.default_rng(0)
@@ -39,6 +43,7 @@ def _checkpoint(
         if wrong is not None:
             tensors[f"model.layers.{layer}.mlp.up_proj.weight"][3:5, 7] = wrong
     (folder / "config.json").write_text(json.dumps({"hidden_act": "fatrelu", "hidden_act_param": 0.03, **config}))
+    tensors.pop(forget, None)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return tensors
@@ -98,6 +103,13 @@ def test_relu_has_no_threshold(tmp_path):
         (lambda f: _index(f, {}), "weight_map must map names"),
         (lambda f: _index(f, {"weight_map": {"model.layers.0.mlp.gate_proj.weight": 7}}), "weight_map must map names"),
         (lambda f: _index(f, {"weight_map": {}}), "*.layers.0.mlp.gate_proj.weight: it has no gated FFN"),
+        (
+            lambda f: _index(f, {"weight_map": _ALL | {_UP: "model\0.safetensors"}}),
+            "cannot be read as safetensors: embedded null",
+        ),
+        (lambda f: _checkpoint(f, forget=_UP), "there is no tensor named *.layers.0.mlp.up_proj.weight"),
+        (lambda f: (_checkpoint(f, forget=_UP), _index(f, {"weight_map": _ALL})), "cannot be read as safetensors"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json: cannot be read as JSON"),
         (lambda f: _index(f, {"weight_map": {"layers.0.mlp.gate_proj.weight": "no.safetensors"}}), "No such file"),
         (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (lambda f: (f / "model.safetensors").write_bytes(b"not a checkpoint"), "cannot be read as safetensors"),

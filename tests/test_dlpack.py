@@ -8,7 +8,7 @@ from checks import DTYPES, bits, gate, poisoned, token, weights
 from gpu_arrays import Exporter, OnCupy
 
 import prosparse_cupy as psc
-from prosparse_cupy._families import _READ_ONLY, _dlpack_flags
+from prosparse_cupy._families import _IS_COPIED, _READ_ONLY, _dlpack_flags
 
 on = OnCupy()
 D_MODEL, D_FF, T = 64, 100, 0.25
@@ -32,15 +32,30 @@ class ReadOnly(Exporter):
     """Sets the flag of DLPack 1.0 that forbids writing."""
 
     def __dlpack__(self, **options):
-        import ctypes
-
         capsule = self.array.__dlpack__(**options)
         if options.get("max_version"):
-            get = ctypes.pythonapi.PyCapsule_GetPointer
-            get.argtypes, get.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-            flags = ctypes.c_uint64.from_address(get(capsule, b"dltensor_versioned") + 24)
-            flags.value |= _READ_ONLY
+            _flags(capsule).value |= _READ_ONLY
         return capsule
+
+
+class SaysItCopies(Copying):
+    """Exports the same copy twice, and says that it is one."""
+
+    def __dlpack__(self, **options):
+        self.copy = getattr(self, "copy", self.array.copy())
+        capsule = self.copy.__dlpack__(**options)
+        if options.get("max_version"):
+            _flags(capsule).value |= _IS_COPIED
+        return capsule
+
+
+def _flags(capsule):
+    """Where a capsule of DLPack 1.0 has its flags."""
+    import ctypes
+
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.argtypes, get.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+    return ctypes.c_uint64.from_address(get(capsule, b"dltensor_versioned") + 24)
 
 
 def test_flags_are_those_that_numpy_sets():
@@ -82,7 +97,14 @@ def test_out_is_written(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "message"), [(Copying, "exports a copy of its memory"), (ReadOnly, "a read-only ReadOnly")])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Copying, "exports a copy of its memory"),
+        (SaysItCopies, "exports a copy of its memory"),
+        (ReadOnly, "a read-only ReadOnly"),
+    ],
+)
 def test_an_out_that_would_not_be_written_is_refused(kind, message):
     x, _, w = _arrays()
     out = kind(on.put(poisoned(D_FF, "bfloat16")))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
@@ -118,6 +121,16 @@ def test_doctor_looks_at_this_environment(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file"))
     assert doctor.collect().cache_error
+
+
+def test_doctor_beside_half_a_torch_and_without_a_home(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(Path, "mkdir", lambda self, **_: None)
+    facts = doctor.collect()
+    assert facts.torch == "" and facts.cache == "~/.cupy/kernel_cache" and facts.cache_error
 
 
 def test_doctor_without_cupy(monkeypatch):

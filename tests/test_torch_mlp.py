@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from prosparse_cupy import reference
 
 torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
 from torch import nn  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.nn.utils import parametrize, prune  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torch_devices import DEVICES  # noqa: E402
 
 from prosparse_cupy.torch import FATReLU, SparseGatedMLP  # noqa: E402
@@ -310,6 +314,35 @@ def test_tokens_that_only_the_dense_path_takes(device):
                 mlp(wrong)
         wide = _mlp(device).double()
         assert wide(many[:1].double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_torch_traces_is_the_whole_ffn(device):
+    """A launch past the dispatcher would leave an output in the trace that nobody writes."""
+    mlp, (x, other) = _mlp(device), torch.randn(2, 1, D_MODEL, device=device)
+    with torch.no_grad():
+        for traced in (torch.jit.trace(mlp, x), make_fx(mlp)(x)):
+            torch.testing.assert_close(traced(other), mlp(other))
+        with FlopCounterMode(display=False):
+            torch.testing.assert_close(mlp(x), mlp(x.expand(2, -1))[:1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_derivatives_and_a_linear_that_is_patched_itself(device, monkeypatch):
+    mlp, (x, tangent) = _mlp(device), torch.randn(2, 1, D_MODEL, device=device)
+    with forward_ad.dual_level():
+        found = [forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))) for f in (mlp, partial(_as_its_modules_say, mlp))]
+        torch.testing.assert_close(found[0].tangent, found[1].tangent)
+    real = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * real(self, x))
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), _as_its_modules_say(mlp, x))
+
+
+def test_shapes_alone():
+    mlp = SparseGatedMLP(D_MODEL, D_FF, T, device="meta").requires_grad_(False)
+    for tokens in (1, 2):
+        assert mlp(torch.randn(tokens, D_MODEL, device="meta")).shape == (tokens, D_MODEL)
 
 
 @pytest.mark.parametrize("device", DEVICES)

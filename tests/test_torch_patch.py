@@ -348,6 +348,9 @@ class Twisted(nn.Module):
         "dReLU": lambda self, gate, up: gate.relu() * up.relu(),
         "an offset": lambda self, gate, up: (gate - 0.001).relu() * up,
         "a threshold": lambda self, gate, up: torch.where(gate >= 0.02, gate, 0) * up,
+        "clamped as float16 is": lambda self, gate, up: (gate.relu() * up).clamp(-65504, 65504),
+        "two outputs": lambda self, gate, up: gate.relu() * up,
+        "an assertion": lambda self, gate, up: self.fail(),
         "a sub-norm": lambda self, gate, up: self.norm(gate.relu() * up),
         "a norm without weights": lambda self, gate, up: nn.functional.rms_norm(gate.relu() * up, (gate.shape[-1],)),
     }
@@ -361,8 +364,12 @@ class Twisted(nn.Module):
         self.twist = twist
         self.to(device, dtype)
 
+    def fail(self):
+        raise AssertionError
+
     def forward(self, x):
-        return self.down_proj(self.TWISTS[self.twist](self, self.gate_proj(x), self.up_proj(x)))
+        y = self.down_proj(self.TWISTS[self.twist](self, self.gate_proj(x), self.up_proj(x)))
+        return (y, None) if self.twist == "two outputs" else y
 
 
 class Around(nn.Module):
@@ -390,7 +397,12 @@ def test_only_the_formula_that_is_named_is_taken(twist, threshold, dtype, device
         assert model.mlp.threshold == (threshold or 0.0)
     else:
         assert model.mlp is mlp and mlp.down_proj.weight.is_contiguous()
-        assert "differs from that of relu by" in layer.reason or "does not run on 256 neurons" in layer.reason
+        found = {
+            "two outputs": "not return one tensor",
+            "a sub-norm": "does not run on 256",
+            "an assertion": "does not run on 256",
+        }
+        assert found.get(twist, "differs from that of relu by") in layer.reason
 
 
 @pytest.mark.parametrize("twist", ["a threshold", "nothing", "leaky"])
@@ -419,6 +431,58 @@ def test_weights_that_are_not_finite_leave_a_layer_dense(name, device):
         getattr(model.mlp, name).weight[3] = float("nan")
     (layer,) = patch_model(model).layers
     assert not layer.sparse and "not finite" in layer.reason
+
+
+def test_every_layer_that_is_called_sparse_is_sparse(monkeypatch):
+    """Whatever stands in the way of the sparse path is found before, whatever does not is not."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate brings offloading")
+    model = _model()
+    accelerate.cpu_offload(model.model.layers[0].mlp)
+    accelerate.hooks.remove_hook_from_submodules(model.model.layers[0].mlp)
+    assert "forward" in model.model.layers[0].mlp.up_proj.__dict__, "accelerate cleans up: try something else here"
+    doubled = model.model.layers[1].mlp.gate_proj
+    doubled.forward = lambda x: 2 * nn.Linear.forward(doubled, x)
+    report, taken, real = patch_model(model), [], SparseGatedMLP._sparse
+
+    def noting(self, x):
+        y = real(self, x)
+        taken.append(y is not None)
+        return y
+
+    monkeypatch.setattr(SparseGatedMLP, "_sparse", noting)
+    with torch.inference_mode():
+        model(_ids()[:, :1], use_cache=False)
+    assert [x.sparse for x in report.layers] == [True, False, True] and taken == [True, True]
+    assert "a forward of its own" in report.layers[1].reason
+
+
+@pytest.mark.parametrize("where", ["act_fn", "dropout"])
+def test_what_else_a_layer_has_leaves_it_dense(where):
+    model = _model()
+    mlp = model.model.layers[1].mlp
+    if where == "act_fn":
+        mlp.act_fn.register_forward_hook(lambda module, given, out: None)
+    else:
+        mlp.dropout = nn.Dropout(0.1)
+    report = patch_model(model)
+    assert [x.sparse for x in report.layers] == [True, False, True]
+    assert ("hooks" if where == "act_fn" else "dropout") in report.layers[1].reason
+
+
+def test_an_empty_ffn_is_left_dense():
+    model = _model()
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (nn.Linear(*s, bias=False) for s in ((64, 0), (64, 0), (0, 64)))
+    report = patch_model(model)
+    assert "it has no neurons: gate_proj.weight has shape (0, 64)" in report.layers[1].reason
+
+
+def test_unpatching_keeps_the_mode():
+    model = _model()
+    patch_model(model)
+    model.train()
+    unpatch_model(model)
+    assert all(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize("function", [patch_model, unpatch_model, measure_sparsity, SparsityMeter])

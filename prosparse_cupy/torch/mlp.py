@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import ops
 from ..launch import VECTOR_BYTES
@@ -93,11 +94,11 @@ class SparseGatedMLP(nn.Module):
     def _sparse(self, x: Tensor) -> Tensor | None:
         """One token by the sparse operators, or None where only calling the modules does what they do."""
         weights = self._plain_weights()
-        if weights is None or _is_cast(x) or (torch.is_grad_enabled() and _is_recorded(x, *weights)):
+        if weights is None or _is_cast(x) or _is_recorded(x, weights):
             return None
         w_gate, w_up, w_down = weights
         token, w_down_t, threshold = x.reshape(-1), w_down.t(), self._modules["act_fn"].threshold
-        if self.counts is None and x.is_cuda and not torch.compiler.is_compiling():
+        if self.counts is None and x.is_cuda and not _is_watched():
             try:
                 return ops.sparse_ffn(token, w_gate, w_up, w_down_t, threshold).view(x.shape)  # the dispatcher costs 7 µs
             except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
@@ -115,35 +116,48 @@ class SparseGatedMLP(nn.Module):
         modules, weights = self._modules, []
         for name in PROJECTIONS:
             linear = modules.get(name)
-            if type(linear) is not nn.Linear or _does_more(linear):
+            if type(linear) is not nn.Linear or does_more(linear):
                 return None
             parameters = linear._parameters
             if parameters.get("bias") is not None or parameters.get("weight") is None:
                 return None
             weights.append(parameters["weight"])
         activation = modules.get("act_fn")
-        if type(activation) is not FATReLU or activation.threshold is None or _does_more(activation):
+        if type(activation) is not FATReLU or activation.threshold is None or does_more(activation):
             return None
-        return None if _GLOBAL_HOOKS or _GLOBAL_PRE_HOOKS else weights
+        return None if _GLOBAL_HOOKS or _GLOBAL_PRE_HOOKS or nn.Linear.forward is not _LINEAR_FORWARD else weights
 
 
 _GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
 _GLOBAL_PRE_HOOKS = nn.modules.module._global_forward_pre_hooks
+_LINEAR_FORWARD = nn.Linear.forward
 
 
-def _does_more(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says: hooks, or a `forward` of its own, which accelerate sets."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+def does_more(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a `forward` of its own, as accelerate sets it."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    own = module.__dict__.get("forward")  # accelerate leaves the class's behind, bound, when its hooks are removed
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _is_watched() -> bool:
+    """Whether torch notes what is called: only calls through its dispatcher are seen then."""
+    watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return watched or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_cast(x: Tensor) -> bool:
     """Whether autocast has the projections compute in another dtype."""
-    kind = "cuda" if x.is_cuda else x.device.type
+    kind = "cuda" if x.is_cuda else "cpu"
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
 
 
-def _is_recorded(*tensors: Tensor) -> bool:
-    return any(t.requires_grad for t in tensors)
+def _is_recorded(x: Tensor, weights: list[Tensor]) -> bool:
+    """Whether derivatives are taken through these tensors, backward or forward."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
 
 
 def _is_taken(token: Tensor, *weights: Tensor) -> bool:
@@ -175,15 +189,16 @@ def _pack_what_was_loaded(module: SparseGatedMLP, incompatible_keys: Any) -> Non
 
 def pack(down_proj: nn.Linear) -> None:
     """Lay the weight out so that its transpose is contiguous: the same parameter, shape and values."""
-    weight = down_proj.weight
-    if not weight.t().is_contiguous():
+    weight = getattr(down_proj, "weight", None)
+    if isinstance(weight, Tensor) and not weight.t().is_contiguous():
         weight.data = weight.data.t().contiguous().t()
 
 
 def unpack(down_proj: nn.Linear) -> None:
     """The inverse of `pack`: `nn.Linear`'s own layout."""
-    if not down_proj.weight.is_contiguous():
-        down_proj.weight.data = down_proj.weight.data.contiguous()
+    weight = getattr(down_proj, "weight", None)
+    if isinstance(weight, Tensor) and not weight.is_contiguous():
+        weight.data = weight.data.contiguous()
 
 
 def count_active(counts: Tensor, x1: Tensor) -> None:

@@ -11,9 +11,9 @@ from torch import nn
 from .._buffers import check_threshold
 from ..launch import VECTOR_BYTES
 from ._text import table
-from .acceptance import lacks_threshold, why_another_formula, why_outside_the_contract
+from .acceptance import why_another_formula, why_outside_the_contract
 from .activation import FATReLU
-from .mlp import PROJECTIONS, SparseGatedMLP, unpack
+from .mlp import PROJECTIONS, SparseGatedMLP, does_more, unpack
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -176,8 +176,10 @@ def _why_dense(mlp: nn.Module) -> str:
                 f"{name} is {linear.weight.dtype} in a {type(linear.weight.data).__name__}: bfloat16, float16 or float32 needed"
             )
     weights = [linear.weight for linear in linears]
-    if any(hasattr(m, "_hf_hook") or m._forward_hooks or m._forward_pre_hooks for m in (mlp, *linears)):
-        return "it has hooks (offloading, or a user's)"
+    if any(hasattr(m, "_hf_hook") or does_more(m) for m in mlp.modules()):
+        return "it has hooks, or a forward of its own (offloading, or a user's)"
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in mlp.modules()):
+        return "it has dropout"
     if any(w.is_meta for w in weights):
         return "its weights are on the meta device: load them first"
     if len({(w.device, w.dtype) for w in weights}) > 1:
@@ -186,6 +188,8 @@ def _why_dense(mlp: nn.Module) -> str:
         return f"its weights are on {weights[0].device}"
     if weights[0].shape != weights[1].shape or weights[0].shape != weights[2].t().shape:
         return f"its weights do not fit each other: {', '.join(str(tuple(w.shape)) for w in weights)}"
+    if weights[0].numel() == 0:
+        return f"it has no neurons: gate_proj.weight has shape {tuple(weights[0].shape)}"
     vector = VECTOR_BYTES // weights[0].element_size()
     if weights[0].shape[1] % vector:
         return f"d_model is {weights[0].shape[1]}, not a multiple of {vector}"
@@ -202,8 +206,7 @@ def _replace(model: nn.Module, name: str, mlp: nn.Module, was: float, becomes: f
             return reason
         sparse = SparseGatedMLP.from_mlp(mlp, becomes)
         model.set_submodule(name, sparse)
-        moved = was != becomes or lacks_threshold(mlp)
-        reason = why_outside_the_contract(None if moved else mlp, sparse)
+        reason = why_outside_the_contract(mlp, was, sparse)
     if reason:
         _put_back(model, name, sparse)
     return reason
@@ -213,4 +216,4 @@ def _put_back(model: nn.Module, name: str, sparse: SparseGatedMLP) -> None:
     unpack(sparse.down_proj)
     for projection in PROJECTIONS:
         setattr(sparse.replaced, projection, getattr(sparse, projection))
-    model.set_submodule(name, sparse.replaced)
+    model.set_submodule(name, sparse.replaced.train(sparse.training))
