@@ -388,6 +388,8 @@ class Around(nn.Module):
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.02])
 @pytest.mark.parametrize("twist", Twisted.TWISTS)
 def test_only_the_formula_that_is_named_is_taken(twist, threshold, dtype, device):
+    if device == "cuda" and twist not in ("nothing", "scaled by 0.999", "leaky", "a sub-norm"):
+        pytest.skip("its code is tried in float64 alike on any device")
     torch.manual_seed(0)
     model = Around(Twisted(twist, dtype, device), hidden_act="relu")
     mlp = model.mlp
