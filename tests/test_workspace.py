@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -308,7 +308,7 @@ def test_a_stream_destroyed_with_work_in_flight(library, torch):
     """Its handle is given out again at once, so a new stream runs beside the old one under the same handle.
 
     A wide FFN holds the GPU for some 300 µs. A narrow one of as many neurons, launched on the next stream, is done in a few, in
-    the middle of it.
+    the middle of it. Few streams, since making one takes 0.2 s where other processes use the GPU, as under pytest-xdist.
     """
     import cupy
 
@@ -320,10 +320,10 @@ def test_a_stream_destroyed_with_work_in_flight(library, torch):
         expected = [on.get(psc.sparse_ffn(x, w, w, w)) for x in xs]
         assert len({e.tobytes() for e in expected}) == 3
         calls.append((_as(library, [w]) * 3, _as(library, xs), expected))
-    targets = [[cupy.full(len(xs[0]), np.nan, np.float16) for _ in range(60)] for _, xs, _ in calls]
+    targets = [[cupy.full(len(xs[0]), np.nan, np.float16) for _ in range(15)] for _, xs, _ in calls]
     given = [_as(library, mine) for mine in targets]
     cupy.cuda.Device().synchronize()
-    for i in range(60):
+    for i in range(15):
         for (ws, xs, expected), mine, target in zip(calls, given, targets, strict=True):
             stream = cupy.cuda.Stream(non_blocking=True)
             handles.add(stream.ptr)
@@ -332,7 +332,7 @@ def test_a_stream_destroyed_with_work_in_flight(library, torch):
             outs.append((target[i], expected[i % 3]))
             del stream
     cupy.cuda.Device().synchronize()
-    assert len(handles) < 120, "no handle was given out twice, so nothing was tried"
+    assert len(handles) < 30, "no handle was given out twice, so nothing was tried"
     assert sum(not np.array_equal(bits(on.get(out)), bits(right)) for out, right in outs) == 0
 
 
@@ -359,6 +359,13 @@ def test_a_sparse_ffn_dropped_while_a_side_stream_runs_it(torch):
         assert bool((foreign == 7).all())
 
 
+@cache
+def _stream_of_captures():
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)
+
+
 def _capture(library: str, by: str, call: Callable):
     """A CUDA graph of `call`, captured by CuPy or torch: a function that launches it."""
     import cupy
@@ -369,7 +376,7 @@ def _capture(library: str, by: str, call: Callable):
         with torch.cuda.graph(graph):
             call()
         return graph.replay
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = _stream_of_captures()
     with stream, torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)) if library == "torch" else contextlib.nullcontext():
         stream.begin_capture()
         call()
@@ -500,7 +507,7 @@ def test_more_streams_than_have_scratch_of_their_own(monkeypatch):
     monkeypatch.setattr(_workspace, "_homes", {})
     monkeypatch.setattr(_workspace, "_MOST_HOMES", 4)
     layers = [_layer(seed, 11008) for seed in range(3)]
-    outs = [on.put(poisoned(D_MODEL, "bfloat16")) for _ in range(400)]
+    outs = [on.put(poisoned(D_MODEL, "bfloat16")) for _ in range(24)]
     captured, capturing = on.put(poisoned(D_MODEL, "bfloat16")), cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with capturing:
@@ -516,5 +523,4 @@ def test_more_streams_than_have_scratch_of_their_own(monkeypatch):
     for i, out in enumerate(outs):
         np.testing.assert_array_equal(bits(on.get(out)), bits(layers[i % 3][1]))
     np.testing.assert_array_equal(bits(on.get(captured)), bits(layers[0][1]))
-    nbytes = _workspace.size_class(2 * 11008)
-    assert 1 <= len(_workspace._passing[0, nbytes]) < 300 and len(_workspace._homes) <= 5
+    assert _workspace._passing[0, _workspace.size_class(2 * 11008)] and len(_workspace._homes) <= 5
