@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 
@@ -29,11 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def host() -> Iterator[HostKernels]:
-    """The kernels on the host, under the sanitizers."""
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
+    """The kernels on the host, under the sanitizers; pytest-xdist's workers share what they build."""
     if reason := why_unavailable():
         pytest.skip(reason)
-    kernels = HostKernels()
+    base = tmp_path_factory.getbasetemp()
+    builds = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "host_cuda_builds"
+    builds.mkdir(exist_ok=True)
+    kernels = HostKernels(builds)
     yield kernels
     kernels.close()
 

@@ -56,10 +56,14 @@ def _runtime(library: str) -> str:
 
 
 class HostKernels:
-    """Built kernels and the worker that runs them."""
+    """Built kernels and the worker that runs them.
 
-    def __init__(self) -> None:
+    `builds` is a folder for the built kernels, which other processes may share at the same time.
+    """
+
+    def __init__(self, builds: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="host_cuda_")
+        self._builds = builds or Path(self._folder.name)
         self._worker: subprocess.Popen[bytes] | None = None
         self._log = Path(self._folder.name, "worker.log")
 
@@ -115,10 +119,12 @@ class HostKernels:
         text = f'#include "host_cuda.h"\n{code}\nHOST_ENTRY({launch.kernel})\n'
         defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in launch.defines]
         key = hashlib.sha256("\0".join([text, *defines]).encode()).hexdigest()[:16]
-        library = Path(self._folder.name, f"{launch.kernel}_{key}.so")
+        library = self._builds / f"{launch.kernel}_{key}.so"
         if not library.exists():
-            command = [_COMPILER, *_FLAGS, *defines, f"-I{_HERE}", "-xc++", "-", "-o", str(library)]
+            unfinished = library.with_suffix(f".{os.getpid()}")
+            command = [_COMPILER, *_FLAGS, *defines, f"-I{_HERE}", "-xc++", "-", "-o", str(unfinished)]
             built = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
             if built.returncode:
                 raise HostRunError(built.stderr)
+            unfinished.replace(library)
         return library
