@@ -78,9 +78,8 @@ def _some_folder() -> str:
 
 def cache_folder() -> tuple[Path, str]:
     """Where CuPy keeps compiled kernels, and why it cannot, or nothing."""
-    folder = Path(
-        os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
-    )  # as CuPy does, without a home too
+    # `os.path.expanduser`, as CuPy has it, also takes a user without a home, where Path's raises.
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache")))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

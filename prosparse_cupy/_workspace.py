@@ -26,7 +26,7 @@ from . import _driver
 from ._gpu import cupy
 
 _LEGACY = 1  # handles 0 and 1 are the legacy default stream's, which is neither captured nor destroyed
-_MOST_HOMES = 64  # streams and sizes with scratch of their own; recording and asking for events costs the others 3 µs a call
+_MOST_HOMES = 64  # streams and sizes with scratch of their own; the others record and ask for an event at every call
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 

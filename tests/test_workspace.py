@@ -307,8 +307,8 @@ def test_threads_on_streams_of_their_own():
 def test_a_stream_destroyed_with_work_in_flight(library, torch):
     """Its handle is given out again at once, so a new stream runs beside the old one under the same handle.
 
-    A wide FFN holds the GPU for some 300 µs. A narrow one of as many neurons, launched on the next stream, is done in a few, in
-    the middle of it. Few streams, since making one takes 0.2 s where other processes use the GPU, as under pytest-xdist.
+    A wide FFN reads 0.7 GB. A narrow one of as many neurons, launched on the next stream, is done in the middle of it. Few
+    streams: beside other processes on the GPU, as under pytest-xdist, a test spent a minute making some hundreds.
     """
     import cupy
 
