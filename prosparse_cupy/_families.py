@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ._driver import lasting_streams
 from ._gpu import cupy
 
 HOST = -1  # device index of host memory
@@ -125,8 +126,8 @@ class _Torch(Family):
         self._torch = torch
         self._dtypes = {name: getattr(torch, name) for name in NUMPY_DTYPES}
         self._names = {dtype: name for name, dtype in self._dtypes.items()}
-        if hasattr(torch._C, "_cuda_getCurrentRawStream"):  # absent from CPU builds; 0.1 µs where current_stream() takes 1
-            self.stream = torch._C._cuda_getCurrentRawStream
+        # 0.1 µs where current_stream() takes 1; absent from CPU builds.
+        self._handle = getattr(torch._C, "_cuda_getCurrentRawStream", lambda i: torch.cuda.current_stream(i).cuda_stream)
         if torch.version.cuda is None:  # get_device() then counts devices of another kind
             self.describe_all = self._describe_all_off_gpu
 
@@ -163,7 +164,11 @@ class _Torch(Family):
         return self._torch.empty(shape, dtype=self._dtypes[dtype], device=self._torch.device("cuda", device))
 
     def stream(self, device: int) -> int:
-        return self._torch.cuda.current_stream(device).cuda_stream
+        handle = self._handle(device)
+        # The ids of torch's own streams are odd: it keeps them in a pool and never destroys one. Those of ExternalStream are even.
+        if handle not in lasting_streams and self._torch.cuda.current_stream(device).stream_id & 1:
+            lasting_streams.add(handle)
+        return handle
 
 
 class _Dlpack(_Cupy):

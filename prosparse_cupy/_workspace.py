@@ -18,8 +18,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from . import _driver
@@ -67,7 +65,7 @@ def take(stream: int, device: int, nbytes: int) -> tuple[int, Home]:
     """
     ident = -1
     if stream > _LEGACY:
-        if _is_capturing()(stream):
+        if _driver.is_capturing()(stream):
             return _for_graph(stream, device, nbytes), []
         ident = _driver.stream_id(stream)
     try:
@@ -80,11 +78,6 @@ def take(stream: int, device: int, nbytes: int) -> tuple[int, Home]:
         if key in _homes or ident == -1 or len(_homes) < _MOST_HOMES:
             return _allocate(device, nbytes), _homes.setdefault(key, [])
         return _Passing.take(stream, device, nbytes)
-
-
-@cache
-def _is_capturing() -> Callable[[int], bool]:
-    return cupy().cuda.runtime.streamIsCapturing
 
 
 class _Passing:

@@ -26,6 +26,7 @@ class _FakeDriver:
     def __init__(self, status: int = 0) -> None:
         self.status, self.calls = status, []
         error = type("CUDADriverError", (RuntimeError,), {})
+        self.captured: set[int] = set()
         runtime = SimpleNamespace(setDevice=lambda index: None)
         driver = SimpleNamespace(launchKernel=self.launch_kernel, CUDADriverError=error)
         self.cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, driver=driver))
@@ -51,15 +52,33 @@ def driver(monkeypatch):
     fake = _FakeDriver()
     monkeypatch.setattr(_driver, "cupy", lambda: fake.cupy)
     monkeypatch.setattr(_driver, "launch_kernel_ex", lambda: fake.launch_kernel_ex)
+    monkeypatch.setattr(_driver, "is_capturing", lambda: fake.captured.__contains__)
+    monkeypatch.setattr(_driver, "lasting_streams", {0, 1})
     return fake
 
 
 def test_a_programmatic_launch_is_packed_as_the_driver_reads_it(driver):
+    driver.captured.add(0x57)
     _driver.launcher(0xF00, PLAN, 0)(0x57, *ARGUMENTS)
     [(function, shape, stream, count, attribute, arguments)] = driver.calls
     assert (function, shape, stream, count) == (0xF00, (*PLAN.grid, *PLAN.block, 0), 0x57, 1)
     assert struct.unpack("i4xi60x", attribute) == (6, 1)  # PROGRAMMATIC_STREAM_SERIALIZATION, on
     assert arguments == ARGUMENTS
+
+
+def test_streams_that_may_be_destroyed_are_launched_on_plainly(driver):
+    """On these the driver lets programmatic launches of two streams wait for each other for ever, see `lasting_streams`."""
+    _driver.lasting_streams.add(0x77)
+    driver.captured.add(0x57)
+    launch_on = _driver.launcher(0xF00, PLAN, 0)
+    for stream in (0, 1, 2, 0x57, 0x67, 0x77):
+        launch_on(stream, *ARGUMENTS)
+    driver.captured.clear()
+    launch_on(0x57, *ARGUMENTS)
+    assert [(stream, count) for _, _, stream, count, *_ in driver.calls] == [
+        *[(0, 1), (1, 1), (2, 0), (0x57, 1), (0x67, 0), (0x77, 1)],
+        (0x57, 0),
+    ]
 
 
 @pytest.mark.parametrize("why", ["the plan", "the driver"])
@@ -154,6 +173,19 @@ def test_overlapping_launches_see_what_their_predecessors_wrote():
             run()
             cupy.cuda.Device().synchronize()
             np.testing.assert_array_equal(bits(on.get(hidden[layers % 2])), bits(expected))
+
+
+@pytest.mark.gpu
+def test_torchs_own_streams_last_and_others_may_not(torch):
+    import cupy
+
+    x, w = torch.ones(64, device="cuda"), torch.ones(8, 64, device="cuda")
+    own, foreign = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
+    torch.cuda.synchronize()
+    for stream in (own, torch.cuda.ExternalStream(foreign.ptr)):
+        with torch.cuda.stream(stream):
+            assert psc.ffn_1(x, w).tolist() == [64.0] * 8
+    assert own.cuda_stream in _driver.lasting_streams and foreign.ptr not in _driver.lasting_streams
 
 
 @pytest.mark.gpu

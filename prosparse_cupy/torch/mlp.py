@@ -97,19 +97,19 @@ class SparseGatedMLP(nn.Module):
         if weights is None or _is_cast(x) or _is_recorded(x, weights):
             return None
         w_gate, w_up, w_down = weights
-        token, w_down_t, threshold = x.reshape(-1), w_down.t(), self._modules["act_fn"].threshold
+        token, w_down_t, threshold = x.flatten(), w_down.mT, self._modules["act_fn"].threshold
         if self.counts is None and x.is_cuda and not _is_watched():
             try:
-                return ops.sparse_ffn(token, w_gate, w_up, w_down_t, threshold).view(x.shape)  # the dispatcher costs 8 µs
+                return ops.sparse_ffn(token, w_gate, w_up, w_down_t, threshold).view_as(x)  # the dispatcher costs 8 µs
             except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
                 return None
         if not _is_taken(token, w_gate, w_up, w_down_t):
             return None
         if self.counts is None:
-            return torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, threshold).view(x.shape)
+            return torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, threshold).view_as(x)
         x1 = torch.ops.prosparse.ffn_123(token, w_gate, w_up, threshold)
         count_active(self.counts, x1)
-        return torch.ops.prosparse.ffn_4(x1, w_down_t).view(x.shape)
+        return torch.ops.prosparse.ffn_4(x1, w_down_t).view_as(x)
 
     def _plain_weights(self) -> list[Tensor] | None:
         """The three weights, if calling the projections and the activation does what it did when the module was made."""
