@@ -8,23 +8,29 @@
 //   launch   WARPS warps a block, one neuron a warp; grid ceil(d_ff / WARPS)
 //   numerics as ffn_1 followed by ffn_23, to the bit: float32 accumulation, one rounding of the gate and one of x1
 
-#include "common.cuh"
+#include "activation.cuh"
+#include "elements.cuh"
+#include "plain.cuh"
+#include "programmatic.cuh"
 #include "row_dot.cuh"
 
+static_assert(TOKENS == 1, "one token so far");
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_123(const scalar* x, const scalar* __restrict__ w_gate, const scalar* __restrict__ w_up, scalar* __restrict__ x1,
+ffn_123(const scalar* x, W_GATE::Matrix w_gate, W_UP::Matrix w_up, scalar* __restrict__ x1,
         float threshold, int d_ff, int d_model) {
     wait_for_predecessor();
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= D_FF(d_ff)) return;
 
     const int chunks = D_MODEL(d_model) / VEC;
-    const long long offset = (long long)row * chunks;
-    const uint4* token = reinterpret_cast<const uint4*>(x);
-    const float gate = row_dot(reinterpret_cast<const uint4*>(w_gate) + offset, token, chunks);
-    const float s = to_float(from_float(gate));
-    float product = 0.0f;
-    if (is_active(s, threshold)) product = s * row_dot(reinterpret_cast<const uint4*>(w_up) + offset, token, chunks);
+    float dots[1], product = 0.0f;
+    row_dot<W_GATE>(W_GATE::row(w_gate, row, chunks), chunks_of(x), chunks, dots);
+    const float gate = to_float(from_float(dots[0]));
+    if (is_active(gate, threshold)) {
+        row_dot<W_UP>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
+        product = activate(gate) * dots[0];
+    }
     let_successor_in();
     if (threadIdx.x % 32 == 0) x1[row] = from_float(product);
 }

@@ -9,13 +9,18 @@
 //            active row are gone at once, so the GPU's own block scheduler balances any mask
 //   numerics float32 accumulation and product, one rounding at the store; the gate is compared as float32, threshold >= +0
 
-#include "common.cuh"
+#include "activation.cuh"
+#include "elements.cuh"
+#include "plain.cuh"
+#include "programmatic.cuh"
 #include "row_dot.cuh"
+
+static_assert(TOKENS == 1, "one token so far");
 
 #ifndef ROWS
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
+ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up,
        scalar* __restrict__ x1, float threshold, int d_ff, int d_model) {
     wait_for_predecessor();
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
@@ -25,8 +30,9 @@ ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
     float product = 0.0f;
     if (is_active(s, threshold)) {
         const int chunks = D_MODEL(d_model) / VEC;
-        const uint4* weights = reinterpret_cast<const uint4*>(w_up) + (long long)row * chunks;
-        product = s * row_dot(weights, reinterpret_cast<const uint4*>(x), chunks);
+        float dots[1];
+        row_dot<W_UP>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
+        product = activate(s) * dots[0];
     }
     if (threadIdx.x % 32 == 0) x1[row] = from_float(product);
 }
@@ -36,12 +42,10 @@ ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
 static_assert(WARPS % 2 == 0 && ROWS <= 32, "warps come in pairs, and a lane has a gate");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
+ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up,
        scalar* __restrict__ x1, float threshold, int d_ff, int d_model) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS;
     const int chunks = D_MODEL(d_model) / VEC;
-    const uint4* token = reinterpret_cast<const uint4*>(x);
-    const uint4* weights = reinterpret_cast<const uint4*>(w_up);
 
     // Every warp looks at the gates of all rows, a lane at one, so that all know which rows are active.
     wait_for_predecessor();
@@ -60,8 +64,9 @@ ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
         for (; mine != 0; mine = ROWS > WARPS ? mine & (mine - 1) : 0) {
             const int i = __ffs(mine) - 1, row = first + i;
             const float s = __shfl_sync(ALL_LANES, gates, i);
-            const float product = s * row_dot(weights + (long long)row * chunks, token, chunks);
-            if (lane == 0) x1[row] = from_float(product);
+            float dots[1];
+            row_dot<W_UP>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
+            if (lane == 0) x1[row] = from_float(activate(s) * dots[0]);
         }
         end_fetch();
         return;
@@ -72,12 +77,12 @@ ffn_23(const scalar* gate, const scalar* x, const scalar* __restrict__ w_up,
     const unsigned mine = __ballot_sync(ALL_LANES, active && n == warp / 2);
     const int i = mine != 0 ? __ffs(mine) - 1 : 0, row = first + i, half = warp % 2;
     const float s = __shfl_sync(ALL_LANES, gates, i);
-    const float sum = mine != 0 ? half_row(weights + (long long)row * chunks, token, half, chunks) : 0.0f;
+    const float sum = mine != 0 ? half_row<W_UP>(W_UP::row(w_up, row, chunks), chunks_of(x), half, chunks) : 0.0f;
     if (half == 0) even[warp / 2][lane] = sum;
     end_fetch();
     __syncthreads();
     if (mine == 0 || half == 0) return;
-    const float product = s * warp_sum(even[warp / 2][lane] + sum);
+    const float product = activate(s) * warp_sum(even[warp / 2][lane] + sum);
     if (lane == 0) x1[row] = from_float(product);
 }
 

@@ -10,7 +10,12 @@
 //            UNIT: neighbouring vectors of x1 that go to one warp
 //   numerics float32 accumulation in an order that only the mask and the launch shape decide, one rounding at the store
 
-#include "common.cuh"
+#include "elements.cuh"
+#include "plain.cuh"
+#include "programmatic.cuh"
+#include "warp.cuh"
+
+static_assert(TOKENS == 1, "one token so far");
 
 #if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT)
 #error "define LANES, LOADS, EACH and UNIT"
@@ -76,14 +81,13 @@ __device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_4(const scalar* x1, const scalar* __restrict__ w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
+ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
     __shared__ unsigned short lists[WARPS][TILE / WARPS];
     __shared__ float partial[WARPS][SLICE];
 
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model), chunks = columns / VEC;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
-    const uint4* weights = reinterpret_cast<const uint4*>(w_down_t) + chunk;
 
     wait_for_predecessor();
     unsigned short* list = lists[warp];
@@ -91,19 +95,19 @@ ffn_4(const scalar* x1, const scalar* __restrict__ w_down_t, scalar* __restrict_
     for (int tile = 0; tile < rows; tile += TILE) {
         const int active = list_rows(active_bits(x1 + tile, rows - tile), list);
         for (int first = lane / LANES; first < active; first += GROUPS * LOADS) {
-            uint4 w[LOADS];
+            W_DOWN::Chunk w[LOADS];
             float s[LOADS];
 #pragma unroll
             for (int i = 0; i < LOADS; ++i) {
                 const bool valid = first + i * GROUPS < active && chunk < chunks;
                 const int row = tile + (valid ? list[first + i * GROUPS] : 0);
-                w[i] = valid ? load_once_with_neighbours(weights + (long long)row * chunks) : uint4{0, 0, 0, 0};
+                w[i] = valid ? W_DOWN::row(w_down_t, row, chunks).load_with_neighbours(chunk) : W_DOWN::Chunk{};
                 s[i] = valid ? to_float(x1[row]) : 0.0f;
             }
 #pragma unroll
             for (int i = 0; i < LOADS; ++i)
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) sum[e] = fmaf(s[i], element(w[i], e), sum[e]);
+                for (int e = 0; e < VEC; ++e) sum[e] = fmaf(s[i], W_DOWN::weight(w[i], e), sum[e]);
         }
     }
 

@@ -5,7 +5,7 @@
 //   w_down (d_model, d_ff) and w_down_t (d_ff, d_model), both row-major; every element written
 //   launch   block (32, ROWS); one 32 x 32 tile a block; grid (ceil(d_ff / 32), ceil(d_model / 32))
 
-#include "common.cuh"
+#include "elements.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * ROWS)
 pack_down(const scalar* __restrict__ w_down, scalar* __restrict__ w_down_t, int d_ff, int d_model) {

@@ -22,7 +22,7 @@ class KernelCompileError(RuntimeError):
 def kernel_folder() -> Path:
     """Where the `.cu` files are: in the installed package, or beside it in a checkout."""
     for folder in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels"):
-        if (folder / "common.cuh").is_file():
+        if (folder / "elements.cuh").is_file():
             return folder
     raise FileNotFoundError(
         f"prosparse_cupy: no kernels found in {_PACKAGE / 'kernels'} or {_PACKAGE.parent / 'kernels'}: "
@@ -33,15 +33,18 @@ def kernel_folder() -> Path:
 @cache
 def source(kernel: str) -> str:
     """The kernel as one self-contained text: CuPy's disk cache does not see a change inside an `#include`d file."""
-    return _expand(f"{kernel}.cu")
+    return _expand(f"{kernel}.cu", set())
 
 
-def _expand(file: str) -> str:
+def _expand(file: str, included: set[str]) -> str:
+    """A file with each header in the place of its first `#include`."""
     text = (kernel_folder() / file).read_text(encoding="utf-8")
 
     def include(match: re.Match[str]) -> str:
-        following = text.count("\n", 0, match.end()) + 1
-        return f'{_expand(match["file"])}#line {following} "{file}"\n'
+        header = "" if match["file"] in included else _expand(match["file"], included)
+        return f'{header}#line {text.count(chr(10), 0, match.end()) + 1} "{file}"\n'
+
+    included.add(file)
 
     return f'#line 1 "{file}"\n{_INCLUDE.sub(include, text)}'
 

@@ -74,7 +74,8 @@ def _ceil_div(a: int, b: int) -> int:
 
 def _defines(shape: Shape, **constants: int | None) -> tuple[tuple[str, int | None], ...]:
     dims = (("ROW_OPT", shape.d_ff), ("COL_OPT", shape.d_model)) if shape.specialize else ()
-    return ((f"DTYPE_{shape.dtype.upper()}", None), *dims, *constants.items())
+    fixed = (("TOKENS", 1), ("ACTIVATION_RELU", None), ("W_GATE", "Plain"), ("W_UP", "Plain"), ("W_DOWN", "Plain"))
+    return ((f"DTYPE_{shape.dtype.upper()}", None), *dims, *fixed, *constants.items())
 
 
 def _operator(kernel: str, shape: Shape, blocks: int, warps: int, arguments: str, **constants: int | None) -> Launch:

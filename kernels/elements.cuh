@@ -1,12 +1,11 @@
-// What every kernel shares: the element type, 16-byte vectors of it, and the sums of a warp.
+// elements: the element type, 16-byte vectors of it, rounding, and the dims.
 //
 //   DTYPE_BFLOAT16 | DTYPE_FLOAT16 | DTYPE_FLOAT32   the element type, exactly one of them
 //   ROW_OPT, COL_OPT                                 d_ff and d_model as constants; without them both come with the launch
-//   PROGRAMMATIC                                     launches may overlap the end of their predecessor (sm_90)
-//   EARLY_SUCCESSOR                                  the successor may start before this launch has written its results (sm_90)
+//   TOKENS                                           tokens of a call: vectors are (TOKENS, dim), row-major
 //
 // 16-bit elements are carried as their bits, so no CUDA header is included: a header costs more to parse than these kernels cost
-// to compile. Inline PTX is in the helpers under #ifdef __CUDACC__ and nowhere else, each with a plain C++ twin.
+// to compile. Inline PTX stands in these shared headers under #ifdef __CUDACC__ and nowhere else, each with a plain C++ twin.
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "prosparse-cupy needs a GPU of compute capability 8.0 (Ampere) or later"
@@ -33,7 +32,6 @@ typedef unsigned short scalar;
 #endif
 
 constexpr int VEC = 16 / sizeof(scalar);  // elements in a 16-byte vector
-constexpr unsigned ALL_LANES = 0xffffffffu;
 
 #if defined(ROW_OPT)
 static_assert(ROW_OPT >= 1, "d_ff must be at least 1");
@@ -60,59 +58,6 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
     return bits;
 }
 
-// Weights are read once: keep them out of L1, which then holds x. Volatile keeps the loads of a batch together, ahead of their uses.
-__device__ __forceinline__ uint4 load_once(const uint4* address) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(address));
-    return v;
-}
-
-// The same, and L2 may fetch 256 bytes at a time, since neighbours ask for the rest soon: ffn_4 on every row of 13B, H100: 59.2 µs
-// without, 52.4 with. Where a warp itself asks for all of it, it costs: ffn_23, 7B, 89 %: 5.6 µs, 5.55 without.
-__device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(address));
-    return v;
-}
-
-// A block's THREADS threads ask for a vector of `length` elements, which then comes into L1 while they do something else: a copy to shared
-// memory goes through L1, and unlike a load whose result is not used it stays in the program. prefetch.global.L1 takes 2 µs more.
-template <int THREADS>
-__device__ __forceinline__ void fetch_into_l1(const scalar* vector, int length) {
-    constexpr int SECTOR = 32 / sizeof(scalar);  // elements of what L1 fetches at a time
-    __shared__ unsigned unused;
-    const unsigned to = (unsigned)__cvta_generic_to_shared(&unused);
-#pragma unroll
-    for (int first = 0; first < length; first += THREADS * SECTOR) {
-        const int e = first + threadIdx.x * SECTOR;
-        if (e < length) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(vector + e) : "memory");
-    }
-}
-
-// Every thread that fetched calls this before it ends.
-__device__ __forceinline__ void end_fetch() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// A programmatic launch starts while its predecessor on the stream ends. What that one wrote is there after this, and nothing may be
-// written before it. Vectors it may have written are not const __restrict__: the compiler would read them through a cache that holds
-// only what never changes during the kernel. H100: 0.4 µs a launch.
-__device__ __forceinline__ void wait_for_predecessor() {
-#ifdef PROGRAMMATIC
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Lets the successor's blocks in as soon as all blocks of this launch have come here: after their last read, by all of their threads, so
-// that a successor that writes before it waits, as foreign ones may, overwrites nothing that is still needed.
-__device__ __forceinline__ void let_successor_in() {
-#ifdef EARLY_SUCCESSOR
-    asm volatile("bar.sync 0;\n griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 #else
 
 __device__ __forceinline__ float half_to_float(unsigned short bits) {
@@ -136,19 +81,6 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
     return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
-
-__device__ __forceinline__ uint4 load_once(const uint4* address) { return *address; }
-
-__device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address) { return *address; }
-
-template <int THREADS>
-__device__ __forceinline__ void fetch_into_l1(const scalar*, int) {}
-
-__device__ __forceinline__ void end_fetch() {}
-
-__device__ __forceinline__ void wait_for_predecessor() {}
-
-__device__ __forceinline__ void let_successor_in() {}
 
 #endif
 
@@ -194,25 +126,10 @@ __device__ __forceinline__ float element(const uint4& v, int i) {
 #endif
 }
 
-// Whether not (gate < threshold) and gate != 0, on the bits: -ftz=true, which CuPy always passes, would make a comparison of
-// floats flush subnormal gates. For threshold >= +0 the bits of positive floats order as the floats do; every NaN is active.
-__device__ __forceinline__ bool is_active(float gate, float threshold) {
-    const unsigned bits = __float_as_uint(gate);
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return nan | (((int)bits > 0) & (bits >= __float_as_uint(threshold)));
-}
-
 __device__ __forceinline__ bool is_nonzero(scalar value) {
 #ifdef DTYPE_FLOAT32
     return (__float_as_uint(value) & 0x7fffffffu) != 0;
 #else
     return (value & 0x7fffu) != 0;
 #endif
-}
-
-// The sum over the warp, in every lane; the tree is fixed, so the bits are.
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
-    return value;
 }
