@@ -12,14 +12,15 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from prosparse_cupy._dense import best_dense
-from prosparse_cupy._families import NUMPY_DTYPES
-from prosparse_cupy._gpu import NoGPUError, cupy, current_device
+from prosparse_cupy.device import NoGPUError, cupy, current_device
+from prosparse_cupy.libraries import NUMPY_DTYPES
 from prosparse_cupy.models import LLAMA_2_7B, LLAMA_2_13B, MINICPM_S_1B
+from prosparse_cupy.testing import best_dense
+from prosparse_cupy.testing.layers import STEPS, Layers
 
 from . import compare, conditions, tables
 from . import host as host_times
-from .layers import STEPS, Layers
+from .first_release import first_release
 from .measure import GRAPH, WALLCLOCK, Setting, measure, portable
 from .paper import PUBLISHED
 from .results import DecodeRow, Result, Row, read_json, write_csv, write_json
@@ -29,7 +30,7 @@ Show = Callable[[str, int], None]
 
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/operators.md", "docs/models.md")
 SPARSITIES = (0.0, 0.3, 0.5, 0.66, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
 
 _json = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here.")
@@ -178,7 +179,7 @@ def compare_command(old: Path, new: Path, percent: float) -> None:
 @main.command()
 @click.argument("pages", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def report(pages: tuple[Path, ...]) -> None:
-    """Make the tables in PAGES (README.md, docs/performance.md) and the figures anew from the committed results."""
+    """Make the tables in PAGES (README.md and those of docs/ that have some) and the figures anew from the committed results."""
     results = stored_results()
     for page in pages or tuple(_ROOT / name for name in PAGES):
         page.write_text(tables.fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
@@ -253,7 +254,7 @@ def _measure_all(command: str, settings: list[Setting], repeats: int, method: st
             dense = best_dense(NUMPY_DTYPES[dtype])
             names[dtype] = dense.name
             show(f"{model.name}, {dtype}: making layers", done)
-            layers = Layers(model, dtype, dense)
+            layers = Layers(model, dtype, dense, first=first_release())
             measure_one = partial(measure, layers, dense=dense, yard=yard, method=method, repeats=repeats)
             rows += watch.undisturbed(partial(_measure_group, group, measure_one, show, done), f"{model.name}, {dtype}")
             done += len(group)

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from prosparse_cupy import timing
-from prosparse_cupy._gpu import cupy, current_device, gpu
+from prosparse_cupy.device import cupy, current_device, gpu
+from prosparse_cupy.testing import timing
 
 from .results import Head
 

@@ -17,20 +17,23 @@ import torch._inductor.config
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
 
-from prosparse_cupy import synthetic
-from prosparse_cupy._dense import Dense
-from prosparse_cupy._gpu import cupy
+from prosparse_cupy.device import cupy
+from prosparse_cupy.formula import Formula
 from prosparse_cupy.models import Model
+from prosparse_cupy.numerics import within_contract
+from prosparse_cupy.testing import synthetic, truth
+from prosparse_cupy.testing.dense import Dense
+from prosparse_cupy.testing.layers import Layers
+from prosparse_cupy.testing.measure import OURS
+from prosparse_cupy.testing.timing import Times, graph_clock, interleave, summarise
+from prosparse_cupy.testing.torch_dense import capture
 from prosparse_cupy.torch import SparsityMeter, patch_model, register_fatrelu
 from prosparse_cupy.torch.patch import gated_mlps
 
-from . import float64
 from .conditions import Yardsticks
-from .layers import Layers
 from .measure import GRAPH as METHOD
-from .measure import OURS, Setting, graph_clock, measure
+from .measure import Setting, measure
 from .results import DecodeRow
-from .stats import Times, interleave, summarise
 
 CONTEXTS = (512, 128)
 """Positions of the static cache: attention reads all of them at every step. Where the time goes is told for the first."""
@@ -135,15 +138,7 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, context: int, compiled: b
     def step() -> None:
         token.copy_(forward(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())  # what the calls read may still be being written there
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    replay_step = capture([step], runs_before=3)
     start = prompt.shape[1]
     positions = itertools.cycle(range(start, context))
 
@@ -151,7 +146,7 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, context: int, compiled: b
         if next(positions) == start:
             for layer in cache.layers:
                 layer.cumulative_length.fill_(start)
-        graph.replay()
+        replay_step()
 
     return replay
 
@@ -223,7 +218,7 @@ def measure_model(
         "sparsity": sparsity,
         "error": max(e for e, _ in errors),
         "dense_error": max(d for _, d in errors),
-        "checked": all(e <= 2 * d + epsilon for e, d in errors),
+        "checked": all(within_contract(e, d, epsilon) for e, d in errors),
     }
     rows = []
     for context in contexts:
@@ -301,12 +296,11 @@ def _errors_of(mlp: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     w_gate, w_up, w_down_t, token = map(
         cupy().from_dlpack, (mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data.t(), x.reshape(-1))
     )
-    gate = cupy().asarray(float64.dot(w_gate, token)).astype(token.dtype)
-    on = cupy().asnumpy(gate.astype(np.float32)) >= np.float32(mlp.threshold)
-    wanted = float64.down(cupy().asarray(float64.up(gate, w_up, token, on)).astype(token.dtype), w_down_t)
+    gate = truth.rounded(truth.dot(w_gate, token), token)
+    on = Formula(mlp.threshold).active(truth.to_numpy(gate))
+    wanted = truth.down(truth.rounded(truth.up(gate, w_up, token, on), token), w_down_t)
     outputs = mlp(x), mlp(x.expand(1, 2, -1))[:, :1]
-    norm = float(np.linalg.norm(wanted)) or 1.0
-    sparse, dense = (float(np.linalg.norm(out.double().cpu().numpy().ravel() - wanted)) / norm for out in outputs)
+    sparse, dense = (truth.relative_error(cupy().from_dlpack(out.detach().reshape(-1)), wanted) for out in outputs)
     return sparse, dense
 
 

@@ -102,7 +102,7 @@ def paper(result: Result) -> Any:
                 axes.bar_label(bars, [f"{v:.1f}" for v in values], fontsize=7, color=_INK)
             axes.axhline(1, color=_INK, lw=1)
             axes.grid(axis="x", visible=False)
-            axes.set_ylabel(f"step ({step + 2}), {op}:\nspeed-up over dense", fontsize=9)
+            axes.set_ylabel(f"{op}:\nspeed-up over dense", fontsize=9)
             axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         both[1].set_xticks(at, [f"{p.label}\n{p.sparsity:.1%}" for p in PUBLISHED], fontsize=7, rotation=30, ha="right")
         figure.tight_layout()

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 import prosparse_cupy as psc
-from prosparse_cupy import _compile
-from prosparse_cupy._families import NUMPY_DTYPES
-from prosparse_cupy._gpu import cupy, current_device
+from prosparse_cupy import compiler
+from prosparse_cupy.device import cupy, current_device
+from prosparse_cupy.libraries import NUMPY_DTYPES
 from prosparse_cupy.models import Model
+from prosparse_cupy.problem import Problem
+from prosparse_cupy.testing.timing import interleave
 
 from .results import Row
-from .stats import interleave
 
 _CALLS = 100  # a clock reading; few enough that the launch queue never fills
 
@@ -40,7 +41,7 @@ def measure(model: Model, label: str, repeats: int) -> list[Row]:
     arrays = {"CuPy": _arrays(model)}
     dense: Callable[[], object] | None = None
     if importlib.util.find_spec("torch") is not None:
-        from prosparse_cupy.torch.dense import TorchDense, eager_ffn, sees_gpu
+        from prosparse_cupy.testing.torch_dense import TorchDense, eager_ffn, sees_gpu
 
         if sees_gpu():
             arrays["torch"] = {name: TorchDense().adopt(array) for name, array in arrays["CuPy"].items()}
@@ -107,8 +108,8 @@ def _arrays(model: Model) -> dict[str, Any]:
 
 def _bare(op: str, model: Model, a: dict[str, Any]) -> Callable[[], object]:
     """CuPy's own launch of the operator's kernel."""
-    plan = _compile.load(op, model.d_model, model.d_ff, "bfloat16", current_device()).plan
-    module = cupy().RawModule(code=_compile.source(op), options=_compile.compiler_options(plan))
+    plan = compiler.load(Problem(op, model.d_model, model.d_ff, "bfloat16"), current_device()).plan
+    module = cupy().RawModule(code=compiler.source(op), options=compiler.compiler_options(plan))
     kernel = module.get_function(op)
     dims = np.int32(model.d_ff), np.int32(model.d_model)
     arguments = {

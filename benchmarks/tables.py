@@ -135,7 +135,7 @@ def ffn(result: Result) -> str:
 
 
 def paper(result: Result) -> str:
-    """Measured beside published, steps (2) and (3)."""
+    """Measured beside published."""
     rows = []
     for p in PUBLISHED:
         cells = [p.label, f"{p.sparsity:.2%}"]
@@ -145,7 +145,7 @@ def paper(result: Result) -> str:
             cells += [f"{ours_us:.1f}", f"{dense_us / ours_us:.2f}x"]
         rows.append(cells)
     step = ["dense µs", "µs", "speed-up", "published µs", "published speed-up"]
-    return markdown(["", "sparsity", *(f"({n}) {s}" for n in (2, 3) for s in step)], rows)
+    return markdown(["", "sparsity", *(f"`{op}` {s}" for op in ("ffn_23", "ffn_4") for s in step)], rows)
 
 
 def sweep(result: Result, dtype: str = "bfloat16") -> str:
@@ -169,6 +169,24 @@ def host(result: Result) -> str:
     return markdown(["", "arrays", "µs on the calling thread", "bare RawKernel", "ratio", "torch eager FFN"], rows)
 
 
+def summary(results: dict[str, Result]) -> str:
+    """The README's four rows, of two results: whole models, and one layer's FFN."""
+    rows = []
+    for model in ("7B", "13B"):
+        row = results["decode"].find(model=model, variant="compiled, CUDA graph", context=512)
+        pace = (f"{tokens:.1f} tokens/s" for tokens in (row.dense_tokens_per_s, row.tokens_per_s))
+        rows.append([f"{model}, whole model", f"{row.sparsity:.2%}", *pace, f"{row.speedup:.2f}x"])
+    for model in ("7B", "13B"):
+        row = results["ffn"].find(model=model, op="SparseFFN", variant="prosparse")
+        times = (f"{us:.1f} µs" for us in (row.dense_us, row.time_us))
+        rows.append([f"{model}, one FFN", f"{row.sparsity:.2%}", *times, f"{row.speedup:.2f}x"])
+    decode, ffn = results["decode"].head, results["ffn"].head
+    return (
+        f"{markdown(['', 'sparsity', 'dense', 'sparse', 'speed-up'], rows)}\n{decode.gpu}, commits {decode.commit} and "
+        f"{ffn.commit}, `benchmarks/results/h100-decode.json` and `h100-ffn.json`\n"
+    )
+
+
 def changes(found: list[Change]) -> Table:
     """What `compare` found."""
     table = Table()
@@ -190,6 +208,8 @@ def fill(text: str, results: dict[str, Result]) -> str:
     """A page with the tables between its markers made anew: ``<!-- table: ffn -->`` to ``<!-- end -->``."""
 
     def table(match: re.Match[str]) -> str:
+        if match["name"] == "summary":
+            return f"{match['open']}\n{summary(results)}\n<!-- end -->"
         result = results[match["name"]]
         head = result.head
         source = f"{head.gpu}, commit {head.commit}, `benchmarks/results/{RESULT_FILE.format(match['name'])}`"

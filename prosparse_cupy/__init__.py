@@ -1,9 +1,10 @@
 """Exact sparse FFN decoding for ReLU-activated LLMs on NVIDIA GPUs, as CuPy raw kernels."""
 
 from . import models, reference
-from ._compile import KernelCompileError
-from ._gpu import NoGPUError, UnsupportedGPUError
-from .ops import CompiledKernel, SparseFFN, ffn_1, ffn_4, ffn_23, ffn_123, pack_down, sparse_ffn, warmup
+from .compiler import KernelCompileError
+from .device import NoGPUError, UnsupportedGPUError
+from .ffn import CompiledKernel, SparseFFN, sparse_ffn, warmup
+from .ops import ffn_1, ffn_4, ffn_23, ffn_123, pack_down
 
 __version__ = "0.1.0"
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from .formula import UnsupportedFormula, formula_of
+
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FLOATS = ("BF16", "F16", "F32", "F64")
-_LARGEST_THRESHOLD = float(np.finfo(np.float32).max)
 
 
 class CheckpointError(ValueError):
@@ -57,7 +58,7 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
     return FFNWeights(w_gate, w_up, w_down, threshold)
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -67,21 +68,12 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _threshold(config: dict) -> float:
+def _threshold(config: dict[str, Any]) -> float:
     activation = config.get("hidden_act")
-    if activation == "relu":
-        return 0.0
-    if activation != "fatrelu":
-        raise CheckpointError(
-            f"config.json says hidden_act={activation!r}: gated FFNs with relu or fatrelu are what this version runs sparsely"
-        )
-    if "hidden_act_param" not in config:
-        raise CheckpointError("hidden_act is fatrelu, but config.json has no hidden_act_param, its threshold")
-    threshold = config["hidden_act_param"]
-    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= _LARGEST_THRESHOLD:
-        shown = f"{threshold!r:.40}"
-        raise CheckpointError(f"hidden_act_param, FATReLU's threshold, must be >= 0 and finite as float32, got {shown}")
-    return float(threshold)
+    try:
+        return formula_of(activation, config.get("hidden_act_param")).threshold
+    except UnsupportedFormula as error:
+        raise CheckpointError(f"config.json says hidden_act={activation!r}: {error}") from None
 
 
 def _files_by_name(folder: Path) -> dict[str, str]:

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 
-_ROWS_AT_ONCE = 2048  # a block of rows in float64 is at most some tens of MB
+from .formula import Formula
+
+_ROWS_AT_ONCE = 256  # some MB in float64, which stay in cache: blocks of 2048 take three times as long
 
 
 def active(gate: np.ndarray, threshold: float = 0.0) -> np.ndarray:
     """Which neurons are active: `not (gate < threshold) and gate != 0`, compared as float32, so NaN is active."""
-    g = gate.astype(np.float32)
-    return ~(g < np.float32(threshold)) & (g != 0)
+    return Formula(threshold).active(gate)
 
 
 def fatrelu(gate: np.ndarray, threshold: float = 0.0) -> np.ndarray:
     """Formula 2: `gate` where it is active, +0 elsewhere (arXiv 2402.13516, activation threshold shifting)."""
-    return np.where(active(gate, threshold), gate, np.zeros((), gate.dtype))
+    return Formula(threshold).activate(gate)
 
 
 def ffn_1(x: np.ndarray, w_gate: np.ndarray) -> np.ndarray:
     """Formula 1: `x @ w_gate.T`."""
-    return _rows_dot(x, w_gate, slice(None)).astype(x.dtype)
+    return rows_dot(x, w_gate, np.arange(len(w_gate))).astype(x.dtype)
 
 
 def ffn_23(gate: np.ndarray, x: np.ndarray, w_up: np.ndarray, threshold: float = 0.0) -> np.ndarray:
@@ -33,7 +34,7 @@ def ffn_23(gate: np.ndarray, x: np.ndarray, w_up: np.ndarray, threshold: float =
     used = on.reshape(-1, on.shape[-1]).any(axis=0)
     product = np.zeros(gate.shape, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        product[..., used] = gate[..., used].astype(np.float64) * _rows_dot(x, w_up, used)
+        product[..., used] = gate[..., used].astype(np.float64) * rows_dot(x, w_up, np.flatnonzero(used))
         return np.where(on, product, 0.0).astype(gate.dtype)
 
 
@@ -46,10 +47,9 @@ def ffn_4(x1: np.ndarray, w_down_t: np.ndarray) -> np.ndarray:
     """Formula 4: `x1 @ w_down_t`, over the rows of `w_down_t` where `x1` is not zero."""
     rows = x1.reshape(-1, x1.shape[-1])
     y = np.zeros((len(rows), w_down_t.shape[1]), np.float64)
+    for token, values in zip(y, rows, strict=True):
+        token += rows_sum(values, w_down_t, np.flatnonzero(values.astype(np.float32) != 0))
     with np.errstate(invalid="ignore", over="ignore"):
-        for token, values in zip(y, rows, strict=True):
-            for part in _parts(np.flatnonzero(values.astype(np.float32) != 0)):
-                token += values[part].astype(np.float64) @ w_down_t[part].astype(np.float64)
         return y.reshape(*x1.shape[:-1], -1).astype(x1.dtype)
 
 
@@ -63,12 +63,21 @@ def pack_down(w_down: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(w_down.T)
 
 
-def _rows_dot(x: np.ndarray, weights: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-    numbers = np.arange(len(weights))[rows]
+def rows_dot(x: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The dot products of x with these rows of a (d_ff, d_model) matrix, in float64."""
     wide = x.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        parts = [wide @ weights[part].astype(np.float64).T for part in _parts(numbers)]
+        parts = [wide @ weights[part].astype(np.float64).T for part in _parts(rows)]
     return np.concatenate(parts, axis=-1) if parts else np.zeros((*x.shape[:-1], 0))
+
+
+def rows_sum(values: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The sum of these rows of a (d_ff, d_model) matrix, each times its value, in float64."""
+    total = np.zeros(weights.shape[1])
+    with np.errstate(invalid="ignore", over="ignore"):
+        for part in _parts(rows):
+            total += values[part].astype(np.float64) @ weights[part].astype(np.float64)
+    return total
 
 
 def _parts(numbers: np.ndarray) -> list[np.ndarray]:

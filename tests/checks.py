@@ -7,7 +7,8 @@ from functools import lru_cache
 import ml_dtypes
 import numpy as np
 
-from prosparse_cupy import reference, synthetic
+from prosparse_cupy import reference
+from prosparse_cupy.testing import synthetic
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

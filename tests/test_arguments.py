@@ -13,9 +13,11 @@ from checks import DTYPES, bits, poisoned
 from gpu_arrays import Exporter
 
 import prosparse_cupy as psc
-from prosparse_cupy import _buffers, ops
-from prosparse_cupy._buffers import Checked, Meta, _check_addresses, check, check_threshold
-from prosparse_cupy._families import CUPY, NUMPY
+from prosparse_cupy import arguments, ops
+from prosparse_cupy.arguments import Checked, Meta, _check_addresses, check
+from prosparse_cupy.ffn import SPARSE_FFN
+from prosparse_cupy.formula import check_threshold
+from prosparse_cupy.libraries import CUPY, NUMPY
 
 D_FF, D_MODEL = 24, 16
 
@@ -303,7 +305,7 @@ def test_dims_beyond_int32():
 @pytest.mark.parametrize("d_ff", [1, 11008, 13824, 60000])
 def test_scratch_holds_x1(d_ff, dtype):
     shapes = ((D_MODEL,), *3 * [(d_ff, D_MODEL)])
-    checked = check(ops.SPARSE_FFN, tuple(Meta(CUPY, shape, dtype, 0, True) for shape in shapes), None)
+    checked = check(SPARSE_FFN, tuple(Meta(CUPY, shape, dtype, 0, True) for shape in shapes), None)
     assert d_ff * DTYPES[dtype].itemsize <= checked.scratch_bytes <= max(4096, 2 * d_ff * DTYPES[dtype].itemsize)
 
 
@@ -330,10 +332,10 @@ def test_views_of_foreign_arrays_live_until_they_are_launched_on(monkeypatch):
             return super().address(view.array)
 
     views, foreign, arrays = [], Foreign(), _arrays()
-    monkeypatch.setattr(_buffers, "_common_family", lambda signature, kinds: foreign)
+    monkeypatch.setattr(arguments, "_common_family", lambda signature, kinds: foreign)
     monkeypatch.setattr(foreign, "empty", lambda *given: View(NUMPY.empty(*given)))
-    monkeypatch.setattr(_buffers, "NUMPY", foreign)
-    call = _buffers.Call(ops.FFN_1, (arrays["x"], arrays["w_gate"]), None)
+    monkeypatch.setattr(arguments, "NUMPY", foreign)
+    call = arguments.check_call(ops.FFN_1, (arrays["x"], arrays["w_gate"]), None)
     assert call.inputs and len(views) == 2 and all(view() is not None for view in views)
 
 
@@ -419,7 +421,7 @@ def test_without_cupy():
 
 
 def test_signatures_name_the_public_functions():
-    for signature in (ops.FFN_1, ops.FFN_23, ops.FFN_4, ops.SPARSE_FFN, ops.PACK_DOWN):
+    for signature in (ops.FFN_1, ops.FFN_23, ops.FFN_4, SPARSE_FFN, ops.PACK_DOWN):
         assert hasattr(psc, signature.operator)
 
 

@@ -20,9 +20,10 @@ if not (ROOT / "benchmarks").is_dir():
 
 sys.path.append(str(ROOT))  # last: the installed package goes before the checkout's
 
-from benchmarks import cli, compare, conditions, stats, tables  # noqa: E402
+from benchmarks import cli, compare, conditions, tables  # noqa: E402
 from benchmarks.paper import PUBLISHED  # noqa: E402
 from benchmarks.results import DecodeRow, Head, Result, Row, read_json, write_csv, write_json  # noqa: E402
+from prosparse_cupy.testing import timing  # noqa: E402
 
 HEAD = Head(
     "sweep",
@@ -119,32 +120,32 @@ class _FakeClock:
 
 
 def test_variants_take_turns_and_the_first_of_a_turn_do_not_count():
-    turn, uncounted = stats._TURN, stats._UNCOUNTED
+    turn, uncounted = timing._TURN, timing._UNCOUNTED
     slow_first = ([1000.0] * uncounted + [20.0] * turn) * 2
     clock = _FakeClock({"ours": slow_first, "dense": 100.0})
     variants = {name: clock.variant(name) for name in ("ours", "dense")}
-    times = stats.interleave(variants, clock, {"ours": 10, "dense": 2}, repeats=2 * turn)
-    assert times == {"ours": stats.Times(2.0, 2.0, 2.0), "dense": stats.Times(50.0, 50.0, 50.0)}
+    times = timing.interleave(variants, clock, {"ours": 10, "dense": 2}, repeats=2 * turn)
+    assert times == {"ours": timing.Times(2.0, 2.0, 2.0), "dense": timing.Times(50.0, 50.0, 50.0)}
     one = turn + uncounted
     assert clock.order == (["ours"] * one + ["dense"] * one) * 2
 
 
 def test_a_noisy_variant_is_measured_again_and_the_quietest_round_counts():
-    one = stats._TURN + stats._UNCOUNTED
+    one = timing._TURN + timing._UNCOUNTED
     noisy, quiet = [10.0, 20.0] * (one // 2), [12.0] * one
     clock = _FakeClock({"a": noisy + quiet})
-    times = stats.interleave({"a": clock.variant("a")}, clock, {"a": 1}, repeats=stats._TURN)
+    times = timing.interleave({"a": clock.variant("a")}, clock, {"a": 1}, repeats=timing._TURN)
     assert times["a"].median == 12.0 and not times["a"].is_noisy and len(clock.order) == 2 * one
-    clock = _FakeClock({"a": noisy * stats._MOST_ROUNDS})
-    times = stats.interleave({"a": clock.variant("a")}, clock, {"a": 1}, repeats=stats._TURN)
-    assert times["a"].is_noisy and len(clock.order) == stats._MOST_ROUNDS * one
+    clock = _FakeClock({"a": noisy * timing._MOST_ROUNDS})
+    times = timing.interleave({"a": clock.variant("a")}, clock, {"a": 1}, repeats=timing._TURN)
+    assert times["a"].is_noisy and len(clock.order) == timing._MOST_ROUNDS * one
 
 
 def test_statistics():
-    times = stats.summarise(np.arange(1, 102, dtype=float))
+    times = timing.summarise(np.arange(1, 102, dtype=float))
     assert times == (51.0, 11.0, 91.0)
     assert times.spread == pytest.approx(80 / 51) and times.is_noisy
-    assert stats.summarise(np.array([np.nan, 1.0])).is_noisy, "a time that is not a number is not quiet"
+    assert timing.summarise(np.array([np.nan, 1.0])).is_noisy, "a time that is not a number is not quiet"
 
 
 # Results
@@ -316,7 +317,7 @@ def no_gpu_needed(monkeypatch):
     monkeypatch.setattr(cli.conditions, "head", head)
     _show(monkeypatch, [QUIET] * 9)
     monkeypatch.setattr(cli, "best_dense", lambda dtype: SimpleNamespace(name="dense"))
-    monkeypatch.setattr(cli, "Layers", lambda *_: None)
+    monkeypatch.setattr(cli, "Layers", lambda *_, first: None)
     pool = SimpleNamespace(free_all_blocks=lambda: None)
     monkeypatch.setattr(cli, "cupy", lambda: SimpleNamespace(get_default_memory_pool=lambda: pool))
 
@@ -456,8 +457,8 @@ def test_parts_left_out_come_back():
 def test_decode_measures_a_small_model(torch):
     pytest.importorskip("transformers", reason='the extra "hf" brings it')
     from benchmarks import decode
-    from prosparse_cupy._dense import best_dense
     from prosparse_cupy.models import Model
+    from prosparse_cupy.testing import best_dense
 
     model = decode.random_model(Model("small", 256, 1500, 3, 0.01, 0.9))
     dense, yard = best_dense(np.dtype(np.float16)), conditions.Yardsticks(3e6, 1.0)
@@ -528,8 +529,8 @@ def test_figures_are_drawings_with_axes_named(stored, tmp_path):
 
 def _measured(monkeypatch, setting_changes: dict, first=None, wrong: bool = False) -> list[Row]:
     from benchmarks import measure
-    from benchmarks.layers import Timed
     from prosparse_cupy.models import LLAMA_2_7B
+    from prosparse_cupy.testing.layers import Timed
 
     exact = np.array([1.0, 2.0])
 
@@ -550,9 +551,8 @@ def _measured(monkeypatch, setting_changes: dict, first=None, wrong: bool = Fals
     def capture(calls):
         return lambda: [call() for call in calls]
 
-    monkeypatch.setattr(measure.timing, "capture", capture)
-    monkeypatch.setattr(measure, "cupy", lambda: SimpleNamespace(asnumpy=np.asarray))
-    monkeypatch.setattr(measure, "graph_clock", lambda call: (call(), 640.0)[1])
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(timing, "graph_clock", lambda call: (call(), 640.0)[1])
     setting = measure.Setting("SparseFFN", LLAMA_2_7B, "7B", "float32", "hot", 0.9, **setting_changes)
     dense = SimpleNamespace(capture=capture)
     return measure.measure(layers, setting, dense, conditions.Yardsticks(3e6, 1.0), measure.GRAPH, 8)
@@ -584,17 +584,22 @@ class _NumpyDense:
     def mv(self, weights, x, out):
         out[...] = weights.astype(np.float32) @ x.astype(np.float32)
 
-    def step_2(self, gate, x, w_up, threshold, out):
+    def ffn_23(self, gate, x, w_up, threshold, out):
         self.mv(w_up, x, out)
         out *= np.where(gate.astype(np.float32) >= np.float32(threshold), gate, 0)
+
+    def ffn(self, weights, x, threshold, gate, x1, out):
+        self.mv(weights[0], x, gate)
+        self.ffn_23(gate, x, weights[1], threshold, x1)
+        self.mv(weights[2], x1, out)
 
 
 @pytest.mark.parametrize("mask", ["hot", "uniform", "contiguous"])
 @pytest.mark.parametrize("op", ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "three operators", "sparse_ffn", "SparseFFN"])
 def test_layers_call_what_they_check(monkeypatch, op, mask):
     """On NumPy arrays, which run the reference: every timed call, ours and dense, leaves what `exact` says, and no NaN."""
-    from benchmarks import float64, layers
     from prosparse_cupy.models import Model
+    from prosparse_cupy.testing import layers, truth
 
     runtime = SimpleNamespace(getDeviceProperties=lambda _: {"l2CacheSize": 100_000}, memGetInfo=lambda: (1 << 40, 1 << 40))
     names = ("full", "asarray", "flatnonzero", "zeros", "concatenate", "uint8", "random")
@@ -602,7 +607,7 @@ def test_layers_call_what_they_check(monkeypatch, op, mask):
         **{name: getattr(np, name) for name in names}, asnumpy=np.asarray, cuda=SimpleNamespace(runtime=runtime)
     )
     monkeypatch.setattr(layers, "cupy", lambda: fake)
-    monkeypatch.setattr(float64, "cupy", lambda: fake)
+    monkeypatch.setattr(truth, "cupy", lambda: fake)
     monkeypatch.setattr(layers, "current_device", lambda: 0)
     made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8), "float32", _NumpyDense())
     timed = made.calls(op, mask, 0.8)

@@ -8,8 +8,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from plans import Shape, plan_of
 
-from prosparse_cupy import _compile, _gpu, launch
+from prosparse_cupy import compiler, device
 
 pytest.importorskip("cupy", reason="it is CuPy's cache")
 
@@ -24,10 +25,10 @@ def _python(code: str, folder) -> subprocess.CompletedProcess:
 
 IMPORT = """
 import os
-from prosparse_cupy import _gpu
+from prosparse_cupy import device
 folder = os.environ["CUPY_CACHE_DIR"]
 for _ in range(2):
-    _gpu.cupy()
+    device.cupy()
 assert os.environ["CUPY_CACHE_DIR"] == folder
 print(os.environ.get("CUPY_CACHE_IN_MEMORY"))
 """
@@ -59,11 +60,11 @@ def test_a_folder_that_stops_to_work(monkeypatch):
         return SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=name))
 
     monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
-    monkeypatch.setattr(_gpu.cupy(), "RawModule", raw_module)
-    monkeypatch.setattr(_gpu.cupy().cuda, "Device", _Anywhere)
-    plan = launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16"))
+    monkeypatch.setattr(device.cupy(), "RawModule", raw_module)
+    monkeypatch.setattr(device.cupy().cuda, "Device", _Anywhere)
+    plan = plan_of("ffn_4", Shape(64, 64, "bfloat16"))
     with pytest.warns(RuntimeWarning, match="could not be used .*No space left.*: every process compiles"):
-        assert _compile._compile(plan, 0) == "ffn_4"
+        assert compiler._compile(plan, 0) == "ffn_4"
     assert tries == [None, "1"]
     monkeypatch.delenv("CUPY_CACHE_IN_MEMORY")
 
@@ -90,7 +91,7 @@ print("ran")
 @pytest.mark.gpu
 def test_operators_run_without_a_cache(tmp_path):
     (tmp_path / "file").write_text("")
-    torch_like = "import prosparse_cupy._gpu as g; g.cupy()\n" + RUN  # CuPy imported by us, as for users of torch
+    torch_like = "import prosparse_cupy.device as g; g.cupy()\n" + RUN  # CuPy imported by us, as for users of torch
     done = _python(torch_like, tmp_path / "file" / "cache")
     assert done.returncode == 0 and "ran" in done.stdout, done.stderr
     assert done.stderr.count("RuntimeWarning") == 1

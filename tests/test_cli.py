@@ -12,7 +12,8 @@ import pytest
 from checks import DTYPES
 from click.testing import CliRunner
 
-from prosparse_cupy import cli, demo, reference
+from prosparse_cupy import cli, reference
+from prosparse_cupy.cli import demo
 
 
 def _run(*arguments: str):
@@ -42,7 +43,7 @@ def test_demo_without_a_gpu(no_gpu, arguments):
 
 
 def test_demo_fails_where_a_result_is_wrong(no_gpu, monkeypatch):
-    monkeypatch.setattr(demo.ops, "ffn_4", lambda x1, w, **_: np.full(w.shape[1], np.nan, x1.dtype))
+    monkeypatch.setattr(demo.ops, "ffn_4", lambda x1, w, *, out: out.fill(np.nan))
     done = _run("demo")
     assert done.exit_code == 1
     assert "wrong results: ffn_4" in done.output
@@ -89,7 +90,7 @@ def test_warmup_without_a_gpu_says_what_was_looked_for(monkeypatch):
     def no_gpu():
         raise cli.NoGPUError("no CUDA GPU: looked for one")
 
-    monkeypatch.setattr(cli.ops, "current_device", no_gpu)
+    monkeypatch.setattr(cli.ffn, "current_device", no_gpu)
     done = _run("warmup")
     assert done.exit_code == 1 and "Error: no CUDA GPU: looked for one" in done.output
 
@@ -119,20 +120,22 @@ def test_every_dense_path_is_right(dtype, torch):
     import cupy
     from gpu_arrays import OnCupy
 
-    from prosparse_cupy._dense import CupyDense, OwnDense
-    from prosparse_cupy.torch.dense import TorchDense
+    from prosparse_cupy.testing.dense import CupyDense, through_cublas, through_ffn_1
+    from prosparse_cupy.testing.torch_dense import TorchDense
 
     rng, on, t = np.random.default_rng(), OnCupy(), 0.1
     x, w = (rng.standard_normal(s).astype(DTYPES[dtype]) for s in ((64,), (96, 64)))
     g = np.where(rng.random(96) < 0.3, t, rng.standard_normal(96)).astype(DTYPES[dtype])
     expected = reference.ffn_23(g, x, w, t).astype(np.float32)
-    for dense in (TorchDense(), OwnDense(), CupyDense()):
+    for dense in (TorchDense(), through_ffn_1(), through_cublas()):
         out = on.put(np.full(96, np.nan).astype(DTYPES[dtype]))
         arrays = [dense.adopt(on.put(a)) for a in (g, x, w)]
         try:
-            dense.step_2(*arrays, t, dense.adopt(out))
+            dense.ffn_23(*arrays, t, dense.adopt(out))
         except (TypeError, cupy.cuda.compiler.CompileException):
-            assert isinstance(dense, CupyDense) and dtype == "bfloat16"  # what best_dense() finds out and avoids
+            assert (
+                isinstance(dense, CupyDense) and "cuBLAS" in dense.name and dtype == "bfloat16"
+            )  # what best_dense() finds out and avoids
             continue
         cupy.cuda.Device().synchronize()
         np.testing.assert_allclose(on.get(out).astype(np.float32), expected, rtol=2**-6, atol=2**-8)

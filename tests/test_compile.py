@@ -7,12 +7,15 @@ import io
 import re
 
 import pytest
+from plans import Shape, plan_of
 from test_launch import static_shared_bytes
 
-from prosparse_cupy import _compile, _gpu, launch, models
-from prosparse_cupy._compile import compiler_options, kernel_folder, source
+from prosparse_cupy import compiler, device, launch, models
+from prosparse_cupy.compiler import compiler_options, kernel_folder, source
+from prosparse_cupy.formats import ITEMSIZE
+from prosparse_cupy.problem import Target
 
-compiler = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
+nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHAPES = [(m.d_model, m.d_ff, True) for m in (models.LLAMA_2_7B, models.LLAMA_2_13B, models.MINICPM_S_1B)] + [
@@ -25,7 +28,7 @@ REGISTERS = {"ffn_1": 128, "ffn_123": 128, "ffn_23": 64, "ffn_23 of 12 rows a bl
 def compile_for(plan: launch.Launch, architecture: int, code: str | None = None) -> tuple[bytes, str]:
     """Machine code and the compiler's report."""
     log = io.StringIO()
-    program = compiler._NVRTCProgram(code or source(plan.kernel), f"{plan.kernel}.cu", method="cubin")
+    program = nvrtc._NVRTCProgram(code or source(plan.kernel), f"{plan.kernel}.cu", method="cubin")
     options = (
         *compiler_options(plan),
         f"-arch=sm_{architecture}",
@@ -41,12 +44,12 @@ def _reported(pattern: str, report: str) -> int:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", launch.ITEMSIZE)
+@pytest.mark.parametrize("dtype", ITEMSIZE)
 @pytest.mark.parametrize("kernel", launch.KERNELS)
 def test_no_spills_within_budget(kernel, dtype, architecture):
     for d_model, d_ff, specialize in SHAPES:
-        target = launch.Target(architecture, 132)
-        plan = launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize, target))
+        target = Target(architecture, 132)
+        plan = plan_of(kernel, Shape(d_model, d_ff, dtype, specialize, target))
         code, report = compile_for(plan, architecture)
         assert code
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0
@@ -71,22 +74,21 @@ DIMS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", launch.ITEMSIZE)
-def test_real_models_compile_for_gpus_of_any_size(dtype):
-    """From MIG slices and laptops (16 multiprocessors) to the largest (188), each launch that differs once."""
-    plans = {}
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+@pytest.mark.parametrize("multiprocessors", [16, 28, 188])
+def test_real_models_compile_for_gpus_of_any_size(dtype, multiprocessors):
+    """From MIG slices and laptops to the largest: nothing but one flag of ffn_123 depends on the GPU's size."""
     for d_model, d_ff in DIMS:
-        for multiprocessors in range(16, 189):
-            target = launch.Target(89, multiprocessors)
-            for kernel in ("ffn_123", "ffn_4"):  # the only ones that depend on it
-                plan = launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, target=target))
-                plans.setdefault((kernel, plan.defines), plan)
-    assert len(plans) > 20
-    for plan in plans.values():
-        code, report = compile_for(plan, 89)
-        used = re.search(r"(\d+) bytes smem", report)
-        assert code and (int(used[1]) if used else 0) == static_shared_bytes(plan)
-        assert _reported(r"(\d+) bytes spill stores", report) == 0
+        shape = Shape(d_model, d_ff, dtype, target=Target(89, multiprocessors))
+        for kernel in launch.KERNELS:
+            plan = plan_of(kernel, shape)
+            assert plan == plan_of(kernel, shape._replace(target=Target(89, 132)))
+            if multiprocessors != 28 or kernel not in ("ffn_123", "ffn_4"):
+                continue
+            code, report = compile_for(plan, 89)
+            used = re.search(r"(\d+) bytes smem", report)
+            assert code and (int(used[1]) if used else 0) == static_shared_bytes(plan)
+            assert _reported(r"(\d+) bytes spill stores", report) == 0
 
 
 @pytest.mark.parametrize("architecture", [100, 120])
@@ -96,15 +98,18 @@ def test_real_models_compile_for_gpus_of_any_size(dtype):
     + [(d, n) for d in ("float16", "bfloat16") for n in (3848, 3896, 4016, 4088)],
 )
 def test_rows_that_end_in_a_second_batch_do_not_spill(dtype, d_model, architecture):
-    plan = launch.plan("ffn_23", launch.Shape(d_model, 11008, dtype, target=launch.Target(architecture, 148)))
+    plan = plan_of("ffn_23", Shape(d_model, 11008, dtype, target=Target(architecture, 148)))
     _, report = compile_for(plan, architecture)
     assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0
     assert int(re.search(r"(\d+) bytes smem", report)[1]) == static_shared_bytes(plan)
 
 
 def test_older_architectures_are_refused_by_name():
-    with pytest.raises(compiler.CompileException, match=r"common\.cuh.*compute capability 8\.0"):
-        compile_for(launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16")), 75)
+    with pytest.raises(nvrtc.CompileException, match=r"elements\.cuh.*compute capability 8\.0"):
+        compile_for(plan_of("ffn_4", Shape(64, 64, "bfloat16")), 75)
+
+
+WHOLE = (("ACTIVATION_RELU", None), ("DTYPE_FLOAT32", None), ("LOADS", 8), ("W_UP", "Plain"), ("MIN_BLOCKS", 1), ("TOKENS", 1))
 
 
 @pytest.mark.parametrize(
@@ -117,12 +122,14 @@ def test_older_architectures_are_refused_by_name():
         ("ffn_4", (("DTYPE_FLOAT32", None),), "define LANES, LOADS, EACH and UNIT"),
         ("ffn_1", (("DTYPE_FLOAT32", None),), "define LOADS"),
         ("ffn_1", (("DTYPE_FLOAT32", None), ("LOADS", 3)), "even loads are even in every batch"),
-        ("ffn_23", (("DTYPE_FLOAT32", None), ("LOADS", 8), ("WARPS", 3), ("ROWS", 8)), "warps come in pairs"),
+        ("ffn_23", (*WHOLE, ("WARPS", 3), ("ROWS", 8)), "warps come in pairs"),
+        ("ffn_23", (*WHOLE[:-1], ("WARPS", 8), ("ROWS", 8), ("TOKENS", 2)), "one token so far"),
+        ("ffn_23", (*WHOLE[1:], ("WARPS", 8), ("ROWS", 8)), "define ACTIVATION_RELU"),
     ],
 )
 def test_kernels_refuse_defines_that_make_no_sense(kernel, defines, message):
     plan = launch.Launch(kernel, (1, 1, 1), (32, 1, 1), defines, "PPPii")
-    with pytest.raises(compiler.CompileException, match=message):
+    with pytest.raises(nvrtc.CompileException, match=message):
         compile_for(plan, 90)
 
 
@@ -131,17 +138,17 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch):
 
     class NoCompiler:
         class cuda:
-            compiler = compiler
+            compiler = nvrtc
             Device = staticmethod(lambda index: contextlib.nullcontext())
 
         @staticmethod
         def RawModule(**_):
             raise RuntimeError("Failed to find CUDA headers")
 
-    monkeypatch.setattr(_compile, "cupy", lambda: NoCompiler)
-    monkeypatch.setattr(_compile, "gpu", lambda index: _gpu.Gpu(0, "NVIDIA H100", 90, 132))
-    with pytest.raises(_compile.KernelCompileError) as caught:
-        _compile.Kernel(launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16")), 0)
+    monkeypatch.setattr(compiler, "cupy", lambda: NoCompiler)
+    monkeypatch.setattr(compiler, "gpu", lambda index: device.Gpu(0, "NVIDIA H100", 90, 132))
+    with pytest.raises(compiler.KernelCompileError) as caught:
+        compiler.Kernel(plan_of("ffn_4", Shape(64, 64, "bfloat16")), 0)
     for part in ("ffn_4", "NVIDIA H100 (sm_90)", "-DROW_OPT=64", "Failed to find CUDA headers", "prosparse-cupy doctor"):
         assert part in str(caught.value)
 
@@ -157,9 +164,9 @@ def test_the_source_is_self_contained_and_keeps_its_line_numbers():
 
 
 def _ptx(kernel: str, architecture: int, model: models.Model = models.LLAMA_2_7B) -> str:
-    target = launch.Target(architecture, 132)
-    plan = launch.plan(kernel, launch.Shape(model.d_model, model.d_ff, "bfloat16", target=target))
-    program = compiler._NVRTCProgram(source(kernel), f"{kernel}.cu", method="ptx")
+    target = Target(architecture, 132)
+    plan = plan_of(kernel, Shape(model.d_model, model.d_ff, "bfloat16", target=target))
+    program = nvrtc._NVRTCProgram(source(kernel), f"{kernel}.cu", method="ptx")
     return program.compile((*compiler_options(plan), f"-arch=compute_{architecture}"), None)[0].decode()
 
 

@@ -8,7 +8,7 @@ from checks import DTYPES, bits, gate, poisoned, token, weights
 from gpu_arrays import Exporter, OnCupy
 
 import prosparse_cupy as psc
-from prosparse_cupy._families import _IS_COPIED, _READ_ONLY, _dlpack_flags
+from prosparse_cupy.libraries import _IS_COPIED, _READ_ONLY, _dlpack_flags
 
 on = OnCupy()
 D_MODEL, D_FF, T = 64, 100, 0.25

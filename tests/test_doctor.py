@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 import prosparse_cupy
-from prosparse_cupy import cli, doctor
+from prosparse_cupy import cli
+from prosparse_cupy.cli import doctor
 
 H100 = doctor.GpuFact("NVIDIA H100", 90)
 HEALTHY = doctor.Facts(

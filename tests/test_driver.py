@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from checks import DTYPES, bits, gate, poisoned, token, weights
 from gpu_arrays import OnCupy
+from plans import Shape, plan_of
 
 import prosparse_cupy as psc
-from prosparse_cupy import _compile, _driver, launch, synthetic
+from prosparse_cupy import compiler, driver
+from prosparse_cupy.problem import Target
+from prosparse_cupy.testing import synthetic
 
-PLAN = launch.plan("ffn_23", launch.Shape(4096, 11008, "bfloat16"))
+PLAN = plan_of("ffn_23", Shape(4096, 11008, "bfloat16"))
 ARGUMENTS = (0x7F0000000010, 0x7F0000000020, 0x7F0000000030, 0x7F0000000040, 0.25, 11008, 4096)
-PORTABLE, HOPPER = launch.Target(80, 132), launch.Target(90, 132)
+PORTABLE, HOPPER = Target(80, 132), Target(90, 132)
 
 
 class _FakeDriver:
@@ -48,55 +51,55 @@ class _FakeDriver:
 
 
 @pytest.fixture
-def driver(monkeypatch):
+def noted(monkeypatch):
     fake = _FakeDriver()
-    monkeypatch.setattr(_driver, "cupy", lambda: fake.cupy)
-    monkeypatch.setattr(_driver, "launch_kernel_ex", lambda: fake.launch_kernel_ex)
-    monkeypatch.setattr(_driver, "is_capturing", lambda: fake.captured.__contains__)
-    monkeypatch.setattr(_driver, "lasting_streams", {0, 1})
+    monkeypatch.setattr(driver, "cupy", lambda: fake.cupy)
+    monkeypatch.setattr(driver, "launch_kernel_ex", lambda: fake.launch_kernel_ex)
+    monkeypatch.setattr(driver, "is_capturing", lambda: fake.captured.__contains__)
+    monkeypatch.setattr(driver, "lasting_streams", {0, 1})
     return fake
 
 
-def test_a_programmatic_launch_is_packed_as_the_driver_reads_it(driver):
-    driver.captured.add(0x57)
-    _driver.launcher(0xF00, PLAN, 0)(0x57, *ARGUMENTS)
-    [(function, shape, stream, count, attribute, arguments)] = driver.calls
+def test_a_programmatic_launch_is_packed_as_the_driver_reads_it(noted):
+    noted.captured.add(0x57)
+    driver.launcher(0xF00, PLAN, 0)(0x57, *ARGUMENTS)
+    [(function, shape, stream, count, attribute, arguments)] = noted.calls
     assert (function, shape, stream, count) == (0xF00, (*PLAN.grid, *PLAN.block, 0), 0x57, 1)
     assert struct.unpack("i4xi60x", attribute) == (6, 1)  # PROGRAMMATIC_STREAM_SERIALIZATION, on
     assert arguments == ARGUMENTS
 
 
-def test_streams_that_may_be_destroyed_are_launched_on_plainly(driver):
+def test_streams_that_may_be_destroyed_are_launched_on_plainly(noted):
     """On these the driver lets programmatic launches of two streams wait for each other for ever, see `lasting_streams`."""
-    _driver.lasting_streams.add(0x77)
-    driver.captured.add(0x57)
-    launch_on = _driver.launcher(0xF00, PLAN, 0)
+    driver.lasting_streams.add(0x77)
+    noted.captured.add(0x57)
+    launch_on = driver.launcher(0xF00, PLAN, 0)
     for stream in (0, 1, 2, 0x57, 0x67, 0x77):
         launch_on(stream, *ARGUMENTS)
-    driver.captured.clear()
+    noted.captured.clear()
     launch_on(0x57, *ARGUMENTS)
-    assert [(stream, count) for _, _, stream, count, *_ in driver.calls] == [
+    assert [(stream, count) for _, _, stream, count, *_ in noted.calls] == [
         *[(0, 1), (1, 1), (2, 0), (0x57, 1), (0x67, 0), (0x77, 1)],
         (0x57, 0),
     ]
 
 
 @pytest.mark.parametrize("why", ["the plan", "the driver"])
-def test_a_launch_without_the_attribute_goes_through_cupy(driver, monkeypatch, why):
+def test_a_launch_without_the_attribute_goes_through_cupy(noted, monkeypatch, why):
     plan = PLAN
     if why == "the plan":
-        plan = launch.plan("ffn_23", launch.Shape(4096, 11008, "bfloat16", target=PORTABLE))
-        monkeypatch.setattr(_driver, "launch_kernel_ex", pytest.fail)
+        plan = plan_of("ffn_23", Shape(4096, 11008, "bfloat16", target=PORTABLE))
+        monkeypatch.setattr(driver, "launch_kernel_ex", pytest.fail)
     else:
-        monkeypatch.setattr(_driver, "launch_kernel_ex", lambda: None)
-    _driver.launcher(0xF00, plan, 0)(0x57, *ARGUMENTS)
-    assert driver.calls == [(0xF00, (*plan.grid, *plan.block, 0), 0x57, 0, b"", ARGUMENTS)]
+        monkeypatch.setattr(driver, "launch_kernel_ex", lambda: None)
+    driver.launcher(0xF00, plan, 0)(0x57, *ARGUMENTS)
+    assert noted.calls == [(0xF00, (*plan.grid, *plan.block, 0), 0x57, 0, b"", ARGUMENTS)]
 
 
-def test_the_drivers_refusal_is_an_error(driver):
-    driver.status = 701
-    with pytest.raises(driver.cupy.cuda.driver.CUDADriverError, match="701"):
-        _driver.launcher(0xF00, PLAN, 0)(0, *ARGUMENTS)
+def test_the_drivers_refusal_is_an_error(noted):
+    noted.status = 701
+    with pytest.raises(noted.cupy.cuda.driver.CUDADriverError, match="701"):
+        driver.launcher(0xF00, PLAN, 0)(0, *ARGUMENTS)
 
 
 @pytest.mark.parametrize("missing", [OSError, AttributeError])
@@ -105,7 +108,7 @@ def test_a_driver_without_the_call_is_no_error(monkeypatch, missing):
         raise missing(name)
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert _driver.launch_kernel_ex.__wrapped__() is None
+    assert driver.launch_kernel_ex.__wrapped__() is None
 
 
 # On a GPU
@@ -113,12 +116,12 @@ def test_a_driver_without_the_call_is_no_error(monkeypatch, missing):
 on = OnCupy()
 
 
-def _run(kernel: str, target: launch.Target, arrays: list, scalars: tuple = ()) -> np.ndarray:
+def _run(kernel: str, target: Target, arrays: list, scalars: tuple = ()) -> np.ndarray:
     d_ff, d_model = arrays[-2].shape
-    plan = launch.plan(kernel, launch.Shape(d_model, d_ff, "bfloat16", target=target))
+    plan = plan_of(kernel, Shape(d_model, d_ff, "bfloat16", target=target))
     out = arrays[-1]
     out.view(np.uint8).fill(0xFF)
-    _compile.Kernel(plan, 0)(0, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model)
+    compiler.Kernel(plan, 0)(0, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model)
     return on.get(out)
 
 
@@ -185,7 +188,7 @@ def test_torchs_own_streams_last_and_others_may_not(torch):
     for stream in (own, torch.cuda.ExternalStream(foreign.ptr)):
         with torch.cuda.stream(stream):
             assert psc.ffn_1(x, w).tolist() == [64.0] * 8
-    assert own.cuda_stream in _driver.lasting_streams and foreign.ptr not in _driver.lasting_streams
+    assert own.cuda_stream in driver.lasting_streams and foreign.ptr not in driver.lasting_streams
 
 
 @pytest.mark.gpu
@@ -193,8 +196,8 @@ def test_a_launch_that_the_gpu_cannot_do_is_an_error():
     import cupy
 
     for target in (PORTABLE, HOPPER):
-        plan = launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16", target=target))
-        kernel = _compile.Kernel(dataclasses.replace(plan, block=(4096, 1, 1)), 0)
+        plan = plan_of("ffn_4", Shape(64, 64, "bfloat16", target=target))
+        kernel = compiler.Kernel(dataclasses.replace(plan, block=(4096, 1, 1)), 0)
         w, y = on.put(weights(64, 64, "bfloat16")), on.put(poisoned(64, "bfloat16"))
         with pytest.raises(cupy.cuda.driver.CUDADriverError):
             kernel(0, y.data.ptr, w.data.ptr, y.data.ptr, 64, 64)

@@ -55,7 +55,7 @@ def test_generate_says_what_is_wrong(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = _run("examples/generate.py", "--model", str(tmp_path), "--prompt", "x", "--device", "cpu", fails=True)
     assert (
-        "the config says hidden_act='silu'; gated MLPs with relu or fatrelu" in done.stderr and "Traceback" not in done.stderr
+        "the config says hidden_act='silu': gated FFNs with relu or fatrelu" in done.stderr and "Traceback" not in done.stderr
     )
 
 

@@ -8,7 +8,8 @@ from checks import DTYPES, SMALL, assert_rounded_sum, bits, exact_ffn_23, gate, 
 from gpu_arrays import OnCupy
 
 import prosparse_cupy as psc
-from prosparse_cupy import reference, synthetic
+from prosparse_cupy import reference
+from prosparse_cupy.testing import synthetic
 
 pytestmark = pytest.mark.gpu
 on = OnCupy()

@@ -22,7 +22,8 @@ from checks import (
 from gpu_arrays import OnCupy, OnTorch, exact_mv, large_weights, vendor_mv
 
 import prosparse_cupy as psc
-from prosparse_cupy import reference, synthetic
+from prosparse_cupy import reference
+from prosparse_cupy.testing import synthetic
 
 pytestmark = pytest.mark.gpu
 on = OnCupy()
@@ -135,7 +136,7 @@ def test_integers_match_to_the_bit(dtype):
 
 
 def test_a_new_threshold_does_not_compile():
-    from prosparse_cupy._compile import load
+    from prosparse_cupy.compiler import load
 
     rng = np.random.default_rng()
     g, x, w = (on.put(a) for a in (gate(64, "bfloat16", 0.5, rng), token(32, "bfloat16", rng), weights(64, 32, "bfloat16")))

@@ -21,7 +21,8 @@ from checks import (
 from gpu_arrays import OnCupy, OnTorch, exact_mv, large_weights, vendor_mv
 
 import prosparse_cupy as psc
-from prosparse_cupy import reference, synthetic
+from prosparse_cupy import reference
+from prosparse_cupy.testing import synthetic
 
 pytestmark = pytest.mark.gpu
 on = OnCupy()

@@ -16,8 +16,9 @@ from checks import (
     token,
     weights,
 )
+from plans import Shape, plan_of
 
-from prosparse_cupy import launch, reference
+from prosparse_cupy import reference
 
 # (d_model, d_ff): smallest, below and above a warp's 32 vectors, no multiple of any tile, one more than a pass over a row.
 SHAPES = [(8, 1), (8, 3), (16, 33), (264, 101), (40, 700), (1032, 9)]
@@ -34,7 +35,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 def _run_twice(host, kernel, shape, inputs, out, **options):
     """Under two orders of threads and blocks: the bits must not depend on them."""
-    plan = launch.plan(kernel, shape)
+    plan = plan_of(kernel, shape)
     first, second = (host.run(plan, [*inputs, shape.d_ff, shape.d_model], out, seed=seed, **options) for seed in (1, 2))
     np.testing.assert_array_equal(bits(first), bits(second))
     return first
@@ -46,7 +47,7 @@ def _run_twice(host, kernel, shape, inputs, out, **options):
 def test_ffn_1(host, d_model, d_ff, dtype, specialize):
     rng = np.random.default_rng(d_model * d_ff)
     x, w = token(d_model, dtype, rng), weights(d_ff, d_model, dtype)
-    out = _run_twice(host, "ffn_1", launch.Shape(d_model, d_ff, dtype, specialize), [x, w, None], poisoned(d_ff, dtype))
+    out = _run_twice(host, "ffn_1", Shape(d_model, d_ff, dtype, specialize), [x, w, None], poisoned(d_ff, dtype))
     assert_rounded_sum(out, *exact_ffn_1(x, w), d_model)
 
 
@@ -54,7 +55,7 @@ def test_ffn_1(host, d_model, d_ff, dtype, specialize):
 @dtypes
 @shapes_of_ffn_23
 def test_ffn_23(host, d_model, d_ff, dtype, specialize):
-    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    shape = Shape(d_model, d_ff, dtype, specialize)
     rng = np.random.default_rng(d_model * d_ff)
     for threshold in (0.0, 0.25):
         for sparsity in SPARSITIES:
@@ -73,7 +74,7 @@ def test_dims_as_constants_do_not_change_the_bits_of_a_row(host, d_model, d_ff, 
     x, w, g = token(d_model, dtype, rng), weights(d_ff, d_model, dtype), gate(d_ff, dtype, 0.7, rng, 0.25)
     for kernel, inputs in (("ffn_1", [x, w, None]), ("ffn_123", [x, w, w, None, 0.0]), ("ffn_23", [g, x, w, None, 0.25])):
         one, other = (
-            _run_twice(host, kernel, launch.Shape(d_model, d_ff, dtype, specialize), inputs, poisoned(d_ff, dtype))
+            _run_twice(host, kernel, Shape(d_model, d_ff, dtype, specialize), inputs, poisoned(d_ff, dtype))
             for specialize in (True, False)
         )
         np.testing.assert_array_equal(bits(one), bits(other))
@@ -84,7 +85,7 @@ def test_dims_as_constants_do_not_change_the_bits_of_a_row(host, d_model, d_ff, 
 @pytest.mark.parametrize(("d_model", "d_ff"), SHARED_ROWS)
 def test_a_row_of_ffn_23_has_the_same_bits_whatever_else_is_active(host, d_model, d_ff, dtype, specialize):
     """One, four and all rows of a block: read by two warps each, or by one."""
-    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    shape = Shape(d_model, d_ff, dtype, specialize)
     rng = np.random.default_rng(d_model * d_ff)
     x, w, g = token(d_model, dtype, rng), weights(d_ff, d_model, dtype), np.abs(token(d_ff, dtype, rng)) + DTYPES[dtype].type(1)
     every = _run_twice(host, "ffn_23", shape, [g, x, w, None, 0.0], poisoned(d_ff, dtype))
@@ -99,7 +100,7 @@ def test_a_row_of_ffn_23_has_the_same_bits_whatever_else_is_active(host, d_model
 @dtypes
 @shapes_of_ffn_23
 def test_ffn_123_is_ffn_1_and_ffn_23_to_the_bit(host, d_model, d_ff, dtype, specialize):
-    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    shape = Shape(d_model, d_ff, dtype, specialize)
     rng = np.random.default_rng(d_model * d_ff)
     x, w_gate, w_up = token(d_model, dtype, rng), weights(d_ff, d_model, dtype), weights(d_ff, d_model, dtype, seed=1).copy()
     g = _run_twice(host, "ffn_1", shape, [x, w_gate, None], poisoned(d_ff, dtype))
@@ -115,7 +116,7 @@ def test_ffn_123_is_ffn_1_and_ffn_23_to_the_bit(host, d_model, d_ff, dtype, spec
 @dtypes
 @pytest.mark.parametrize(("d_model", "d_ff"), SHAPES_OF_FFN_4)
 def test_ffn_4(host, d_model, d_ff, dtype, specialize):
-    shape = launch.Shape(d_model, d_ff, dtype, specialize)
+    shape = Shape(d_model, d_ff, dtype, specialize)
     rng = np.random.default_rng(d_model * d_ff)
     for sparsity in SPARSITIES:
         w = weights(d_ff, d_model, dtype).copy()
@@ -125,6 +126,30 @@ def test_ffn_4(host, d_model, d_ff, dtype, specialize):
         assert_rounded_sum(out, *exact_ffn_4(x1, w), d_ff)
 
 
+@dtypes
+@pytest.mark.parametrize(("d_model", "d_ff"), [(40, 700), (264, 1101)])
+def test_dims_as_constants_do_not_change_the_bits_of_ffn_4(host, d_model, d_ff, dtype):
+    rng = np.random.default_rng(d_model * d_ff)
+    w, x1 = weights(d_ff, d_model, dtype), reference.fatrelu(gate(d_ff, dtype, 0.7, rng)) * token(d_ff, dtype, rng)
+    one, other = (
+        _run_twice(host, "ffn_4", Shape(d_model, d_ff, dtype, specialize), [x1, w, None], poisoned(d_model, dtype))
+        for specialize in (True, False)
+    )
+    np.testing.assert_array_equal(bits(one), bits(other))
+
+
+@both
+@pytest.mark.parametrize("tokens", [2, 3, 8])
+def test_a_token_of_ffn_1_has_the_bits_that_it_has_alone(host, tokens, specialize):
+    """The kernel takes several tokens, as no operator does yet."""
+    shape, rng = Shape(264, 37, "bfloat16", specialize), np.random.default_rng(tokens)
+    w, x = weights(37, 264, "bfloat16"), np.stack([token(264, "bfloat16", rng) for _ in range(tokens)])
+    plan = plan_of("ffn_1", shape, tokens=tokens)
+    together = host.run(plan, [x, w, None, 37, 264], poisoned((tokens, 37), "bfloat16"))
+    alone = [_run_twice(host, "ffn_1", shape, [row, w, None], poisoned(37, "bfloat16")) for row in x]
+    np.testing.assert_array_equal(bits(together), bits(np.stack(alone)))
+
+
 @both
 def test_ffn_4_lists_more_rows_than_a_tile(host, specialize):
     """More rows than the kernel lists at a time: the list is written twice and must not be overwritten too early."""
@@ -132,7 +157,7 @@ def test_ffn_4_lists_more_rows_than_a_tile(host, specialize):
     rng = np.random.default_rng(0)
     w, x1 = weights(d_ff, d_model, dtype), token(d_ff, dtype, rng) * (rng.random(d_ff) < 0.02)
     out = _run_twice(
-        host, "ffn_4", launch.Shape(d_model, d_ff, dtype, specialize), [x1.astype(w.dtype), w, None], poisoned(d_model, dtype)
+        host, "ffn_4", Shape(d_model, d_ff, dtype, specialize), [x1.astype(w.dtype), w, None], poisoned(d_model, dtype)
     )
     assert_rounded_sum(out, *exact_ffn_4(x1.astype(w.dtype), w), d_ff)
 
@@ -142,9 +167,7 @@ def test_ffn_4_lists_more_rows_than_a_tile(host, specialize):
 @shapes
 def test_pack_down(host, d_model, d_ff, dtype, specialize):
     w = weights(d_model, d_ff, dtype)
-    out = _run_twice(
-        host, "pack_down", launch.Shape(d_model, d_ff, dtype, specialize), [w, None], poisoned((d_ff, d_model), dtype)
-    )
+    out = _run_twice(host, "pack_down", Shape(d_model, d_ff, dtype, specialize), [w, None], poisoned((d_ff, d_model), dtype))
     np.testing.assert_array_equal(bits(out), bits(w.T))
 
 
@@ -159,7 +182,7 @@ def test_special_values(host, dtype):
     x, w = np.ones(d_model, DTYPES[dtype]), np.ones((len(g), d_model), DTYPES[dtype])
     for threshold in (0.0, 0.25):
         for specialize in (True, False):  # a row a warp, and warps that share rows
-            shape = launch.Shape(d_model, len(g), dtype, specialize)
+            shape = Shape(d_model, len(g), dtype, specialize)
             out = _run_twice(host, "ffn_23", shape, [g, x, w, None, threshold], poisoned(len(g), dtype))
             np.testing.assert_array_equal(out.astype(np.float32), reference.ffn_23(g, x, w, threshold).astype(np.float32))
 
@@ -178,7 +201,7 @@ def test_conversions_round_to_nearest_even(host, dtype):
         w = np.zeros((len(g), 8), DTYPES[dtype])
         w[:, 0] = np.float32(1 + 2**-7)
         out = host.run(
-            launch.plan("ffn_23", launch.Shape(8, len(g), dtype)),
+            plan_of("ffn_23", Shape(8, len(g), dtype)),
             [g, x, w, None, 0.0, len(g), 8],
             poisoned(len(g), dtype),
         )

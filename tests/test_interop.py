@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from checks import DTYPES, bits, gate, poisoned, token, weights
 from gpu_arrays import Exporter, OnCupy, OnTorch
+from plans import Shape, plan_of
 
 import prosparse_cupy as psc
-from prosparse_cupy import reference, synthetic
+from prosparse_cupy import reference
+from prosparse_cupy.testing import synthetic
 
 pytestmark = pytest.mark.gpu
 D_MODEL, D_FF, T = 512, 1000, 0.25
@@ -289,12 +291,12 @@ def test_warmup_makes_a_capture_possible():
 
 
 def test_a_kernel_that_does_not_compile_says_everything(monkeypatch):
-    from prosparse_cupy import _compile, launch
+    from prosparse_cupy import compiler
 
-    monkeypatch.setattr(_compile, "source", lambda kernel: f'extern "C" __global__ void {kernel}() {{ no_such_thing(); }}')
-    plan = launch.plan("ffn_4", launch.Shape(64, 64, "bfloat16"))
+    monkeypatch.setattr(compiler, "source", lambda kernel: f'extern "C" __global__ void {kernel}() {{ no_such_thing(); }}')
+    plan = plan_of("ffn_4", Shape(64, 64, "bfloat16"))
     with pytest.raises(psc.KernelCompileError) as caught:
-        _compile.Kernel(plan, 0)
+        compiler.Kernel(plan, 0)
     message = str(caught.value)
     assert all(word in message for word in ("ffn_4", "NVRTC", "sm_", "-DROW_OPT=64", "no_such_thing", "undefined"))
 
@@ -302,9 +304,9 @@ def test_a_kernel_that_does_not_compile_says_everything(monkeypatch):
 def test_gpus_older_than_ampere_are_refused_by_name(monkeypatch):
     import cupy
 
-    from prosparse_cupy import _gpu
+    from prosparse_cupy import device
 
     old = {"name": b"Tesla T4", "major": 7, "minor": 5}
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda index: old)
     with pytest.raises(psc.UnsupportedGPUError, match=r"Tesla T4, has compute capability 7\.5; the kernels need 8\.0"):
-        _gpu.gpu.__wrapped__(0)
+        device.gpu.__wrapped__(0)

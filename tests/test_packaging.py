@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = {"common.cuh", "row_dot.cuh", "ffn_1.cu", "ffn_123.cu", "ffn_23.cu", "ffn_4.cu", "pack_down.cu"}
+HEADERS = {"activation", "elements", "memory", "plain", "programmatic", "row_dot", "warp"}
+KERNELS = {*(f"{name}.cuh" for name in HEADERS), "ffn_1.cu", "ffn_123.cu", "ffn_23.cu", "ffn_4.cu", "pack_down.cu"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree")
 
@@ -58,7 +59,7 @@ def test_sdist_has_what_a_build_and_the_tests_need(built):
 def _found_kernels(path: Path, workdir: Path) -> Path:
     """Where a Python that sees the package at `path` finds the kernels, from a folder that is not the checkout."""
     code = (
-        "from prosparse_cupy._compile import kernel_folder, source; print(kernel_folder()); assert 'ffn_4' in source('ffn_4')"
+        "from prosparse_cupy.compiler import kernel_folder, source; print(kernel_folder()); assert 'ffn_4' in source('ffn_4')"
     )
     environment = {**os.environ, "PYTHONPATH": str(path)}
     return Path(_run(sys.executable, "-c", code, cwd=workdir, env=environment).strip())
@@ -95,7 +96,7 @@ def test_an_editable_install_finds_the_checkouts_kernels(tmp_path):
     # -S leaves out the environment's own packages; the editable install's come first, then those with NumPy.
     code = (
         f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({str(Path(np.__file__).parent.parent)!r})\n"
-        "import prosparse_cupy; from prosparse_cupy._compile import kernel_folder\n"
+        "import prosparse_cupy; from prosparse_cupy.compiler import kernel_folder\n"
         "print(prosparse_cupy.__file__); print(kernel_folder())"
     )
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -104,8 +105,8 @@ def test_an_editable_install_finds_the_checkouts_kernels(tmp_path):
 
 
 def test_a_broken_installation_says_so(monkeypatch, tmp_path):
-    from prosparse_cupy import _compile
+    from prosparse_cupy import compiler
 
-    monkeypatch.setattr(_compile, "_PACKAGE", tmp_path / "prosparse_cupy")
+    monkeypatch.setattr(compiler, "_PACKAGE", tmp_path / "prosparse_cupy")
     with pytest.raises(FileNotFoundError, match=r"no kernels found in .*reinstall prosparse-cupy"):
-        _compile.kernel_folder()
+        compiler.kernel_folder()

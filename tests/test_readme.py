@@ -1,70 +1,65 @@
-"""The README's Python examples run as they stand."""
+"""The README: short, its examples run as they stand, and its sentences tell the stored numbers."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from types import SimpleNamespace
+import json
 
 import numpy as np
 import pytest
-from checks import DTYPES, assert_no_worse_than_vendor, weights
-from gpu_arrays import OnTorch
+from pages import ROOT, python_blocks
 
 from prosparse_cupy import reference
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs the source tree")
 
 
-def _examples() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def test_it_is_short_and_has_two_examples():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    whole_model, one_layer = python_blocks(README)
+    assert "patch_model(model" in whole_model.code and "import cupy as xp" in one_layer.code
 
 
-def test_there_are_three_examples():
-    with_cupy, with_torch, with_transformers = _examples()
-    assert "import cupy" in with_cupy and "import torch" in with_torch and "patch_model(model)" in with_transformers
-    for code in (with_cupy, with_torch, with_transformers):
-        compile(code, "README.md", "exec")
-
-
-@pytest.mark.gpu
-def test_first_call_with_cupy():
-    names: dict = {}
-    exec(_examples()[0], names)
-    y, x = names["y"].get(), names["x"].get()
-    w_gate, w_up, w_down = (names[name].get() for name in ("w_gate", "w_up", "w_down"))
-    assert y.shape == (4096,) and y.dtype == DTYPES["bfloat16"]
-    expected = reference.sparse_ffn(x, w_gate, w_up, np.ascontiguousarray(w_down.T), 0.01).astype(np.float64)
-    assert np.linalg.norm(y.astype(np.float64) - expected) <= 2**-7 * np.linalg.norm(expected)
-
-
-@pytest.mark.gpu
-def test_first_call_with_torch(torch):
-    to = OnTorch()
-    w_gate, w_up = (to.put(weights(1024, 4096, "bfloat16", seed)) for seed in range(2))
-    w_down = to.put(weights(4096, 1024, "bfloat16"))
-    proj = {
-        name: SimpleNamespace(weight=torch.nn.Parameter(w)) for name, w in (("gate", w_gate), ("up", w_up), ("down", w_down))
-    }
-    mlp = SimpleNamespace(**{f"{name}_proj": value for name, value in proj.items()})
-    names: dict = {"model": SimpleNamespace(model=SimpleNamespace(layers=[SimpleNamespace(mlp=mlp)]))}
-    exec(_examples()[1], names)
-    x = names["x"]
-    gate = torch.mv(w_gate, x)
-    dense = torch.mv(w_down, torch.where(gate >= 0.01, gate, 0) * torch.mv(w_up, x))
-    s = torch.where(gate >= 0.01, gate, 0).double()
-    exact = w_down.double() @ (s * (w_up.double() @ x.double())).to(x.dtype).double()
-    assert_no_worse_than_vendor(to.get(names["y"]), to.get(dense), exact.cpu().numpy())
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_one_line_patch(device, capsys, request):
+def test_whole_model(capsys, monkeypatch):
     pytest.importorskip("transformers", reason='the extra "hf" brings it')
-    if device == "cuda":
-        request.getfixturevalue("torch")
-    names: dict = {"folder": Path(__file__).parent / "data" / "relu-lm"}
-    exec(_examples()[2].replace('"cuda"', repr(device)), names)
-    assert "4 of 4 gated MLPs decode sparsely" in capsys.readouterr().out
-    ids = names["torch"].tensor([[*b"import "]], device=device)
-    assert names["model"].generate(ids, max_new_tokens=5, do_sample=False).shape == (1, 12)
+    monkeypatch.chdir(ROOT)
+    python_blocks(README)[0].run({})
+    printed = capsys.readouterr().out
+    assert "4 of 4 gated MLPs decode sparsely" in printed and "def main" in printed
+
+
+@pytest.mark.parametrize("library", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def test_one_layer(library):
+    block, names = python_blocks(README)[1], {}
+    block._replace(code=block.code.replace("import cupy as xp", f"import {library} as xp")).run(names)
+    y, x, *weights = (getattr(names[n], "get", lambda n=n: names[n])() for n in ("y", "x", "w_gate", "w_up", "w_down"))
+    expected = reference.sparse_ffn(x, *weights[:2], reference.pack_down(weights[2]), 0.01).astype(np.float64)
+    assert y.shape == (1536,) and y.dtype == np.float16
+    assert np.linalg.norm(y.astype(np.float64) - expected) <= 2**-9 * np.linalg.norm(expected)
+
+
+def _row(file: str, **wanted):
+    rows = json.loads((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"))["rows"]
+    (row,) = (row for row in rows if all(row[name] == value for name, value in wanted.items()))
+    return row
+
+
+def _sentences() -> list[str]:
+    """What the README's sentences say of the stored results."""
+    as_it_is, compiled = (
+        _row("h100-decode.json", model="7B", variant=how, context=512) for how in ("CUDA graph", "compiled, CUDA graph")
+    )
+    eager = [_row("h100-decode.json", model=model, variant="generate()")["speedup"] for model in ("7B", "13B")]
+    ffn = _row("h100-sweep.json", op="SparseFFN", model="7B", dtype="bfloat16", mask="hot", sparsity=0.66)
+    return [
+        f"from {as_it_is['dense_tokens_per_s']:.1f} to {as_it_is['tokens_per_s']:.1f} tokens per second in a CUDA graph",
+        f"from {compiled['dense_tokens_per_s']:.1f} to {compiled['tokens_per_s']:.1f} where `torch.compile`",
+        f"the gain was {eager[0]:.2f}x at 7B and {eager[1]:.2f}x at 13B",
+        f"at 66 % one 7B FFN takes {ffn['time_us']:.1f} µs, {ffn['speedup']:.1f}x",
+    ]
+
+
+def test_sentences_tell_the_stored_numbers():
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    for sentence in _sentences():
+        assert sentence in text

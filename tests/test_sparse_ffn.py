@@ -11,7 +11,8 @@ from checks import DTYPES, assert_no_worse_than_vendor, bits, poisoned, token
 from gpu_arrays import OnCupy, OnTorch, large_weights, vendor_mv
 
 import prosparse_cupy as psc
-from prosparse_cupy import reference, synthetic
+from prosparse_cupy import reference
+from prosparse_cupy.testing import synthetic
 
 on = OnCupy()
 SHAPES = [(4096, 11008), (5120, 13824), (1536, 3840), (4104, 1007), (264, 101)]
@@ -77,7 +78,7 @@ def test_a_second_shape_after_the_first():
     """Arrays of another shape specialise by themselves, and a smaller FFN's scratch does not serve a larger one."""
     import cupy
 
-    from prosparse_cupy._compile import load
+    from prosparse_cupy.compiler import load
 
     shapes = [(256, 1000), (512, 11008), (640, 13824), (512, 11008), (256, 1000), (256, 60000)]
     layers = {shape: _layer(*shape, "bfloat16", 0.9, seed=shape[1]) for shape in set(shapes)}

@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torch_devices import DEVICES  # noqa: E402
 
+from prosparse_cupy.formula import largest_inactive  # noqa: E402
 from prosparse_cupy.torch import FATReLU, SparseGatedMLP  # noqa: E402
-from prosparse_cupy.torch.activation import largest_below  # noqa: E402
 from prosparse_cupy.torch.mlp import PROJECTIONS, pack, unpack  # noqa: E402
 from prosparse_cupy.torch.ops import as_numpy  # noqa: E402
 
@@ -69,7 +69,7 @@ def test_fatrelu_agrees_with_the_reference_near_its_threshold():
             x = np.concatenate([np.nextafter(near, dtype(0)), near, np.nextafter(near, dtype(9))])
             ours = FATReLU(threshold)(torch.from_numpy(x)).numpy()
             np.testing.assert_array_equal(ours, reference.fatrelu(x, threshold))
-            assert largest_below(threshold, np.dtype(dtype)) < np.float32(threshold)
+            assert largest_inactive(threshold, np.dtype(dtype)) < np.float32(threshold)
 
 
 def test_fatrelu_without_or_with_a_bad_threshold():

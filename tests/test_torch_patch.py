@@ -172,7 +172,7 @@ def test_what_is_not_relu_is_refused(activation):
     model = _model(hidden_act=activation)
     for threshold in (None, 0.01):
         with pytest.raises(
-            ValueError, match=rf"layers.0.mlp: the config says hidden_act='{activation}'; gated MLPs with relu or"
+            ValueError, match=rf"layers.0.mlp: the config says hidden_act='{activation}': gated FFNs with relu or"
         ):
             patch_model(model, threshold)
     assert _unchanged(model)

@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 from torch_devices import DEVICES  # noqa: E402
 
 import prosparse_cupy.torch  # noqa: E402  registers the ops
-from prosparse_cupy._families import family_of  # noqa: E402
+from prosparse_cupy.libraries import family_of  # noqa: E402
 
 D_MODEL, D_FF = 16, 24
 

@@ -18,7 +18,8 @@ from checks import DTYPES, bits, poisoned, token
 from gpu_arrays import OnCupy, OnTorch
 
 import prosparse_cupy as psc
-from prosparse_cupy import _workspace, synthetic
+from prosparse_cupy import workspace
+from prosparse_cupy.testing import synthetic
 
 KIB = 1024
 
@@ -85,25 +86,25 @@ def cuda(monkeypatch):
         cuda=cuda,
         get_default_memory_pool=lambda: pool,
     )
-    monkeypatch.setattr(_workspace, "cupy", lambda: cupy)
-    driver = SimpleNamespace(
+    monkeypatch.setattr(workspace, "cupy", lambda: cupy)
+    fake = SimpleNamespace(
         stream_id=lambda stream: runtime.ids.get(stream, stream),
         DestructionMark=lambda stream: _Mark(runtime),
         allowed_during_captures=contextlib.nullcontext,
         is_capturing=lambda: runtime.streamIsCapturing,
     )
-    monkeypatch.setattr(_workspace, "_driver", driver)
+    monkeypatch.setattr(workspace, "driver", fake)
     monkeypatch.setitem(sys.modules, "torch", None)
     for name in ("_homes", "_graphs", "_passing", "_idle"):
-        monkeypatch.setattr(_workspace, name, copy.copy(getattr(_workspace, name)))
-        getattr(_workspace, name).clear()
-    runtime.driver = driver
+        monkeypatch.setattr(workspace, name, copy.copy(getattr(workspace, name)))
+        getattr(workspace, name).clear()
+    runtime.driver = fake
     return runtime
 
 
 def _use(stream: int, nbytes: int = 4 * KIB, device: int = 0) -> int:
     """The address that a call on `stream` gets, given back."""
-    address, home = _workspace.take(stream, device, nbytes)
+    address, home = workspace.take(stream, device, nbytes)
     home.append(address)
     return address
 
@@ -121,7 +122,7 @@ def test_what_differs_does_not_share(cuda):
 
 
 def test_calls_at_the_same_time_do_not_share(cuda):
-    taken = [_workspace.take(0, 0, 4 * KIB) for _ in range(3)]
+    taken = [workspace.take(0, 0, 4 * KIB) for _ in range(3)]
     assert len({address for address, _ in taken}) == 3
     for address, home in taken:
         home.append(address)
@@ -161,12 +162,12 @@ def test_a_graph_that_cannot_own_is_an_error_and_loses_nothing(cuda):
     cuda.driver.DestructionMark = refuse
     for _ in range(3):
         with pytest.raises(RuntimeError, match="no user objects"):
-            _workspace.take(7, 0, 4 * KIB)
-    assert cuda.allocated == [4 * KIB] and not _workspace._graphs
+            workspace.take(7, 0, 4 * KIB)
+    assert cuda.allocated == [4 * KIB] and not workspace._graphs
 
 
 def test_streams_beyond_the_first_share_what_is_certainly_free(cuda, monkeypatch):
-    monkeypatch.setattr(_workspace, "_MOST_HOMES", 3)
+    monkeypatch.setattr(workspace, "_MOST_HOMES", 3)
     own = [_use(stream) for stream in (7, 8, 9)]
     assert cuda.events == []
     first = _use(10)
@@ -193,8 +194,8 @@ def test_out_of_memory(cuda):
 
 
 def test_sizes_are_few():
-    sizes = {_workspace.size_class(n) for n in range(1, 300_000)}
-    assert len(sizes) == 8 and all(_workspace.size_class(n) >= n for n in (1, 4096, 4097, 22016, 240_000))
+    sizes = {workspace.size_class(n) for n in range(1, 300_000)}
+    assert len(sizes) == 8 and all(workspace.size_class(n) >= n for n in (1, 4096, 4097, 22016, 240_000))
 
 
 # On a GPU
@@ -439,7 +440,7 @@ def test_graphs_made_and_dropped_leave_nothing(library, by, torch):
         del replay
         gc.collect()
         time.sleep(0.01)  # the driver tells in a thread of its own
-        owned.append(len(_workspace._graphs) + sum(map(len, _workspace._idle.values())))
+        owned.append(len(workspace._graphs) + sum(map(len, workspace._idle.values())))
     assert owned[-1] <= owned[9] + 4, owned
     np.testing.assert_array_equal(bits((to if library == "torch" else on).get(out)), bits(expected))
 
@@ -510,8 +511,8 @@ def test_more_streams_than_have_scratch_of_their_own(monkeypatch):
     """Each with launches in flight when it is destroyed, and beside a capture, which asking for an event must not break."""
     import cupy
 
-    monkeypatch.setattr(_workspace, "_homes", {})
-    monkeypatch.setattr(_workspace, "_MOST_HOMES", 4)
+    monkeypatch.setattr(workspace, "_homes", {})
+    monkeypatch.setattr(workspace, "_MOST_HOMES", 4)
     layers = [_layer(seed, 11008) for seed in range(3)]
     outs = [on.put(poisoned(D_MODEL, "bfloat16")) for _ in range(24)]
     captured, capturing = on.put(poisoned(D_MODEL, "bfloat16")), cupy.cuda.Stream(non_blocking=True)
@@ -529,4 +530,4 @@ def test_more_streams_than_have_scratch_of_their_own(monkeypatch):
     for i, out in enumerate(outs):
         np.testing.assert_array_equal(bits(on.get(out)), bits(layers[i % 3][1]))
     np.testing.assert_array_equal(bits(on.get(captured)), bits(layers[0][1]))
-    assert _workspace._passing[0, _workspace.size_class(2 * 11008)] and len(_workspace._homes) <= 5
+    assert workspace._passing[0, workspace.size_class(2 * 11008)] and len(workspace._homes) <= 5

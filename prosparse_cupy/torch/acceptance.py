@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..formula import Formula
+from ..numerics import within_contract
 from .activation import FATReLU
 from .mlp import PROJECTIONS, SparseGatedMLP
 
@@ -48,7 +50,9 @@ def why_another_formula(mlp: nn.Module, threshold: float) -> str:
     for gate, difference, size in zip(gates, differences.tolist(), found[0].double().norm(dim=1).tolist(), strict=True):
         if not difference <= _LARGEST_DIFFERENCE * size:
             share = difference / size if size else float("inf")
-            return f"its output differs from that of {_name(threshold)} by {share:.2g} of its norm, with gates of size {gate:g}"
+            return (
+                f"its output differs from that of {Formula(threshold)} by {share:.2g} of its norm, with gates of size {gate:g}"
+            )
     return ""
 
 
@@ -88,14 +92,14 @@ def _compare(what: str, output: Tensor, x: Tensor, weights: tuple[Tensor, ...], 
     if not bool(usable.any()):
         return "its output is not finite on random inputs: are its weights?"
     errors = (output.double() - exact).norm(dim=1)
-    allowed = 2 * (dense.double() - exact).norm(dim=1) + torch.finfo(x.dtype).eps * exact.norm(dim=1)
-    for scale, usable_, error, most, size in zip(
-        _SCALES, usable.tolist(), errors.tolist(), allowed.tolist(), exact.norm(dim=1).tolist(), strict=True
+    dense_errors, epsilon = (dense.double() - exact).norm(dim=1), torch.finfo(x.dtype).eps
+    for scale, usable_, error, dense_error, size in zip(
+        _SCALES, usable.tolist(), errors.tolist(), dense_errors.tolist(), exact.norm(dim=1).tolist(), strict=True
     ):
-        if usable_ and not error <= most:
+        if usable_ and not within_contract(error, dense_error, epsilon, size):
             share = error / size if size else float("inf")
             return (
-                f"its {what} differs from that of {_name(threshold)} by {share:.2g} of its norm, at inputs of scale {scale:g}"
+                f"its {what} differs from that of {Formula(threshold)} by {share:.2g} of its norm, at inputs of scale {scale:g}"
             )
     return ""
 
@@ -104,10 +108,6 @@ def _lacks_threshold(mlp: nn.Module) -> bool:
     """Whether `mlp` cannot run, since its FATReLU was made for a config that names no threshold."""
     activation = getattr(mlp, "act_fn", None)
     return isinstance(activation, FATReLU) and activation.threshold is None
-
-
-def _name(threshold: float) -> str:
-    return f"fatrelu({threshold:g})" if threshold else "relu"
 
 
 def _dense(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, threshold: float) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._buffers import check_threshold
+from ..formula import check_threshold, largest_inactive
 
 _DTYPES = {
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
@@ -46,7 +46,7 @@ class FATReLU(nn.Module):
     @threshold.setter
     def threshold(self, threshold: float) -> None:
         self._threshold = check_threshold("FATReLU", threshold)
-        self._below = {dtype: largest_below(self._threshold, numpy_dtype) for dtype, numpy_dtype in _DTYPES.items()}
+        self._below = {dtype: largest_inactive(self._threshold, numpy_dtype) for dtype, numpy_dtype in _DTYPES.items()}
 
     def forward(self, x: Tensor) -> Tensor:
         if self._threshold is None:
@@ -55,17 +55,6 @@ class FATReLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"threshold={self._threshold}"
-
-
-def largest_below(threshold: float, dtype: np.dtype) -> float:
-    """The largest number of `dtype` below T as float32: torch's `threshold` keeps what is greater, FATReLU what is equal."""
-    if threshold == 0.0:
-        return 0.0
-    wanted = np.float32(threshold)
-    kept = wanted.astype(dtype)
-    if kept < wanted:
-        kept = np.nextafter(kept, np.array(np.inf, dtype))
-    return float(np.nextafter(kept, np.zeros((), dtype)))
 
 
 _registered = False

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import ops
-from ..launch import VECTOR_BYTES
+from ..ffn import sparse_ffn
+from ..formats import ITEMSIZE, VECTOR_BYTES
 from .activation import FATReLU
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in ITEMSIZE)
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -100,7 +100,7 @@ class SparseGatedMLP(nn.Module):
         token, w_down_t, threshold = x.flatten(), w_down.mT, self._modules["act_fn"].threshold
         if self.counts is None and x.is_cuda and not _is_watched():
             try:
-                return ops.sparse_ffn(token, w_gate, w_up, w_down_t, threshold).view_as(x)  # the dispatcher costs 8 µs
+                return sparse_ffn(token, w_gate, w_up, w_down_t, threshold).view_as(x)  # the dispatcher costs 8 µs
             except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
                 return None
         if not _is_taken(token, w_gate, w_up, w_down_t):
@@ -163,7 +163,7 @@ def _is_recorded(x: Tensor, weights: list[Tensor]) -> bool:
 def _is_taken(token: Tensor, *weights: Tensor) -> bool:
     """Whether `torch.ops.prosparse` takes a token with these (d_ff, d_model) weights."""
     dtype, device, shape = token.dtype, token.get_device(), weights[0].shape
-    if dtype not in _DTYPES or token.shape[-1] != shape[-1] or token.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
+    if dtype not in DTYPES or token.shape[-1] != shape[-1] or token.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
         return False
     if not token.is_contiguous():
         return False

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from .._buffers import Signature
-from ..ops import FFN_1, FFN_4, FFN_23, FFN_123, SPARSE_FFN
+from .. import ffn, ops
+from ..arguments import Signature
+from ..ffn import SPARSE_FFN
+from ..ops import FFN_1, FFN_4, FFN_23, FFN_123
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
 _WITH_THRESHOLD = ("ffn_123", "ffn_23", "sparse_ffn")
@@ -31,7 +32,7 @@ def _register(name: str) -> None:
     threshold = ", float threshold=0.0" if name in _WITH_THRESHOLD else ""
     _LIBRARY.define(f"{name}({inputs}{threshold}) -> Tensor", tags=_TAGS)
     _LIBRARY.define(f"{name}.out({inputs}{threshold}, *, Tensor(a!) out) -> ()", tags=_TAGS)
-    operator = getattr(ops, name)
+    operator = getattr(ffn if name == "sparse_ffn" else ops, name)
     for key, run in (("CUDA", operator), ("CPU", _on_host(operator))):
         call = _refusing_grad(name, run)
         _LIBRARY.impl(name, call, key)

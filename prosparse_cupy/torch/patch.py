@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .._buffers import check_threshold
-from ..launch import VECTOR_BYTES
+from ..formats import VECTOR_BYTES
+from ..formula import FATRELU, RELU, UnsupportedFormula, check_threshold, formula_of
 from ._text import table
 from .acceptance import why_another_formula, why_outside_the_contract
 from .activation import FATReLU
-from .mlp import PROJECTIONS, SparseGatedMLP, does_more, unpack
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from .mlp import DTYPES, PROJECTIONS, SparseGatedMLP, does_more, unpack
 
 
 @dataclass(frozen=True)
@@ -139,28 +137,22 @@ def _own_threshold(model: nn.Module, name: str, mlp: nn.Module, given: float | N
     activation, own = getattr(config, "hidden_act", None), getattr(mlp, "act_fn", None)
     said = f"the config says hidden_act={activation!r}"
     if activation is None:
-        activation = {nn.ReLU: "relu", FATReLU: "fatrelu"}.get(type(own), type(own).__name__)
+        activation = {nn.ReLU: RELU, FATReLU: FATRELU}.get(type(own), type(own).__name__)
         said = (
             f"the config has no hidden_act, and act_fn is a {activation}" if own is not None else "nothing names the activation"
         )
-    if activation not in ("relu", "fatrelu"):
-        raise ValueError(
-            f"patch_model: {name}: {said}; gated MLPs with relu or fatrelu are what this version decodes sparsely; nothing was "
-            "changed"
-        )
-    if activation == "relu":
-        return 0.0
-    threshold = own.threshold if isinstance(own, FATReLU) else None
-    if threshold is None:
-        threshold = getattr(config, "hidden_act_param", None)
-    if threshold is None:
-        threshold = given
-    if threshold is None:
+    parameter = (
+        own.threshold if isinstance(own, FATReLU) and own.threshold is not None else getattr(config, "hidden_act_param", None)
+    )
+    if parameter is None and activation == FATRELU and given is None:
         raise ValueError(
             f"patch_model: {name}: {said}, but the config has no hidden_act_param, its threshold: pass "
             "patch_model(model, threshold=T); nothing was changed"
         )
-    return check_threshold("patch_model", threshold)
+    try:
+        return formula_of(activation, given if parameter is None else parameter).threshold
+    except UnsupportedFormula as error:
+        raise ValueError(f"patch_model: {name}: {said}: {error}; nothing was changed") from None
 
 
 def _why_dense(mlp: nn.Module) -> str:
@@ -171,7 +163,7 @@ def _why_dense(mlp: nn.Module) -> str:
             return f"{name} is a {type(linear).__module__}.{type(linear).__qualname__}, not a torch.nn.Linear itself"
         if linear.bias is not None:
             return f"{name} has a bias"
-        if type(linear.weight.data) is not torch.Tensor or linear.weight.dtype not in _DTYPES:
+        if type(linear.weight.data) is not torch.Tensor or linear.weight.dtype not in DTYPES:
             return (
                 f"{name} is {linear.weight.dtype} in a {type(linear.weight.data).__name__}: bfloat16, float16 or float32 needed"
             )

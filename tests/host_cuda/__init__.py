@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prosparse_cupy._compile import source
+from prosparse_cupy.compiler import source
 from prosparse_cupy.launch import Launch
 
 _HERE = Path(__file__).resolve().parent
@@ -74,10 +74,6 @@ class HostKernels:
 
         `inputs` are the kernel's arguments in order, with None where `out` goes; `code` replaces the shipped source.
         """
-        if launch.shared_bytes:
-            raise HostRunError(
-                f"{launch.kernel}: {launch.shared_bytes} bytes of dynamic shared memory, which the host build has not"
-            )
         library = self._build(launch, source(launch.kernel) if code is None else code)
         request = (str(library), launch.grid, launch.block, launch.arguments, inputs, out, seed)
         worker = self._start()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from . import launch
-from ._driver import launcher
-from ._gpu import compile_without_cache, cupy, gpu
+from .device import compile_without_cache, cupy, gpu
+from .driver import launcher
+from .problem import Problem, Target
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
@@ -98,8 +101,54 @@ def _function(plan: launch.Launch) -> Any:
     return module.get_function(plan.kernel).kernel
 
 
+class Dims(Protocol):
+    """What is known of a call once its arguments are checked."""
+
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> int: ...
+
+
+@lru_cache(maxsize=4096)
+def kernel_of(name: str, dims: Dims, specialize: bool) -> Kernel:
+    """The kernel of a checked call, looked up by the identity of `dims`, which equal calls share: every call pays for this."""
+    return load(Problem(name, dims.d_model, dims.d_ff, dims.dtype, specialize), dims.device)
+
+
 @cache
-def load(kernel: str, d_model: int, d_ff: int, dtype: str, device: int, specialize: bool = True) -> Kernel:
-    """The kernel for these dims on this GPU, compiled at the first call and kept."""
-    target = launch.Target(gpu(device).capability, gpu(device).multiprocessors)
-    return Kernel(launch.plan(kernel, launch.Shape(d_model, d_ff, dtype, specialize, target)), device)
+def load(problem: Problem, device: int) -> Kernel:
+    """The kernel for a problem on a GPU, compiled at the first call and kept."""
+    return Kernel(launch.plan(problem, target_of(device)), device)
+
+
+_pretended: dict[int, Target] = {}
+
+
+def target_of(device: int) -> Target:
+    """What launches depend on of a GPU."""
+    return _pretended.get(device) or Target(gpu(device).capability, gpu(device).multiprocessors, gpu(device).name)
+
+
+@contextmanager
+def pretending(device: int, target: Target) -> Iterator[None]:
+    """Compile and launch on a GPU as on another one, such as an older one: for measurements. Not for several threads."""
+    before = _pretended.get(device)
+    try:
+        _pretended[device] = target
+        _forget_kernels()
+        yield
+    finally:
+        del _pretended[device]
+        if before is not None:
+            _pretended[device] = before
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    load.cache_clear()
+    kernel_of.cache_clear()

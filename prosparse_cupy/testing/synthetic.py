@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -74,11 +75,14 @@ def weights(rows: int, columns: int, dtype: np.dtype, rng: np.random.Generator) 
     return (rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(columns))).astype(dtype)
 
 
-def steer(w_gate: np.ndarray, x: np.ndarray, gate: np.ndarray) -> np.ndarray:
-    """`w_gate` moved along `x` so that ``x @ w_gate.T`` is `gate`, up to the rounding of its dtype."""
-    wide, direction = w_gate.astype(np.float32), x.astype(np.float32)
-    wide += np.outer((gate - wide @ direction) / (direction @ direction), direction)
-    return wide.astype(w_gate.dtype)
+def steer(w_gate: Any, x: Any, gate: Any) -> None:
+    """Move `w_gate`, a NumPy or CuPy array, along `x` so that ``w_gate @ x`` is `gate`, up to the rounding of its dtype."""
+    wide = x.astype(np.float32)
+    along = wide / (wide * wide).sum()
+    for i in range(0, len(w_gate), 2048):
+        rows = w_gate[i : i + 2048].astype(np.float32)
+        rows += (gate[i : i + 2048] - (rows * wide).sum(axis=1))[:, None] * along
+        w_gate[i : i + 2048] = rows.astype(w_gate.dtype)
 
 
 def layer(
@@ -95,7 +99,8 @@ def layer(
     mask = hot_mask(popularity(d_ff, rng), sparsity, rng)
     size = f"{d_ff * d_model / 1e6:.1f} M random weights"
     progress(f"w_gate, 1 of 3: {size}")
-    w_gate = steer(weights(d_ff, d_model, dtype, rng), x, gate_of(mask, threshold, rng))
+    w_gate = weights(d_ff, d_model, dtype, rng)
+    steer(w_gate, x, gate_of(mask, threshold, rng))
     progress(f"w_up, 2 of 3: {size}")
     w_up = weights(d_ff, d_model, dtype, rng)
     progress(f"w_down, 3 of 3: {size}")

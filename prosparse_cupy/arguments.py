@@ -1,8 +1,8 @@
 """What an operator does with its arguments before the launch: every check, then the addresses.
 
-`Call` is what an operator makes. All that is known of an array except its address goes into a `Meta`, and `check` is a pure
-function of them, memoised by `_checked`: a decoding loop pays for the checks once per shape, and after that for reading the
-addresses.
+`check_call` is what an operator calls first. All that is known of an array except its address goes into a `Meta`, and `check`
+is a pure function of them, memoised by `_checked`: a decoding loop pays for the checks once per shape, and after that for
+reading the addresses.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from numbers import Real
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._families import HOST, NUMPY, Family, family_of, family_of_all
-from ._workspace import size_class
-from .launch import ITEMSIZE, VECTOR_BYTES, vector_length
+from .formats import ITEMSIZE, VECTOR_BYTES, vector_length
+from .libraries import HOST, NUMPY, Description, Family, family_of, family_of_all
+from .workspace import size_class
 
 _MOST_TOKENS = 8
 # Rows are counted in 32 bits, past the last one by up to a tile; pack_down's grid ends at 65535 blocks of 32 columns.
 _LARGEST_DIMS = {"d_ff": 2**31 - 2**17, "d_model": 2**20}
-_LARGEST_THRESHOLD = float(np.finfo(np.float32).max)
 _TRANSPOSED = {
     "w_down_t": "this is nn.Linear's layout, call pack_down(w_down) once",
     "w_gate": "this is transposed, pass nn.Linear.weight as it is",
@@ -92,7 +90,7 @@ class Checked:
     aligned: tuple[bool, ...]
     """Whether each of them must lie at a multiple of 16 bytes."""
     scratch_bytes: int
-    """What an FFN takes of `_workspace`."""
+    """What an FFN takes of `workspace`."""
 
 
 class Call:
@@ -100,28 +98,19 @@ class Call:
 
     __slots__ = ("_given", "_likes", "_views", "checked", "family", "inputs", "out", "output")
 
-    def __init__(self, signature: Signature, arrays: tuple[Any, ...], given: Any) -> None:
-        views = arrays if given is None else (*arrays, given)
-        family = _common_family(signature, tuple(map(type, views)))
-        if family.is_foreign:
-            views = _brought_in(signature, family, arrays, given)
-        try:
-            described, addresses = family.describe_all(views), family.addresses(views)
-        except (RuntimeError, NotImplementedError):  # torch's, of tensors without strides or memory
-            _refuse_without_memory(signature, family, views)
-            raise
-        checked = _checked(signature, family, described, given is not None)
-        if given is None:
-            out = family.empty(checked.out_shape, checked.dtype, checked.device)
-            addresses.append(family.address(out))
-        else:
-            out = views[-1]
-        if 0 in addresses:
-            _refuse_without_memory(signature, family, views)
-        _check_addresses(signature, checked, tuple(addresses))
-        *inputs, output = addresses
-        self.checked, self.family, self.inputs, self.out, self.output = checked, family, inputs, out, output
-        self._given, self._likes = given, arrays
+    def __init__(
+        self,
+        family: Family,
+        checked: Checked,
+        inputs: list[int],
+        out: Any,
+        output: int,
+        given: Any,
+        likes: tuple[Any, ...],
+        views: Any,
+    ) -> None:
+        self.family, self.checked, self.inputs, self.out, self.output = family, checked, inputs, out, output
+        self._given, self._likes = given, likes
         self._views = views  # of foreign arrays, perhaps copies, which must live until they are launched on
 
     @property
@@ -136,13 +125,125 @@ class Call:
         return self.family.hand_out(self.out, self._likes) if self._given is None else self._given
 
 
+def check_call(signature: Signature, arrays: tuple[Any, ...], given: Any) -> Call:
+    """The call of an operator with these arrays and `out`, `given` or None."""
+    views = arrays if given is None else (*arrays, given)
+    family = _common_family(signature, tuple(map(type, views)))
+    if family.is_foreign:
+        views = _brought_in(signature, family, arrays, given)
+    described, addresses = _look_at(signature, family, views)
+    checked = _checked(signature, family, described, given is not None)
+    return _call(signature, family, checked, addresses, given, arrays, views)
+
+
+def _look_at(signature: Signature, family: Family, views: Sequence[Any]) -> tuple[tuple[Description, ...], list[int]]:
+    try:
+        return family.describe_all(views), family.addresses(views)
+    except (RuntimeError, NotImplementedError):  # torch's, of tensors without strides or memory
+        _refuse_without_memory(signature, family, views)
+        raise
+
+
+def _call(
+    signature: Signature, family: Family, checked: Checked, addresses: list[int], given: Any, likes: tuple[Any, ...], views: Any
+) -> Call:
+    """A call whose metadata is right: the result is allocated, then the addresses are checked."""
+    if given is None:
+        out = family.empty(checked.out_shape, checked.dtype, checked.device)
+        addresses.append(family.address(out))
+    else:
+        out = views[-1]
+    if 0 in addresses:
+        _refuse_without_memory(signature, family, views)
+    _check_addresses(signature, checked, tuple(addresses))
+    *inputs, output = addresses
+    return Call(family, checked, inputs, out, output, given, likes, views)
+
+
+class BoundWeights:
+    """The weights of an FFN, checked once. A call then looks at `x`, `out` and the weights' addresses.
+
+    The addresses say whether the arrays still hold the memory that was checked. Memory that moved is checked again, and refused
+    if its shape, dtype or GPU has changed. NumPy arrays, and those that are seen through DLPack, are checked at every call.
+    """
+
+    def __init__(self, signature: Signature, arrays: tuple[Any, ...]) -> None:
+        """`signature` is of a call: the weights, then `x`."""
+        self._signature, self.arrays = signature, arrays
+        self._of_weights, self._of_token = _split(signature)
+        self._family = _common_family(self._of_weights, tuple(map(type, arrays)))
+        self._known: dict[tuple[Description, ...], Checked] = {}
+        self._described, self._addresses, checked = self._look()
+        self.facts = _facts(checked)
+
+    def _look(self) -> tuple[tuple[Description, ...], list[int], Checked]:
+        """Describe and check the weights as they are now."""
+        views = [self._family.bring_in(a) for a in self.arrays]
+        described, addresses = _look_at(self._of_weights, self._family, views)
+        checked = _checked(self._of_weights, self._family, described, False)
+        if 0 in addresses:
+            _refuse_without_memory(self._of_weights, self._family, views)
+        _check_alignment(self._of_weights, checked, addresses)
+        return described, addresses, checked
+
+    def call(self, x: Any, given: Any) -> Call:
+        """The call with this token."""
+        family = self._family
+        views = (x,) if given is None else (x, given)
+        if family is NUMPY or family.is_foreign or not all([family_or_none(type(v)) is family for v in views]):
+            call = check_call(self._signature, (*self.arrays, x), given)
+            self._refuse_other(call.checked)
+            return call
+        weights = family.addresses(self.arrays)
+        if weights != self._addresses:
+            described, weights, now = self._look()
+            self._refuse_other(now)
+            self._described, self._addresses = described, weights
+        described, addresses = _look_at(self._of_token, family, views)
+        if 0 in addresses:
+            _refuse_without_memory(self._of_token, family, views)
+        checked = self._known.get(described)
+        if checked is None:
+            checked = _checked(self._signature, family, (*self._described, *described), given is not None)
+            self._known[described] = checked
+        return _call(self._signature, family, checked, [*weights, *addresses], given, (x,), views)
+
+    def _refuse_other(self, now: Checked) -> None:
+        if _facts(now) != self.facts:
+            operator = self._signature.operator
+            raise ValueError(
+                f"{operator}: its weights have changed since it was built: (d_model, d_ff, dtype, GPU) were {self.facts}, are "
+                f"{_facts(now)}: make a new {operator} of them"
+            )
+
+
+def _facts(checked: Checked) -> tuple[int, int, str, int]:
+    """What bound weights may not change: d_model, d_ff, dtype and GPU."""
+    return checked.d_model, checked.d_ff, checked.dtype, checked.device
+
+
+@cache
+def _split(signature: Signature) -> tuple[Signature, Signature]:
+    """A bound FFN's signature as the part that is bound and the part that a call brings."""
+    operator, (*weights, token), output = signature.operator, signature.inputs, signature.output
+    return Signature(operator, tuple(weights), output), Signature(operator, (token,), output)
+
+
+def family_or_none(kind: type) -> Family | None:
+    """The family of an array type, or None of what is no array."""
+    try:
+        return family_of(kind)
+    except TypeError:
+        return None
+
+
 @lru_cache(maxsize=256)
 def _common_family(signature: Signature, kinds: tuple[type, ...]) -> Family:
     """The family of arrays of these types, in the order of the arguments."""
     try:
         family = family_of_all({*kinds})
     except TypeError as error:
-        wrong = next(n for n, kind in zip(_names(signature), kinds, strict=False) if _is_unknown(kind))
+        wrong = next(n for n, kind in zip(_names(signature), kinds, strict=False) if family_or_none(kind) is None)
         raise TypeError(
             f"{signature.operator}: {wrong} must be a CuPy array, a CUDA torch tensor, a NumPy array or a CUDA object with "
             f"__dlpack__, got {error}"
@@ -178,14 +279,6 @@ def _refuse_without_memory(signature: Signature, family: Family, arrays: Sequenc
             raise TypeError(
                 f"{signature.operator}: {name} must be a plain strided array in GPU memory, got {family.why_no_memory(array)}"
             )
-
-
-def _is_unknown(kind: type) -> bool:
-    try:
-        family_of(kind)
-    except TypeError:
-        return True
-    return False
 
 
 def _names(signature: Signature) -> tuple[str, ...]:
@@ -346,25 +439,14 @@ def _check_addresses(signature: Signature, checked: Checked, addresses: tuple[in
                 f"{signature.operator}: out must not share memory with {name}: kernels read it while out is written, pass "
                 "another array"
             )
-    for address, aligned, name in zip(addresses, checked.aligned, names, strict=True):
+    _check_alignment(signature, checked, addresses)
+
+
+def _check_alignment(signature: Signature, checked: Checked, addresses: Sequence[int]) -> None:
+    """ValueError for an array that does not start at a multiple of 16 bytes."""
+    for address, aligned, name in zip(addresses, checked.aligned, _names(signature), strict=False):
         if aligned and address % VECTOR_BYTES and checked.device != HOST:
             raise ValueError(
                 f"{signature.operator}: {name} must start at a multiple of {VECTOR_BYTES} bytes, got address {address:#x}: "
                 "copy it, or slice the buffer at a multiple of 16 bytes"
             )
-
-
-def check_threshold(operator: str, threshold: float) -> float:
-    """FATReLU's T as a float that is finite as float32 and not negative (-0 becomes +0)."""
-    if not isinstance(threshold, (float, int, Real)):
-        fix = f"{threshold!r}: pass a float"
-        if hasattr(threshold, "shape"):
-            fix = f"{type(threshold).__name__}: call float() yourself, which waits for the GPU if it is an array there"
-        raise TypeError(f"{operator}: threshold must be a Python number, got {fix}")
-    try:
-        value = float(threshold) + 0.0
-    except OverflowError:  # an int beyond all floats
-        value = math.inf
-    if not 0.0 <= value <= _LARGEST_THRESHOLD:
-        raise ValueError(f"{operator}: threshold must be finite as float32 and >= 0, got {value}")
-    return value

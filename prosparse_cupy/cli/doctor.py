@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from ._gpu import MINIMUM_CAPABILITY, cache_folder, import_cupy
+from .. import __version__
+from ..device import MINIMUM_CAPABILITY, cache_folder, import_cupy
 
 _CUPY_WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "amd-cupy")
 _FIRST_NVRTC = {

@@ -1,4 +1,4 @@
-"""The dense FFN through torch, for comparison."""
+"""The dense FFN through torch, for comparison, and CUDA graphs of what torch launches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import cache
 
 import torch
 
-from .. import timing
-from .._dense import Dense
-from .activation import FATReLU
+from ..torch import FATReLU
+from . import timing
+from .dense import Dense
 
 
 def sees_gpu() -> bool:
@@ -27,12 +27,12 @@ class TorchDense(Dense):
         return torch.from_dlpack(array)
 
     def capture(self, calls: Sequence[timing.Call]) -> timing.Call:
-        return _capture(calls)
+        return capture(calls)
 
     def mv(self, weights: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
         torch.mv(weights, x, out=out)
 
-    def step_2(self, gate: torch.Tensor, x: torch.Tensor, w_up: torch.Tensor, threshold: float, out: torch.Tensor) -> None:
+    def ffn_23(self, gate: torch.Tensor, x: torch.Tensor, w_up: torch.Tensor, threshold: float, out: torch.Tensor) -> None:
         torch.mv(w_up, x, out=out)
         out.mul_(_fatrelu(threshold)(gate))
 
@@ -40,13 +40,14 @@ class TorchDense(Dense):
 _fatrelu = cache(FATReLU)
 
 
-def _capture(calls: Sequence[timing.Call]) -> timing.Call:
-    """`timing.capture` for launches through torch."""
+def capture(calls: Sequence[timing.Call], runs_before: int = 1) -> timing.Call:
+    """`timing.capture` for launches through torch; the calls run `runs_before` times before they are captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())  # what the calls read may still be being written there
     with torch.cuda.stream(side):
-        for call in calls:
-            call()
+        for _ in range(runs_before):
+            for call in calls:
+                call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -10,15 +10,26 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
-from ._driver import lasting_streams
-from ._gpu import cupy
+from .device import cupy
+from .driver import lasting_streams
 
 HOST = -1  # device index of host memory
+
+
+class Array(Protocol):
+    """What the operators take: an array of CuPy, torch, NumPy, or another library with ``__dlpack__``."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+    def __dlpack__(self, *arguments: Any, **keywords: Any) -> Any: ...
+
 
 Description = tuple[tuple[int, ...], str, int, bool]
 """Shape, dtype name, device index (`HOST` where it is no GPU), and whether an array is C-contiguous."""
@@ -165,7 +176,7 @@ class _Torch(Family):
 
     def stream(self, device: int) -> int:
         handle = self._handle(device)
-        # The ids of torch's own streams are odd: it keeps them in a pool and never destroys one. Those of ExternalStream are even.
+        # The ids of torch's own streams are odd: it keeps them in a pool and never destroys one. ExternalStreams have even
         if handle not in lasting_streams and self._torch.cuda.current_stream(device).stream_id & 1:
             lasting_streams.add(handle)
         return handle

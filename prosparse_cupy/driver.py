@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from ._gpu import cupy
+from .device import cupy
 from .launch import Launch
 
 _SLOT = 8  # bytes of one kernel argument
@@ -29,8 +29,8 @@ Launcher = Callable[..., None]
 lasting_streams = {0, 1}
 """Handles of streams that are never destroyed: the legacy default stream's two, and those that torch keeps in its pool.
 
-Launches are programmatic on these and in captures alone. On an H100 with driver 580.159 the GPU hung in 12 of 187 processes that
-destroyed streams while programmatic launches ran on them and then used new streams: `ffn_4` filled the GPU, waiting for
+Launches are programmatic on these and in captures alone. On an H100 with driver 580.159 the GPU hung in 12 of 187 processes
+that destroyed streams while programmatic launches ran on them and then used new streams: `ffn_4` filled the GPU, waiting for
 predecessors that found no room on it. It hung in none of 336 whose streams were kept or whose `ffn_4` was launched plainly.
 """
 
@@ -50,7 +50,7 @@ class _Buffer(threading.local):
 
 def launcher(function: int, plan: Launch, device: int) -> Launcher:
     """A function that launches `function` (a CUfunction) as planned, with the GPU current: its stream, then the arguments."""
-    shape = (*plan.grid, *plan.block, plan.shared_bytes)
+    shape = (*plan.grid, *plan.block, 0)  # no dynamic shared memory
     buffer = _Buffer(shape, len(plan.arguments), device)
     pack = struct.Struct(_REST + "".join(_slot(a) for a in plan.arguments)).pack_into
     start = _SHAPE.size

@@ -11,10 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, demo, doctor, launch, models, ops
-from ._families import NUMPY_DTYPES
-from ._gpu import NoGPUError, current_device
-from .checkpoint import CheckpointError, load_ffn
+from .. import __version__, ffn, models
+from ..checkpoint import CheckpointError, load_ffn
+from ..device import NoGPUError, current_device
+from ..formats import ITEMSIZE
+from ..libraries import NUMPY_DTYPES
+from . import demo, doctor
 
 MODELS = {"7b": models.LLAMA_2_7B, "13b": models.LLAMA_2_13B, "1b": models.MINICPM_S_1B}
 
@@ -41,7 +43,7 @@ def main() -> None:
 @_model
 @click.option("--sparsity", type=_Number(0, 1), help="Share of inactive neurons.  [default: the model's average]")
 @click.option("--threshold", type=_Number(0, 1e30), help="FATReLU's T; 0 is ReLU.  [default: the model's]")
-@click.option("--dtype", type=click.Choice(list(launch.ITEMSIZE)), help="[default: bfloat16, or the checkpoint's]")
+@click.option("--dtype", type=click.Choice(list(ITEMSIZE)), help="[default: bfloat16, or the checkpoint's]")
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -101,8 +103,8 @@ def _has_gpu() -> bool:
 
 def _supported(dtype: np.dtype) -> str:
     name = str(dtype)
-    if name not in launch.ITEMSIZE:
-        raise CheckpointError(f"the checkpoint's weights are {name}: choose one of {', '.join(launch.ITEMSIZE)} with --dtype")
+    if name not in ITEMSIZE:
+        raise CheckpointError(f"the checkpoint's weights are {name}: choose one of {', '.join(ITEMSIZE)} with --dtype")
     return name
 
 
@@ -112,18 +114,19 @@ def _print_report(console: Console, title: str, threshold: float, report: demo.R
         f"{report.sparsity:.2%} sparse",
         soft_wrap=True,
     )
-    table = Table(title=report.where, title_justify="left")
+    table = Table(title=report.where, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("operator", no_wrap=True)
     table.add_column("", no_wrap=True)
     for column in ("dense µs", "sparse µs", "speed-up", "dense err.", "sparse err."):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
         right = row.operator not in report.failed
         times = (f"{row.dense_us:.1f}", f"{row.sparse_us:.1f}", f"{row.speedup:.2f}x") if right else ("-", "-", "[red]wrong[/]")
         table.add_row(row.operator, demo.WHAT[row.operator], *times, f"{row.dense_error:.1e}", f"{row.sparse_error:.1e}")
     console.print(table)
-    copies = f"; times: median, CUDA graph of {report.layers} layers, cold L2" if report.layers > 1 else ""
-    console.print(f"dense: {report.dense}; err.: ‖out - float64‖ / ‖float64‖{copies}", soft_wrap=True)
+    copies = f" in a CUDA graph of {report.layers} layers, cold L2" if report.layers > 1 else ""
+    console.print(f"dense: {report.dense}; err.: ‖out - float64‖ / ‖float64‖", soft_wrap=True)
+    console.print(f"times: median, dense and sparse in turns{copies}, ± {report.resolution / 2:.0%}", soft_wrap=True)
 
 
 @main.command("doctor")
@@ -156,13 +159,13 @@ def _print_facts(console: Console, facts: doctor.Facts, problems: list[doctor.Pr
 
 @main.command("warmup")
 @_model
-@click.option("--dtype", type=click.Choice(list(launch.ITEMSIZE)), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(list(ITEMSIZE)), default="bfloat16", show_default=True)
 def _warmup(model: str, dtype: str) -> None:
     """Compile every kernel of a model's dims into CuPy's disk cache."""
     chosen, console = MODELS[model], Console()
     try:
         with console.status(f"compiling for {chosen.name}"):
-            report = ops.warmup(chosen.d_model, chosen.d_ff, dtype=dtype)
+            report = ffn.warmup(chosen.d_model, chosen.d_ff, dtype=dtype)
     except (ImportError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
     table = Table(title=f"{chosen.name}, {dtype}, sm_{report[0].capability}", title_justify="left")

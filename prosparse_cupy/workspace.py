@@ -20,8 +20,8 @@ import threading
 from collections import defaultdict, deque
 from typing import Any, NamedTuple, Protocol
 
-from . import _driver
-from ._gpu import cupy
+from . import driver
+from .device import cupy
 
 _LEGACY = 1  # handles 0 and 1 are the legacy default stream's, which is neither captured nor destroyed
 _MOST_HOMES = 64  # streams and sizes with scratch of their own; the others record and ask for an event at every call
@@ -40,7 +40,7 @@ class _OfGraph(NamedTuple):
     device: int
     nbytes: int
     address: int
-    destroyed: _driver.DestructionMark
+    destroyed: driver.DestructionMark
 
 
 _homes: dict[tuple[int, int, int], list[int]] = {}
@@ -65,9 +65,9 @@ def take(stream: int, device: int, nbytes: int) -> tuple[int, Home]:
     """
     ident = -1
     if stream > _LEGACY:
-        if _driver.is_capturing()(stream):
+        if driver.is_capturing()(stream):
             return _for_graph(stream, device, nbytes), []
-        ident = _driver.stream_id(stream)
+        ident = driver.stream_id(stream)
     try:
         home = _homes[device, ident, nbytes]
         return home.pop(), home
@@ -90,7 +90,7 @@ class _Passing:
     def take(cls, stream: int, device: int, nbytes: int) -> tuple[int, _Passing]:
         """One of the addresses that have been back for longest, if its event has happened, or a new one."""
         addresses = _passing[device, nbytes]
-        with cupy().cuda.Device(device), _driver.allowed_during_captures():
+        with cupy().cuda.Device(device), driver.allowed_during_captures():
             for _ in range(min(len(addresses), 8)):  # one long launch must not keep all others from being found
                 event, address = addresses.popleft()
                 if event.done:
@@ -112,7 +112,7 @@ def _for_graph(stream: int, device: int, nbytes: int) -> int:
             _idle[owned.device, owned.nbytes].append(owned.address)
         address = _allocate(device, nbytes)
         try:
-            destroyed = _driver.DestructionMark(stream)
+            destroyed = driver.DestructionMark(stream)
         except BaseException:
             _idle[device, nbytes].append(address)
             raise
@@ -123,7 +123,7 @@ def _for_graph(stream: int, device: int, nbytes: int) -> int:
 def _allocate(device: int, nbytes: int) -> int:
     """An idle address, or a new one."""
     runtime = cupy().cuda.runtime
-    with cupy().cuda.Device(device), _driver.allowed_during_captures():
+    with cupy().cuda.Device(device), driver.allowed_during_captures():
         if _idle[device, nbytes]:
             return _idle[device, nbytes].pop()
         try:

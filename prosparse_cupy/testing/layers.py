@@ -1,0 +1,259 @@
+"""Layers on the GPU, and the calls of each operator on them: many different weights and masks, so that nothing stays in L2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import ffn, ops
+from ..device import cupy, current_device
+from ..formats import PLAIN
+from ..formula import Formula
+from ..libraries import NUMPY_DTYPES
+from ..models import Model
+from . import synthetic, truth
+from .dense import Dense
+
+Mask = npt.NDArray[np.bool_]
+FirstRelease = tuple[Callable[..., Any], Callable[..., Any]]
+"""`torch_launch_ffn_fuse_23` and `torch_launch_ffn_4` of the operators' first release."""
+
+MASKS: dict[str, Callable[[int, float, np.random.Generator], Mask]] = {
+    "hot": lambda d_ff, sparsity, rng: synthetic.hot_mask(synthetic.popularity(d_ff, rng), sparsity, rng),
+    "uniform": synthetic.uniform_mask,
+    "contiguous": synthetic.contiguous_mask,
+}
+STEPS = ("ffn_1", "ffn_23", "ffn_4")
+WHOLE = ("SparseFFN", "sparse_ffn", "three operators")
+_LEAST_LAYERS = 16
+_TIMES_L2 = 4
+_MOST_CALLS = 256
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One operator on one layer and mask: the call, where its result lands, and what it should be."""
+
+    call: Callable[[], Any]
+    out: Any
+    exact: Callable[[], truth.Float64]
+    dense: Callable[[], Any]
+    dense_out: Any
+    first: Callable[[], Any] | None = None
+    """The operators' first release, if it is given."""
+    first_out: Any = None
+
+
+def poisoned(size: int, dtype: npt.DTypeLike) -> Any:
+    """A CuPy array with NaN in every element, so that one that nobody writes fails the check."""
+    kind = np.dtype(dtype)
+    return cupy().full(size * kind.itemsize, 0xFF, np.uint8).view(kind)
+
+
+class Layers:
+    """Random FFN layers of one model and dtype, made on the GPU once; masks change from setting to setting."""
+
+    def __init__(self, model: Model, dtype: str, dense: Dense, seed: int = 0, first: FirstRelease | None = None) -> None:
+        cp = cupy()
+        self.model, self.dtype, self._dense, self._first = model, NUMPY_DTYPES[dtype], dense, first
+        self._random = cp.random.default_rng(seed)
+        self._l2 = cp.cuda.runtime.getDeviceProperties(current_device())["l2CacheSize"]
+        self._row_bytes = PLAIN.row_bytes(model.d_model, dtype)
+        weight_bytes = model.d_ff * self._row_bytes
+        wanted = max(_LEAST_LAYERS, math.ceil(_TIMES_L2 * self._l2 / weight_bytes))
+        free = cp.cuda.runtime.memGetInfo()[0]
+        self.count = max(1, min(wanted, int(free * 0.8 // (4 * weight_bytes))))
+        self.x = self._token()
+        self._weights = [self._layer(i) for i in range(self.count)]
+        self._packed = [ops.pack_down(w[2]) for w in self._weights]
+
+    def _token(self) -> Any:
+        return self._normal((self.model.d_model,), 1.0)
+
+    def _layer(self, index: int) -> tuple[Any, Any, Any]:
+        """w_gate, w_up and w_down of a layer."""
+        d_model, d_ff, scale = self.model.d_model, self.model.d_ff, self.model.d_model**-0.5
+        return tuple(self._normal(shape, scale) for shape in ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)))  # type: ignore[return-value]
+
+    def _normal(self, shape: tuple[int, ...], scale: float) -> Any:
+        return (self._random.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(self.dtype)
+
+    def touched(self, op: str, active: int) -> int:
+        """Bytes that one call must move: active rows once, and its vectors."""
+        d_model, d_ff = self.model.d_model, self.model.d_ff
+        rows, elements = {
+            "ffn_1": (d_ff, d_model + d_ff),
+            "ffn_23": (active, d_model + 2 * d_ff),
+            "ffn_4": (active, d_ff + d_model),
+            "ffn_123": (d_ff + active, d_model + d_ff),
+            **dict.fromkeys(WHOLE, (d_ff + 2 * active, 2 * d_model)),
+        }[op]
+        return rows * self._row_bytes + elements * self.dtype.itemsize
+
+    def calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
+        """Calls of an operator; as many masks a layer as touch several times the L2 cache."""
+        active = synthetic.active_count(self.model.d_ff, sparsity)
+        masks = math.ceil(_TIMES_L2 * self._l2 / max(1, self.touched(op, active)) / self.count)
+        masks = min(masks, _MOST_CALLS // self.count) if op in ("ffn_23", "ffn_4") and active else 1
+        rng = np.random.default_rng(1)
+        steps = {"ffn_1": self._ffn_1, "ffn_123": self._ffn_123, "ffn_23": self._ffn_23, "ffn_4": self._ffn_4}
+        make = steps.get(op, partial(self._ffn, op))
+        return [
+            make(layer, self._neurons(layer, mask, sparsity, rng), rng) for _ in range(masks) for layer in range(self.count)
+        ]
+
+    def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
+        """The active neurons of a call."""
+        return MASKS[mask](self.model.d_ff, sparsity, rng)
+
+    def _steer(self, layer: int, neurons: Mask, rng: np.random.Generator) -> None:
+        """Make these neurons of a layer active for the token."""
+        gate = cupy().asarray(synthetic.gate_of(neurons, self.model.threshold, rng))
+        synthetic.steer(self._weights[layer][0], self.x, gate)
+
+    def _gate(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Any:
+        """A gate with these neurons active."""
+        return cupy().asarray(synthetic.gate_of(neurons, self.model.threshold, rng)).astype(self.dtype)
+
+    def _poisoned(self, size: int) -> Any:
+        return poisoned(size, self.dtype)
+
+    def _timed(
+        self,
+        size: int,
+        call: Callable[[Any], Any],
+        dense: Callable[[Any], Any],
+        exact: Callable[[], truth.Float64],
+        first: Callable[[Any], Any] | None = None,
+    ) -> Timed:
+        out, dense_out, first_out = (self._poisoned(size) for _ in range(3))
+        adopted, first_adopted = self._dense.adopt(dense_out), self._dense.adopt(first_out)
+        first_call = (lambda: first(first_adopted)) if first is not None else None
+        return Timed(lambda: call(out), out, exact, lambda: dense(adopted), dense_out, first_call, first_out)
+
+    def _ffn_1(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
+        x, w = self.x, self._weights[layer][0]
+        x_, w_ = map(self._dense.adopt, (x, w))
+        return self._timed(
+            self.model.d_ff,
+            lambda out: ops.ffn_1(x, w, out=out),
+            lambda out: self._dense.mv(w_, x_, out),
+            lambda: truth.dot(w, x),
+        )
+
+    def _ffn_123(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
+        (w_gate, w_up, _), x, threshold = self._weights[layer], self.x, self.model.threshold
+        self._steer(layer, neurons, rng)
+        x_, gate_, *w_ = map(self._dense.adopt, (x, self._poisoned(self.model.d_ff), w_gate, w_up))
+
+        def dense(out: Any) -> None:
+            self._dense.mv(w_[0], x_, gate_)
+            self._dense.ffn_23(gate_, x_, w_[1], threshold, out)
+
+        return self._timed(
+            self.model.d_ff,
+            lambda out: ops.ffn_123(x, w_gate, w_up, threshold, out=out),
+            dense,
+            lambda: self._exact_x1(layer, neurons),
+        )
+
+    def _exact_x1(self, layer: int, neurons: Mask) -> truth.Float64:
+        """Formulas 1 to 3 of a layer whose token makes these neurons active, the gate rounded."""
+        (w_gate, w_up, _), x = self._weights[layer], self.x
+        gate = truth.rounded(truth.dot(w_gate, x), x)
+        np.testing.assert_array_equal(Formula(self.model.threshold).active(truth.to_numpy(gate)), neurons)
+        return truth.up(gate, w_up, x, neurons)
+
+    def _ffn_23(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
+        gate, x, w, threshold = self._gate(layer, neurons, rng), self.x, self._weights[layer][1], self.model.threshold
+        gate_, x_, w_ = map(self._dense.adopt, (gate, x, w))
+        first, dims = self._first, (self.model.d_model, self.model.d_ff)
+        return self._timed(
+            self.model.d_ff,
+            lambda out: ops.ffn_23(gate, x, w, threshold, out=out),
+            lambda out: self._dense.ffn_23(gate_, x_, w_, threshold, out),
+            lambda: truth.up(gate, w, x, neurons),
+            None if first is None else lambda out: first[0](gate_, x_, w_, out, *dims, threshold),
+        )
+
+    def _ffn_4(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
+        values = rng.standard_normal(self.model.d_ff, dtype=np.float32) * neurons
+        x1, w, packed = cupy().asarray(values).astype(self.dtype), self._weights[layer][2], self._packed[layer]
+        x1_, w_, packed_ = map(self._dense.adopt, (x1, w, packed))
+        first, dims = self._first, (self.model.d_ff, self.model.d_model)
+        return self._timed(
+            self.model.d_model,
+            lambda out: ops.ffn_4(x1, packed, out=out),
+            lambda out: self._dense.mv(w_, x1_, out),
+            lambda: truth.down(x1, packed),
+            None if first is None else lambda out: first[1](packed_, x1_, out, *dims),
+        )
+
+    def _ffn(self, how: str, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
+        (w_gate, w_up, w_down), packed, x, threshold = self._weights[layer], self._packed[layer], self.x, self.model.threshold
+        self._steer(layer, neurons, rng)
+        gate, x1 = self._poisoned(self.model.d_ff), self._poisoned(self.model.d_ff)
+        bound = ffn.SparseFFN(w_gate, w_up, packed, threshold)
+        sparse: dict[str, Callable[[Any], Any]] = {
+            "SparseFFN": lambda out: bound(x, out=out),
+            "sparse_ffn": lambda out: ffn.sparse_ffn(x, w_gate, w_up, packed, threshold, out=out),
+            "three operators": lambda out: ops.ffn_4(
+                ops.ffn_23(ops.ffn_1(x, w_gate, out=gate), x, w_up, threshold, out=x1), packed, out=out
+            ),
+        }
+        vectors = (x, self._poisoned(self.model.d_ff), self._poisoned(self.model.d_ff))
+        x_, gate_, x1_, *w_ = map(self._dense.adopt, (*vectors, w_gate, w_up, w_down))
+
+        def dense(out: Any) -> None:
+            self._dense.ffn((w_[0], w_[1], w_[2]), x_, threshold, gate_, x1_, out)
+
+        def exact() -> truth.Float64:
+            return truth.down(truth.rounded(self._exact_x1(layer, neurons), x), packed)
+
+        return self._timed(self.model.d_model, sparse[how], dense, exact)
+
+
+class GivenLayers(Layers):
+    """Copies of one given layer with their neurons rotated: other memory and another mask each, the same y.
+
+    The active neurons are the layer's own answer to the token, so nothing is steered.
+    """
+
+    def __init__(self, layer: synthetic.Layer, dense: Dense, tell: Callable[[str], None] = lambda doing: None) -> None:
+        self._given, self._tell = layer, tell
+        d_ff, d_model = layer.w_gate.shape
+        model = Model("given", d_model, d_ff, 1, layer.threshold, 1 - float(layer.mask.mean()))
+        super().__init__(model, str(layer.x.dtype), dense)
+
+    def _token(self) -> Any:
+        return cupy().asarray(self._given.x)
+
+    def _layer(self, index: int) -> tuple[Any, Any, Any]:
+        self._tell(f"layer {index + 1} of {self.count} to the GPU")
+        if index == 0:
+            self._unrotated = tuple(map(cupy().asarray, (self._given.w_gate, self._given.w_up, self._given.w_down)))
+        w_gate, w_up, w_down = self._unrotated
+        return _rotated(w_gate, self._shift(index)), _rotated(w_up, self._shift(index)), _rotated(w_down, self._shift(index), 1)
+
+    def _shift(self, index: int) -> int:
+        return index * self.model.d_ff // self.count
+
+    def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
+        return np.roll(self._given.mask, -self._shift(layer))
+
+    def _steer(self, layer: int, neurons: Mask, rng: np.random.Generator) -> None:
+        pass
+
+    def _gate(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Any:
+        return truth.rounded(truth.dot(self._weights[layer][0], self.x), self.x)
+
+
+def _rotated(weights: Any, shift: int, axis: int = 0) -> Any:
+    first, second = cupy().split(weights, [shift], axis=axis)
+    return cupy().concatenate([second, first], axis=axis)
