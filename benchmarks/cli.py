@@ -179,7 +179,7 @@ def compare_command(old: Path, new: Path, percent: float) -> None:
 @main.command()
 @click.argument("pages", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def report(pages: tuple[Path, ...]) -> None:
-    """Make the tables in PAGES (README.md and those of docs/ that have some) and the figures anew from the committed results."""
+    """Make the tables in PAGES (README.md and those in docs/) and the figures anew from the committed results."""
     results = stored_results()
     for page in pages or tuple(_ROOT / name for name in PAGES):
         page.write_text(tables.fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")

@@ -4,8 +4,9 @@
 //   ROW_OPT, COL_OPT                                 d_ff and d_model as constants; without them both come with the launch
 //   TOKENS                                           tokens of a call: vectors are (TOKENS, dim), row-major
 //
-// 16-bit elements are carried as their bits, so no CUDA header is included: a header costs more to parse than these kernels cost
-// to compile. Inline PTX stands in these shared headers under #ifdef __CUDACC__ and nowhere else, each with a plain C++ twin.
+// 16-bit elements are carried as their bits, so no CUDA header is included: a header costs more to parse than these kernels
+// cost to compile. Inline PTX stands in these shared headers under #ifdef __CUDACC__ and nowhere else, each with a plain C++
+// twin.
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "prosparse-cupy needs a GPU of compute capability 8.0 (Ampere) or later"

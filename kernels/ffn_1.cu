@@ -12,7 +12,7 @@
 #include "row_dot.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_1(const scalar* x, W_GATE::Matrix w_gate, scalar* __restrict__ gate, int d_ff, int d_model) {
+    ffn_1(const scalar* x, W_GATE::Matrix w_gate, scalar* __restrict__ gate, int d_ff, int d_model) {
     wait_for_predecessor();
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= D_FF(d_ff)) return;

@@ -1,10 +1,10 @@
-// ffn_123: ffn_1 and ffn_23 in one launch (formulas 1 to 3): a warp whose gate turns out active goes on to the neuron's up-projection.
+// ffn_123: ffn_1 and ffn_23 in one launch (formulas 1 to 3): a warp whose gate turns out active goes on to up_proj's row.
 //
 //   g     = dot(x, w_gate[j, :]), rounded
 //   x1[j] = active(g) ? g * dot(x, w_up[j, :]) : +0                    0 <= j < d_ff
 //   active(g) = not (g < threshold) and g != 0                         so NaN is active
 //
-//   x (d_model,), w_gate and w_up (d_ff, d_model) row-major, all 16-byte aligned   x1 (d_ff,), every element written
+//   x (d_model,), w_gate and w_up (d_ff, d_model) in formats W_GATE and W_UP, all 16-byte aligned   x1 (d_ff,), every element written
 //   launch   WARPS warps a block, one neuron a warp; grid ceil(d_ff / WARPS)
 //   numerics as ffn_1 followed by ffn_23, to the bit: float32 accumulation, one rounding of the gate and one of x1
 
@@ -17,8 +17,8 @@
 static_assert(TOKENS == 1, "one token so far");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_123(const scalar* x, W_GATE::Matrix w_gate, W_UP::Matrix w_up, scalar* __restrict__ x1,
-        float threshold, int d_ff, int d_model) {
+    ffn_123(const scalar* x, W_GATE::Matrix w_gate, W_UP::Matrix w_up, scalar* __restrict__ x1, float threshold, int d_ff,
+            int d_model) {
     wait_for_predecessor();
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= D_FF(d_ff)) return;

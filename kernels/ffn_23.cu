@@ -3,10 +3,10 @@
 //   x1[j] = active(gate[j]) ? gate[j] * dot(x, w_up[j, :]) : +0        0 <= j < d_ff
 //   active(g) = not (g < threshold) and g != 0                         so NaN is active
 //
-//   gate (d_ff,)   x (d_model,) and w_up (d_ff, d_model) row-major, both 16-byte aligned   x1 (d_ff,), every element written
-//   launch   WARPS warps a block. Without ROWS a row a warp, grid ceil(d_ff / WARPS). With it the warps of a block share the active ones
-//            of its ROWS rows (at most 32), and where these are few a row has two warps; grid ceil(d_ff / ROWS). Blocks without an
-//            active row are gone at once, so the GPU's own block scheduler balances any mask
+//   gate (d_ff,)   x (d_model,) and w_up (d_ff, d_model) in format W_UP, both 16-byte aligned   x1 (d_ff,), every element written
+//   launch   WARPS warps a block. Without ROWS a row a warp, grid ceil(d_ff / WARPS). With it the warps of a block share the
+//            active ones of its ROWS rows (at most 32), and where these are few a row has two warps; grid ceil(d_ff / ROWS).
+//            Blocks without an active row are gone at once, so the GPU's own block scheduler balances any mask
 //   numerics float32 accumulation and product, one rounding at the store; the gate is compared as float32, threshold >= +0
 
 #include "activation.cuh"
@@ -20,8 +20,8 @@ static_assert(TOKENS == 1, "one token so far");
 #ifndef ROWS
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up,
-       scalar* __restrict__ x1, float threshold, int d_ff, int d_model) {
+    ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up, scalar* __restrict__ x1, float threshold, int d_ff,
+           int d_model) {
     wait_for_predecessor();
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= D_FF(d_ff)) return;
@@ -42,8 +42,8 @@ ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up,
 static_assert(WARPS % 2 == 0 && ROWS <= 32, "warps come in pairs, and a lane has a gate");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up,
-       scalar* __restrict__ x1, float threshold, int d_ff, int d_model) {
+    ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up, scalar* __restrict__ x1, float threshold, int d_ff,
+           int d_model) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS;
     const int chunks = D_MODEL(d_model) / VEC;
 

@@ -2,13 +2,13 @@
 //
 //   y[c] = sum over the j with x1[j] != 0 of x1[j] * w_down_t[j, c]        0 <= c < d_model
 //
-//   x1 (d_ff,) and w_down_t (d_ff, d_model) row-major, both 16-byte aligned   y (d_model,), every element written
-//   launch   WARPS warps a block; a block owns LANES * 16 bytes of every row, so all blocks do the same work whatever the mask, and no
-//            sum crosses blocks; grid ceil(d_model / (LANES * VEC)). A warp lists the active ones among its own rows and reads those:
-//            no barrier before the first weight
+//   x1 (d_ff,) and w_down_t (d_ff, d_model) in format W_DOWN, both 16-byte aligned   y (d_model,), every element written
+//   launch   WARPS warps a block; a block owns LANES * 16 bytes of every row, so all blocks do the same work whatever the mask,
+//            and no sum crosses blocks; grid ceil(d_model / (LANES * VEC)). A warp lists the active ones among its own rows and
+//            reads those: no barrier before the first weight
 //            EACH: 16-byte vectors of x1 that a thread looks at before its warp writes down the active rows, a tile
 //            UNIT: neighbouring vectors of x1 that go to one warp
-//   numerics float32 accumulation in an order that only the mask and the launch shape decide, one rounding at the store
+//   numerics float32 accumulation in an order that only the mask, d_ff, d_model and the dtype decide, one rounding at the store
 
 #include "elements.cuh"
 #include "plain.cuh"
@@ -22,17 +22,17 @@ static_assert(TOKENS == 1, "one token so far");
 #endif
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int GROUPS = 32 / LANES;           // of a warp, each reading its own row
-constexpr int SLICE = LANES * VEC;           // columns of a block
-constexpr int TILE = EACH * VEC * THREADS;   // rows of a tile
+constexpr int GROUPS = 32 / LANES;          // of a warp, each reading its own row
+constexpr int SLICE = LANES * VEC;          // columns of a block
+constexpr int TILE = EACH * VEC * THREADS;  // rows of a tile
 static_assert(32 % LANES == 0, "a row segment must not straddle warps");
 static_assert(32 % UNIT == 0, "a unit must not straddle warps");
 static_assert(SLICE <= THREADS, "a thread writes one column");
 static_assert(EACH * VEC <= 32, "a thread keeps a bit per row");
 static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
 
-// First row of the thread's k-th vector in a tile. Units go round the warps, so that a mask with its active rows side by side loads all
-// warps alike.
+// First row of the thread's k-th vector in a tile. Units go round the warps, so that a mask with its active rows side by side
+// loads all warps alike.
 __device__ __forceinline__ int first_row(int k) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     return (((k * 32 + lane) / UNIT * WARPS + warp) * UNIT + lane % UNIT) * VEC;
@@ -60,8 +60,8 @@ __device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows) {
     return bits;
 }
 
-// Writes the rows behind the warp's bits to its `list`, in an order that only the bits decide, and returns how many there are. The first
-// barrier keeps the list of one tile from overwriting that of another, which may still be read.
+// Writes the rows behind the warp's bits to its `list`, in an order that only the bits decide, and returns how many there are.
+// The first barrier keeps the list of one tile from overwriting that of another, which may still be read.
 __device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
     const int lane = threadIdx.x % 32, count = __popc(bits);
     int upto = count;  // inclusive sum of the counts over the lanes
@@ -81,7 +81,7 @@ __device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
+    ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
     __shared__ unsigned short lists[WARPS][TILE / WARPS];
     __shared__ float partial[WARPS][SLICE];
 

@@ -4,7 +4,8 @@
 
 #ifdef __CUDACC__
 
-// Weights are read once: keep them out of L1, which then holds x. Volatile keeps the loads of a batch together, ahead of their uses.
+// Weights are read once: keep them out of L1, which then holds x. Volatile keeps the loads of a batch together, ahead of their
+// uses.
 __device__ __forceinline__ uint4 load_once(const uint4* address) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -13,8 +14,8 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
     return v;
 }
 
-// The same, and L2 may fetch 256 bytes at a time. That pays if neighbouring blocks ask for the rest soon, as those of ffn_4 do, and costs
-// if a warp itself asks for all of it.
+// The same, and L2 may fetch 256 bytes at a time. That pays if neighbouring blocks ask for the rest soon, as those of ffn_4 do,
+// and costs if a warp itself asks for all of it.
 __device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -23,8 +24,9 @@ __device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address)
     return v;
 }
 
-// Prefetches a vector of `length` elements into L1: each of the block's THREADS threads issues a 4-byte cp.async per 32-byte sector. The copied
-// word is discarded; only the cache fill matters. A load whose result is not used would be removed by the compiler.
+// Prefetches a vector of `length` elements into L1: each of the block's THREADS threads issues a 4-byte cp.async per 32-byte
+// sector. The copied word is discarded; only the cache fill matters. A load whose result is not used would be removed by the
+// compiler.
 template <int THREADS>
 __device__ __forceinline__ void fetch_into_l1(const scalar* vector, int length) {
     constexpr int SECTOR = 32 / sizeof(scalar);  // elements of what L1 fetches at a time

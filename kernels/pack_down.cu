@@ -8,7 +8,7 @@
 #include "elements.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-pack_down(const scalar* __restrict__ w_down, scalar* __restrict__ w_down_t, int d_ff, int d_model) {
+    pack_down(const scalar* __restrict__ w_down, scalar* __restrict__ w_down_t, int d_ff, int d_model) {
     __shared__ scalar tile[32][33];  // 33: a column then lies in 32 different banks
 
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model);

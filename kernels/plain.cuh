@@ -27,7 +27,9 @@ struct Plain {
         __device__ __forceinline__ Chunk load_with_neighbours(int c) const { return load_once_with_neighbours(chunks + c); }
     };
 
-    __device__ static __forceinline__ Row row(Matrix matrix, int j, int n) { return {chunks_of(matrix.weights) + (long long)j * n}; }
+    __device__ static __forceinline__ Row row(Matrix matrix, int j, int n) {
+        return {chunks_of(matrix.weights) + (long long)j * n};
+    }
 
     __device__ static __forceinline__ float weight(const Chunk& chunk, int e) { return element(chunk, e); }
 };

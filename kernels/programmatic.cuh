@@ -5,16 +5,16 @@
 
 #ifdef __CUDACC__
 
-// What the predecessor wrote can be read after this, and nothing may be written before it. Vectors that it may have written are not
-// const __restrict__: the compiler would read them through a cache that holds only what never changes during the kernel.
+// What the predecessor wrote can be read after this, and nothing may be written before it. Vectors that it may have written are
+// not const __restrict__: the compiler would read them through a cache that holds only what never changes during the kernel.
 __device__ __forceinline__ void wait_for_predecessor() {
 #ifdef PROGRAMMATIC
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Starts the successor's blocks as soon as all blocks of this launch have come here. All threads call it after their last read, because a
-// foreign successor may write before it waits and must overwrite nothing that is still needed.
+// Starts the successor's blocks as soon as all blocks of this launch have come here. All threads call it after their last read,
+// because a foreign successor may write before it waits and must overwrite nothing that is still needed.
 __device__ __forceinline__ void let_successor_in() {
 #ifdef EARLY_SUCCESSOR
     asm volatile("bar.sync 0;\n griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,9 +1,10 @@
 // row_dot: dot(row, x) by one warp, or half of it by each of two, for the operators that read whole rows.
 //
-//   LOADS   chunks that a lane has in flight. A row is 8 to 10 KB: read in one or two batches, it takes one or two trips to memory.
+//   LOADS   chunks that a lane has in flight. A row is 8 to 10 KB: read in one or two batches, it takes one or two trips to
+//           memory.
 //
-// Even and odd loads accumulate separately, and of those even and odd elements. This shortens the chain of dependent additions, lets two
-// warps split a row, and makes the rounding independent of the launch shape.
+// Even and odd loads accumulate separately, and of those even and odd elements. This shortens the chain of dependent additions,
+// lets two warps split a row, and makes the rounding independent of the launch shape.
 
 #include "elements.cuh"
 #include "warp.cuh"
@@ -22,7 +23,8 @@ struct Sums {
     float even[2], odd[2];
 };
 
-// Whether the row has chunk c of a batch of every STEP-th load that starts inside it. No check is left if rows are whole batches.
+// Whether the row has chunk c of a batch of every STEP-th load that starts inside it. No check is left if rows are whole
+// batches.
 template <int STEP>
 __device__ __forceinline__ bool exists(int c, int chunks) {
 #ifdef COL_OPT
@@ -33,7 +35,8 @@ __device__ __forceinline__ bool exists(int c, int chunks) {
 
 // Adds the products of a batch of every STEP-th load, from chunk `first` of the row on.
 template <class Format, int STEP>
-__device__ __forceinline__ void add_batch(Sums (&sums)[TOKENS], const typename Format::Row& row, const uint4* x, int first, int chunks) {
+__device__ __forceinline__ void add_batch(Sums (&sums)[TOKENS], const typename Format::Row& row, const uint4* x, int first,
+                                          int chunks) {
     const int own = first + threadIdx.x % 32;
     const typename Format::Row mine = row.from(own);
     x += own;
@@ -49,7 +52,7 @@ __device__ __forceinline__ void add_batch(Sums (&sums)[TOKENS], const typename F
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             const uint4 v = x[t * chunks + 32 * STEP * i];
-            float(&sum)[2] = STEP == 2 || i % 2 == 0 ? sums[t].even : sums[t].odd;
+            float (&sum)[2] = STEP == 2 || i % 2 == 0 ? sums[t].even : sums[t].odd;
 #pragma unroll
             for (int e = 0; e < VEC; ++e) sum[e % 2] = fmaf(Format::weight(w[i], e), element(v, e), sum[e % 2]);
         }
@@ -67,11 +70,10 @@ __device__ __forceinline__ void row_dot(const typename Format::Row& row, const u
         dots[t] = warp_sum((sums[t].even[0] + sums[t].even[1]) + (sums[t].odd[0] + sums[t].odd[1]));
 }
 
-// The lane's sum over its even (half 0) or odd (half 1) loads: warp_sum of both added is row_dot, to the bit.
+// The lane's sum for one token over its even (half 0) or odd (half 1) loads: warp_sum of both added is row_dot, to the bit.
 template <class Format>
 __device__ __forceinline__ float half_row(const typename Format::Row& row, const uint4* x, int half, int chunks) {
-    static_assert(TOKENS == 1, "a halved row is for one token");
-    Sums sums[1] = {};
+    Sums sums[TOKENS] = {};
 #pragma unroll 1
     for (int first = 32 * half; first < chunks; first += 64 * LOADS) add_batch<Format, 2>(sums, row, x, first, chunks);
     return sums[0].even[0] + sums[0].even[1];

@@ -8,15 +8,15 @@ reading the addresses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
-import numpy as np
+import numpy.typing as npt
 
 from .formats import ITEMSIZE, VECTOR_BYTES, vector_length
-from .libraries import HOST, NUMPY, Description, Family, family_of, family_of_all
+from .libraries import HOST, NUMPY, A, Description, Family, family_of, family_of_all
 from .workspace import size_class
 
 _MOST_TOKENS = 8
@@ -93,10 +93,10 @@ class Checked:
     """What an FFN takes of `workspace`."""
 
 
-class Call:
+class Call(Generic[A]):
     """A checked call of an operator: dims, addresses, and the array that takes the result."""
 
-    __slots__ = ("_given", "_likes", "_views", "checked", "family", "inputs", "out", "output")
+    __slots__ = ("_given", "_views", "arrays", "checked", "family", "inputs", "out", "output")
 
     def __init__(
         self,
@@ -105,12 +105,13 @@ class Call:
         inputs: list[int],
         out: Any,
         output: int,
-        given: Any,
-        likes: tuple[Any, ...],
-        views: Any,
+        given: A | None,
+        arrays: tuple[A, ...],
+        views: Sequence[Any],
     ) -> None:
         self.family, self.checked, self.inputs, self.out, self.output = family, checked, inputs, out, output
-        self._given, self._likes = given, likes
+        self._given = given
+        self.arrays = arrays  # the caller's, in the order of the signature
         self._views = views  # of foreign arrays, perhaps copies, which must live until they are launched on
 
     @property
@@ -118,16 +119,25 @@ class Call:
         """Whether the arrays are NumPy's, so that the reference runs."""
         return self.family is NUMPY
 
-    def result(self, value: np.ndarray | None = None) -> Any:
+    def on_reference(
+        self, operator: Callable[..., npt.NDArray[Any]], *scalars: float, arrays: tuple[A, ...] | None = None
+    ) -> A:
+        """The result of a `reference` function of the caller's arrays, or of these."""
+        return self.result(operator(*(self.arrays if arrays is None else arrays), *scalars))
+
+    def result(self, value: npt.NDArray[Any] | None = None) -> A:
         """The result in the caller's own type; on the host, `value` is stored in it first."""
         if value is not None:
             self.out[...] = value
-        return self.family.hand_out(self.out, self._likes) if self._given is None else self._given
+        if self._given is not None:
+            return self._given
+        handed_out: A = self.family.hand_out(self.out, self.arrays)
+        return handed_out
 
 
-def check_call(signature: Signature, arrays: tuple[Any, ...], given: Any) -> Call:
+def check_call(signature: Signature, arrays: tuple[A, ...], given: A | None) -> Call[A]:
     """The call of an operator with these arrays and `out`, `given` or None."""
-    views = arrays if given is None else (*arrays, given)
+    views: Sequence[Any] = arrays if given is None else (*arrays, given)
     family = _common_family(signature, tuple(map(type, views)))
     if family.is_foreign:
         views = _brought_in(signature, family, arrays, given)
@@ -145,8 +155,14 @@ def _look_at(signature: Signature, family: Family, views: Sequence[Any]) -> tupl
 
 
 def _call(
-    signature: Signature, family: Family, checked: Checked, addresses: list[int], given: Any, likes: tuple[Any, ...], views: Any
-) -> Call:
+    signature: Signature,
+    family: Family,
+    checked: Checked,
+    addresses: list[int],
+    given: A | None,
+    arrays: tuple[A, ...],
+    views: Sequence[Any],
+) -> Call[A]:
     """A call whose metadata is right: the result is allocated, then the addresses are checked."""
     if given is None:
         out = family.empty(checked.out_shape, checked.dtype, checked.device)
@@ -157,7 +173,7 @@ def _call(
         _refuse_without_memory(signature, family, views)
     _check_addresses(signature, checked, tuple(addresses))
     *inputs, output = addresses
-    return Call(family, checked, inputs, out, output, given, likes, views)
+    return Call(family, checked, inputs, out, output, given, arrays, views)
 
 
 class BoundWeights:
@@ -186,10 +202,10 @@ class BoundWeights:
         _check_alignment(self._of_weights, checked, addresses)
         return described, addresses, checked
 
-    def call(self, x: Any, given: Any) -> Call:
+    def call(self, x: A, given: A | None) -> Call[A]:
         """The call with this token."""
         family = self._family
-        views = (x,) if given is None else (x, given)
+        views: tuple[A, ...] = (x,) if given is None else (x, given)
         if family is NUMPY or family.is_foreign or not all([family_or_none(type(v)) is family for v in views]):
             call = check_call(self._signature, (*self.arrays, x), given)
             self._refuse_other(call.checked)
@@ -275,7 +291,7 @@ def _refuse_without_memory(signature: Signature, family: Family, arrays: Sequenc
             described, address = family.describe(array), family.address(array)
         except (RuntimeError, NotImplementedError):
             described, address = None, 0
-        if address == 0 and (described is None or math.prod(described[0])):
+        if address == 0 and (described is None or 0 not in described[0]):
             raise TypeError(
                 f"{signature.operator}: {name} must be a plain strided array in GPU memory, got {family.why_no_memory(array)}"
             )

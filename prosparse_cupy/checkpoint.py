@@ -101,7 +101,8 @@ def _load(folder: Path, files: dict[str, str], layer: int, projection: str) -> n
         kind = file.get_slice(names[0]).get_dtype()
         if kind not in _FLOATS:
             raise CheckpointError(f"{folder}: {names[0]} is {kind}: quantised weights are not supported")
-        return file.get_tensor(names[0])
+        tensor: np.ndarray = file.get_tensor(names[0])
+        return tensor
 
 
 def _layers(files: dict[str, str], projection: str) -> str:

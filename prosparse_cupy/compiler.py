@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from . import launch
 from .device import compile_without_cache, cupy, gpu
 from .driver import launcher
+from .knobs import Knobs
 from .problem import Problem, Target
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -123,10 +124,11 @@ def kernel_of(name: str, dims: Dims, specialize: bool) -> Kernel:
 @cache
 def load(problem: Problem, device: int) -> Kernel:
     """The kernel for a problem on a GPU, compiled at the first call and kept."""
-    return Kernel(launch.plan(problem, target_of(device)), device)
+    return Kernel(launch.plan(problem, target_of(device), _tried.get(problem)), device)
 
 
 _pretended: dict[int, Target] = {}
+_tried: dict[Problem, Knobs] = {}
 
 
 def target_of(device: int) -> Target:
@@ -137,15 +139,30 @@ def target_of(device: int) -> Target:
 @contextmanager
 def pretending(device: int, target: Target) -> Iterator[None]:
     """Compile and launch on a GPU as on another one, such as an older one: for measurements. Not for several threads."""
-    before = _pretended.get(device)
+    with _meanwhile(_pretended, device, target):
+        yield
+
+
+@contextmanager
+def trying(problem: Problem, knobs: Knobs) -> Iterator[None]:
+    """Launch a problem with these knobs: for measurements. Not for several threads."""
+    with _meanwhile(_tried, problem, knobs):
+        yield
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@contextmanager
+def _meanwhile(table: dict[K, V], key: K, value: V) -> Iterator[None]:
+    """An entry of a table, and kernels that are loaded by it."""
+    table[key] = value
+    _forget_kernels()
     try:
-        _pretended[device] = target
-        _forget_kernels()
         yield
     finally:
-        del _pretended[device]
-        if before is not None:
-            _pretended[device] = before
+        del table[key]
         _forget_kernels()
 
 

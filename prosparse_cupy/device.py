@@ -8,10 +8,10 @@ import os
 import shutil
 import tempfile
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 MINIMUM_CAPABILITY = 80
 
@@ -24,7 +24,8 @@ class NoGPUError(RuntimeError):
     """No CUDA GPU can be used."""
 
 
-class Gpu(NamedTuple):
+@dataclass(frozen=True)
+class Gpu:
     """A GPU as launches see it."""
 
     index: int
@@ -104,7 +105,7 @@ def current_device() -> int:
     cuda = cupy().cuda
     try:
         if cuda.runtime.getDeviceCount() > 0:
-            return cuda.runtime.getDevice()
+            return int(cuda.runtime.getDevice())
         reason = "the driver reports no device"
     except cuda.runtime.CUDARuntimeError as error:
         reason = str(error)

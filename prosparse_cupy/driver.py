@@ -55,26 +55,31 @@ def launcher(function: int, plan: Launch, device: int) -> Launcher:
     pack = struct.Struct(_REST + "".join(_slot(a) for a in plan.arguments)).pack_into
     start = _SHAPE.size
     extended = launch_kernel_ex() if plan.programmatic else None
-    attribute, is_lasting, is_captured = ctypes.addressof(_PROGRAMMATIC), lasting_streams.__contains__, is_capturing()
-
-    def programmatic(stream: int, *arguments: int | float) -> None:
-        attributes = 1 if is_lasting(stream) or is_captured(stream) else 0
-        pack(buffer.bytes, start, stream, attribute, attributes, *arguments)
-        status = extended(buffer.config, function, buffer.arguments, None)
-        if status:
-            raise cupy().cuda.driver.CUDADriverError(status)
 
     def plain(stream: int, *arguments: int | float) -> None:
         pack(buffer.bytes, start, stream, 0, 0, *arguments)
         cupy().cuda.driver.launchKernel(function, *shape, stream, buffer.arguments, 0)
 
-    return plain if extended is None else programmatic
+    if extended is None:
+        return plain
+    launch, attribute = extended, ctypes.addressof(_PROGRAMMATIC)
+    is_lasting, is_captured = lasting_streams.__contains__, is_capturing()
+
+    def programmatic(stream: int, *arguments: int | float) -> None:
+        attributes = 1 if is_lasting(stream) or is_captured(stream) else 0
+        pack(buffer.bytes, start, stream, attribute, attributes, *arguments)
+        status = launch(buffer.config, function, buffer.arguments, None)
+        if status:
+            raise cupy().cuda.driver.CUDADriverError(status)
+
+    return programmatic
 
 
 @cache
 def is_capturing() -> Callable[[int], bool]:
     """A function that tells whether a stream is being captured into a graph."""
-    return cupy().cuda.runtime.streamIsCapturing
+    asked: Callable[[int], bool] = cupy().cuda.runtime.streamIsCapturing
+    return asked
 
 
 def _slot(argument: str) -> str:
@@ -90,11 +95,12 @@ def launch_kernel_ex() -> Callable[..., int] | None:
 def _function(name: str, arguments: list[Any]) -> Callable[..., int] | None:
     """A function of the driver, or None where it cannot be found."""
     try:
-        function = getattr(ctypes.CDLL("libcuda.so.1"), name)
+        function: Any = getattr(ctypes.CDLL("libcuda.so.1"), name)
     except (OSError, AttributeError):
         return None
     function.argtypes = arguments
-    return function
+    called: Callable[..., int] = function
+    return called
 
 
 @cache

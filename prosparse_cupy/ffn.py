@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
@@ -15,9 +15,14 @@ from .compiler import kernel_of, load
 from .device import current_device, gpu
 from .formats import ITEMSIZE, vector_length
 from .formula import check_threshold
-from .ops import A
+from .libraries import A
 from .problem import Problem
 from .workspace import take
+
+if TYPE_CHECKING:
+    import torch
+
+    DType = str | type[Any] | np.dtype[Any] | torch.dtype
 
 _WEIGHTS = (weight("w_gate"), weight("w_up"), weight("w_down_t"))
 SPARSE_FFN = Signature("sparse_ffn", (vector("x", "d_model"), *_WEIGHTS), vector("y", "d_model"))
@@ -62,10 +67,10 @@ def sparse_ffn(
     return _run(call, (x, w_gate, w_up, w_down_t), call.inputs, threshold, specialize)
 
 
-def _run(call: Call, arrays: tuple[Any, ...], inputs: Sequence[int], threshold: float, specialize: bool) -> Any:
+def _run(call: Call[A], arrays: tuple[A, ...], inputs: Sequence[int], threshold: float, specialize: bool) -> A:
     """`ffn_123` into scratch and `ffn_4` out of it. `arrays` and `inputs`, their addresses, are x, w_gate, w_up, w_down_t."""
     if call.on_host:
-        return call.result(reference.sparse_ffn(*arrays, threshold))
+        return call.on_reference(reference.sparse_ffn, threshold, arrays=arrays)
     checked, (x, w_gate, w_up, w_down_t) = call.checked, inputs
     d_ff, d_model, device = checked.d_ff, checked.d_model, checked.device
     first, second = kernel_of("ffn_123", checked, specialize), kernel_of("ffn_4", checked, specialize)
@@ -110,7 +115,8 @@ class SparseFFN(Generic[A]):
         """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
         call = self._weights.call(x, out)
         *weights, token = call.inputs
-        return _run(call, (x, *self._weights.arrays), (token, *weights), self.threshold, self._specialize)
+        arrays: tuple[A, ...] = (x, *self._weights.arrays)
+        return _run(call, arrays, (token, *weights), self.threshold, self._specialize)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_weights": self._weights.arrays}
@@ -134,7 +140,7 @@ class CompiledKernel:
 
 
 def warmup(
-    d_model: int, d_ff: int, *, dtype: str = "bfloat16", device: int | None = None, specialize: bool = True
+    d_model: int, d_ff: int, *, dtype: DType = "bfloat16", device: int | None = None, specialize: bool = True
 ) -> list[CompiledKernel]:
     """Compile every kernel of these dims now, so that the first call does not wait and a graph capture does not fail.
 

@@ -40,7 +40,7 @@ class Formula:
     def active(self, gate: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Which neurons are active. NaN is."""
         wide = gate.astype(np.float32)
-        found: npt.NDArray[np.bool_] = ~(wide < np.float32(self.threshold)) & (wide != 0)
+        found: npt.NDArray[np.bool_] = np.logical_and(~(wide < np.float32(self.threshold)), wide != 0)
         return found
 
     def activate(self, gate: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -57,7 +57,7 @@ def largest_inactive(threshold: float, dtype: npt.DTypeLike) -> float:
         return 0.0
     kind = np.dtype(dtype)
     wanted = np.float32(threshold)
-    kept = wanted.astype(kind)
+    kept: Any = wanted.astype(kind)
     if kept < wanted:
         kept = np.nextafter(kept, np.array(np.inf, kind))
     return float(np.nextafter(kept, np.zeros((), kind)))

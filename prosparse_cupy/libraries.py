@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +30,9 @@ class Array(Protocol):
     def dtype(self) -> Any: ...
     def __dlpack__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
+
+A = TypeVar("A", bound=Array)
+"""The caller's type of array: a call takes and returns one."""
 
 Description = tuple[tuple[int, ...], str, int, bool]
 """Shape, dtype name, device index (`HOST` where it is no GPU), and whether an array is C-contiguous."""
@@ -117,7 +120,7 @@ class _Cupy(Family):
         return tuple([(a.shape, name(a.dtype) or str(a.dtype), a.data.device_id, a.flags.c_contiguous) for a in arrays])
 
     def address(self, array: Any) -> int:
-        return array.data.ptr
+        return int(array.data.ptr)
 
     def addresses(self, arrays: Sequence[Any]) -> list[int]:
         return [a.data.ptr for a in arrays]
@@ -127,7 +130,7 @@ class _Cupy(Family):
             return cupy().empty(shape, NUMPY_DTYPES[dtype])
 
     def stream(self, device: int) -> int:
-        return cupy().cuda.get_current_stream(device).ptr
+        return int(cupy().cuda.get_current_stream(device).ptr)
 
 
 class _Torch(Family):
@@ -140,7 +143,7 @@ class _Torch(Family):
         # 0.1 µs where current_stream() takes 1; absent from CPU builds.
         self._handle = getattr(torch._C, "_cuda_getCurrentRawStream", lambda i: torch.cuda.current_stream(i).cuda_stream)
         if torch.version.cuda is None:  # get_device() then counts devices of another kind
-            self.describe_all = self._describe_all_off_gpu
+            self.describe_all = self._describe_all_off_gpu  # type: ignore[method-assign]
 
     def describe(self, array: Any) -> Description:
         return self.describe_all((array,))[0]
@@ -166,7 +169,7 @@ class _Torch(Family):
         return "a tensor without memory"
 
     def address(self, array: Any) -> int:
-        return array.data_ptr()
+        return int(array.data_ptr())
 
     def addresses(self, arrays: Sequence[Any]) -> list[int]:
         return [a.data_ptr() for a in arrays]
@@ -175,7 +178,7 @@ class _Torch(Family):
         return self._torch.empty(shape, dtype=self._dtypes[dtype], device=self._torch.device("cuda", device))
 
     def stream(self, device: int) -> int:
-        handle = self._handle(device)
+        handle: int = self._handle(device)
         # The ids of torch's own streams are odd: it keeps them in a pool and never destroys one. ExternalStreams have even
         if handle not in lasting_streams and self._torch.cuda.current_stream(device).stream_id & 1:
             lasting_streams.add(handle)
@@ -280,7 +283,7 @@ def family_of_all(kinds: set[type]) -> Family | None:
     return families.pop() if len(families) == 1 else None
 
 
-def _refuse_tensors_without_memory(torch: Any, kind: type) -> None:
+def _refuse_tensors_without_memory(torch: Any, kind: Any) -> None:
     """TypeError for tensor subclasses whose data only their own code knows (DTensor, FakeTensor, ...), or that have none."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:

@@ -84,6 +84,19 @@ def user_folder() -> Path:
     return Path(platformdirs.user_data_dir("prosparse-cupy", appauthor=False)) / "tables"
 
 
+def describe(target: Target) -> str:
+    """How many launches of a GPU are measured, and where the user's own table is or would be."""
+    counts, own = [], user_folder() / file_name(target)
+    for what, file in (("shipped", _SHIPPED / own.name), ("own", own)):
+        try:
+            counts.append(f"{len(read(file, target))} {what}")
+        except FileNotFoundError:
+            counts.append(f"0 {what}")
+        except (OSError, ValueError) as error:
+            counts.append(f"{what} left out ({error})")
+    return f"{', '.join(counts)} ({own})"
+
+
 def file_name(target: Target) -> str:
     """Of a GPU model's table."""
     return re.sub(r"[^a-z0-9]+", "-", target.name.lower()).strip("-") + ".json"

@@ -6,16 +6,11 @@ One call, followed down: `ffn_23` -> `check_call` (`arguments`: checks and addre
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from . import reference
 from .arguments import Call, Operand, Signature, check_call, vector, weight
 from .compiler import kernel_of
 from .formula import check_threshold
-from .libraries import Array
-
-A = TypeVar("A", bound=Array)
-"""The caller's type of array: a call takes and returns one."""
+from .libraries import A
 
 FFN_1 = Signature("ffn_1", (vector("x", "d_model"), weight("w_gate")), vector("gate", "d_ff"))
 FFN_123 = Signature("ffn_123", (vector("x", "d_model"), weight("w_gate"), weight("w_up")), vector("x1", "d_ff"))
@@ -61,7 +56,7 @@ def ffn_1(x: A, w_gate: A, *, out: A | None = None, specialize: bool = True) -> 
     """
     call = check_call(FFN_1, (x, w_gate), out)
     if call.on_host:
-        return call.result(reference.ffn_1(x, w_gate))
+        return call.on_reference(reference.ffn_1)
     _launch("ffn_1", call, specialize)
     return call.result()
 
@@ -97,7 +92,7 @@ def ffn_123(x: A, w_gate: A, w_up: A, threshold: float = 0.0, *, out: A | None =
     threshold = check_threshold("ffn_123", threshold)
     call = check_call(FFN_123, (x, w_gate, w_up), out)
     if call.on_host:
-        return call.result(reference.ffn_123(x, w_gate, w_up, threshold))
+        return call.on_reference(reference.ffn_123, threshold)
     _launch("ffn_123", call, specialize, threshold)
     return call.result()
 
@@ -136,7 +131,7 @@ def ffn_23(gate: A, x: A, w_up: A, threshold: float = 0.0, *, out: A | None = No
     threshold = check_threshold("ffn_23", threshold)
     call = check_call(FFN_23, (gate, x, w_up), out)
     if call.on_host:
-        return call.result(reference.ffn_23(gate, x, w_up, threshold))
+        return call.on_reference(reference.ffn_23, threshold)
     _launch("ffn_23", call, specialize, threshold)
     return call.result()
 
@@ -168,7 +163,7 @@ def ffn_4(x1: A, w_down_t: A, *, out: A | None = None, specialize: bool = True) 
     """
     call = check_call(FFN_4, (x1, w_down_t), out)
     if call.on_host:
-        return call.result(reference.ffn_4(x1, w_down_t))
+        return call.on_reference(reference.ffn_4)
     _launch("ffn_4", call, specialize)
     return call.result()
 
@@ -197,12 +192,12 @@ def pack_down(w_down: A, *, out: A | None = None, specialize: bool = True) -> A:
     """
     call = check_call(PACK_DOWN, (w_down,), out)
     if call.on_host:
-        return call.result(reference.pack_down(w_down))
+        return call.on_reference(reference.pack_down)
     _launch("pack_down", call, specialize)
     return call.result()
 
 
-def _launch(kernel: str, call: Call, specialize: bool, *arguments: int | float) -> None:
+def _launch(kernel: str, call: Call[A], specialize: bool, *arguments: int | float) -> None:
     """Launch a kernel on the caller's stream: its pointers, then the dims."""
     checked = call.checked
     stream = call.family.stream(checked.device)

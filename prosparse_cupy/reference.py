@@ -6,29 +6,32 @@ after formula 3 and once after formula 4. Weights of inactive neurons are not re
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from .formula import Formula
 
 _ROWS_AT_ONCE = 256  # some MB in float64, which stay in cache: blocks of 2048 take three times as long
 
 
-def active(gate: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+def active(gate: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[np.bool_]:
     """Which neurons are active: `not (gate < threshold) and gate != 0`, compared as float32, so NaN is active."""
     return Formula(threshold).active(gate)
 
 
-def fatrelu(gate: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+def fatrelu(gate: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
     """Formula 2: `gate` where it is active, +0 elsewhere (arXiv 2402.13516, activation threshold shifting)."""
     return Formula(threshold).activate(gate)
 
 
-def ffn_1(x: np.ndarray, w_gate: np.ndarray) -> np.ndarray:
+def ffn_1(x: npt.NDArray[Any], w_gate: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Formula 1: `x @ w_gate.T`."""
     return rows_dot(x, w_gate, np.arange(len(w_gate))).astype(x.dtype)
 
 
-def ffn_23(gate: np.ndarray, x: np.ndarray, w_up: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+def ffn_23(gate: npt.NDArray[Any], x: npt.NDArray[Any], w_up: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
     """Formulas 2 and 3: `fatrelu(gate, threshold) * (x @ w_up.T)`."""
     on = active(gate, threshold)
     used = on.reshape(-1, on.shape[-1]).any(axis=0)
@@ -38,12 +41,12 @@ def ffn_23(gate: np.ndarray, x: np.ndarray, w_up: np.ndarray, threshold: float =
         return np.where(on, product, 0.0).astype(gate.dtype)
 
 
-def ffn_123(x: np.ndarray, w_gate: np.ndarray, w_up: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+def ffn_123(x: npt.NDArray[Any], w_gate: npt.NDArray[Any], w_up: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
     """Formulas 1 to 3: `ffn_23` of `ffn_1`."""
     return ffn_23(ffn_1(x, w_gate), x, w_up, threshold)
 
 
-def ffn_4(x1: np.ndarray, w_down_t: np.ndarray) -> np.ndarray:
+def ffn_4(x1: npt.NDArray[Any], w_down_t: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Formula 4: `x1 @ w_down_t`, over the rows of `w_down_t` where `x1` is not zero."""
     rows = x1.reshape(-1, x1.shape[-1])
     y = np.zeros((len(rows), w_down_t.shape[1]), np.float64)
@@ -53,17 +56,19 @@ def ffn_4(x1: np.ndarray, w_down_t: np.ndarray) -> np.ndarray:
         return y.reshape(*x1.shape[:-1], -1).astype(x1.dtype)
 
 
-def sparse_ffn(x: np.ndarray, w_gate: np.ndarray, w_up: np.ndarray, w_down_t: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+def sparse_ffn(
+    x: npt.NDArray[Any], w_gate: npt.NDArray[Any], w_up: npt.NDArray[Any], w_down_t: npt.NDArray[Any], threshold: float = 0.0
+) -> npt.NDArray[Any]:
     """Formulas 1 to 4."""
     return ffn_4(ffn_123(x, w_gate, w_up, threshold), w_down_t)
 
 
-def pack_down(w_down: np.ndarray) -> np.ndarray:
+def pack_down(w_down: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """`nn.Linear`'s (d_model, d_ff) down-projection weight as (d_ff, d_model), C-contiguous."""
     return np.ascontiguousarray(w_down.T)
 
 
-def rows_dot(x: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def rows_dot(x: npt.NDArray[Any], weights: npt.NDArray[Any], rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The dot products of x with these rows of a (d_ff, d_model) matrix, in float64."""
     wide = x.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -71,7 +76,7 @@ def rows_dot(x: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.ndarray
     return np.concatenate(parts, axis=-1) if parts else np.zeros((*x.shape[:-1], 0))
 
 
-def rows_sum(values: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def rows_sum(values: npt.NDArray[Any], weights: npt.NDArray[Any], rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The sum of these rows of a (d_ff, d_model) matrix, each times its value, in float64."""
     total = np.zeros(weights.shape[1])
     with np.errstate(invalid="ignore", over="ignore"):
@@ -80,5 +85,5 @@ def rows_sum(values: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.nd
     return total
 
 
-def _parts(numbers: np.ndarray) -> list[np.ndarray]:
+def _parts(numbers: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
     return [numbers[i : i + _ROWS_AT_ONCE] for i in range(0, len(numbers), _ROWS_AT_ONCE)]

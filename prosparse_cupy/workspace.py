@@ -127,13 +127,13 @@ def _allocate(device: int, nbytes: int) -> int:
         if _idle[device, nbytes]:
             return _idle[device, nbytes].pop()
         try:
-            return runtime.malloc(nbytes)
+            return int(runtime.malloc(nbytes))
         except runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
         _free_what_libraries_cache()
         try:
-            return runtime.malloc(nbytes)
+            return int(runtime.malloc(nbytes))
         except runtime.CUDARuntimeError as error:
             raise MemoryError(f"prosparse_cupy: GPU {device} has no {nbytes} bytes for an FFN's scratch: {error}") from error
 

@@ -127,7 +127,7 @@ def test_ffn_4(host, d_model, d_ff, dtype, specialize):
 
 
 @dtypes
-@pytest.mark.parametrize(("d_model", "d_ff"), [(40, 700), (264, 1101)])
+@pytest.mark.parametrize(("d_model", "d_ff"), [(40, 700), (264, 101)])
 def test_dims_as_constants_do_not_change_the_bits_of_ffn_4(host, d_model, d_ff, dtype):
     rng = np.random.default_rng(d_model * d_ff)
     w, x1 = weights(d_ff, d_model, dtype), reference.fatrelu(gate(d_ff, dtype, 0.7, rng)) * token(d_ff, dtype, rng)

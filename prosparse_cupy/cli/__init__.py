@@ -1,22 +1,29 @@
-"""The `prosparse-cupy` command: demo, doctor, warmup."""
+"""The `prosparse-cupy` command: demo, doctor, warmup, tune."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import __version__, ffn, models
+from .. import __version__, compiler, ffn, measured, models
 from ..checkpoint import CheckpointError, load_ffn
 from ..device import NoGPUError, current_device
-from ..formats import ITEMSIZE
+from ..formats import ITEMSIZE, vector_length
 from ..libraries import NUMPY_DTYPES
-from . import demo, doctor
+from ..testing import best_dense
+from . import demo, doctor, tune
 
 MODELS = {"7b": models.LLAMA_2_7B, "13b": models.LLAMA_2_13B, "1b": models.MINICPM_S_1B}
 
@@ -26,8 +33,8 @@ _model = click.option("--model", type=click.Choice(list(MODELS)), default="7b", 
 class _Number(click.FloatRange):
     """A float in a range; NaN is in none."""
 
-    def convert(self, value, param, ctx):
-        number = super().convert(value, param, ctx)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
         if number != number:
             self.fail("nan is not a number in the range", param, ctx)
         return number
@@ -91,6 +98,59 @@ def _demo(
     _print_report(console, title, made.threshold, report)
     if report.failed:
         raise click.ClickException(f"wrong results: {', '.join(report.failed)}; no time is shown for them")
+
+
+@main.command("tune")
+@_model
+@click.option("--d-model", type=click.IntRange(1), help="Dims of another model, with --d-ff.")
+@click.option("--d-ff", type=click.IntRange(1), help="Dims of another model, with --d-model.")
+@click.option("--dtype", type=click.Choice(list(ITEMSIZE)), default="bfloat16", show_default=True)
+@click.option("--sparsity", type=_Number(0, 1), help="Share of inactive neurons.  [default: the model's average]")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the table here.  [default: the user's own, which is used from then on]",
+)
+def _tune(model: str, d_model: int | None, d_ff: int | None, dtype: str, sparsity: float | None, output: Path | None) -> None:
+    """Time every legal launch of the kernels on this GPU and keep the fastest. Results do not change by a bit."""
+    given = click.get_current_context().get_parameter_source("model")
+    if (d_model is None) != (d_ff is None):
+        raise click.UsageError("--d-model and --d-ff go together")
+    if d_model is not None and given is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--model brings its own dims: leave out --d-model and --d-ff")
+    chosen = MODELS[model]
+    if d_model is not None and d_ff is not None:
+        chosen = models.Model(f"{d_model} x {d_ff}", d_model, d_ff, 1, 0.01, 0.9)
+    if chosen.d_model % vector_length(dtype):
+        raise click.UsageError(f"--d-model must be a multiple of {vector_length(dtype)} for {dtype}, got {chosen.d_model}")
+    if sparsity is not None:
+        chosen = dataclasses.replace(chosen, sparsity=sparsity)
+    console, commit = Console(), os.environ.get("PROSPARSE_COMMIT", __version__)
+    try:
+        target = compiler.target_of(current_device())
+        file = output or measured.user_folder() / measured.file_name(target)
+        with _bar(Console(stderr=True)) as tell:
+            found = tune.tune(chosen, dtype, best_dense(NUMPY_DTYPES[dtype]), commit, tell)
+        measured.write(file, target, found)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    table = Table(title=f"{target.name}: {chosen.name}, {dtype}, {chosen.sparsity:.2%} sparse", title_justify="left")
+    for column in ("kernel", "rule µs", "fastest µs", "knobs"):
+        table.add_column(column, justify="left" if column in ("kernel", "knobs") else "right", overflow="fold")
+    for row in found:
+        knobs = " ".join(f"{name}={value}" for name, value in row.knobs.as_dict().items())
+        table.add_row(row.kernel, f"{row.rule_us:.2f}", f"{row.us:.2f}", knobs)
+    console.print(table)
+    console.print(f"written to {file}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[tune.Tell]:
+    """A progress bar on a terminal, and nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("making layers")
+        yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
 
 
 def _has_gpu() -> bool:

@@ -82,7 +82,7 @@ def random_layer(
 
 def checkpoint_layer(weights: FFNWeights, dtype: np.dtype[Any], threshold: float) -> synthetic.Layer:
     """A checkpoint's layer with a random token: its mask is the weights' own answer to noise."""
-    x = np.random.default_rng(0).standard_normal(weights.w_gate.shape[1], dtype=np.float32).astype(dtype)
+    x = np.random.default_rng(0).standard_normal(weights.w_gate.shape[1:], dtype=np.float32).astype(dtype)
     w_gate, w_up, w_down = (np.ascontiguousarray(w, dtype) for w in (weights.w_gate, weights.w_up, weights.w_down))
     mask = reference.active(reference.ffn_1(x, w_gate), threshold)
     return synthetic.Layer(x, w_gate, w_up, w_down, mask, threshold)
@@ -103,7 +103,9 @@ def on_gpu(layer: synthetic.Layer, dtype: str, progress: Progress) -> Report:
         calls, outs = variants(timed)
         rows.append(_row(step, graph_times(calls, outs, dense, _REPEATS), errors(timed, outs)))
     name = gpu(cupy().cuda.Device().id).name
-    return Report(name, dense.name, *layer.w_gate.shape[::-1], dtype, 1 - layer.mask.mean(), layers.count, tuple(rows))
+    return Report(
+        name, dense.name, layers.model.d_model, layers.model.d_ff, dtype, layers.model.sparsity, layers.count, tuple(rows)
+    )
 
 
 def on_host(layer: synthetic.Layer, dtype: str, progress: Progress) -> Report:
@@ -118,7 +120,8 @@ def on_host(layer: synthetic.Layer, dtype: str, progress: Progress) -> Report:
         rows.append(_row(step, times, errors([timed], outs)))
     where = f"host, NumPy {np.__version__}"
     sparsity = 1 - float(layer.mask.mean())
-    return Report(where, "NumPy, nothing skipped", *layer.w_gate.shape[::-1], dtype, sparsity, 1, tuple(rows))
+    d_ff, d_model = layer.w_gate.shape
+    return Report(where, "NumPy, nothing skipped", d_model, d_ff, dtype, sparsity, 1, tuple(rows))
 
 
 def _row(step: str, times: dict[str, timing.Times], found: dict[str, list[float]]) -> Row:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, measured
 from ..device import MINIMUM_CAPABILITY, cache_folder, import_cupy
+from ..problem import Target
 
 _CUPY_WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "amd-cupy")
 _FIRST_NVRTC = {
@@ -32,6 +33,8 @@ class GpuFact:
 
     name: str
     capability: int
+    measured: str = ""
+    """Of its launches, how many are measured."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +248,13 @@ def _gpus(cupy: Any) -> dict[str, Any]:
         every = [runtime.getDeviceProperties(i) for i in range(runtime.getDeviceCount())]
     except runtime.CUDARuntimeError as error:
         return {"gpu_error": str(error)}
-    gpus = tuple(GpuFact(p["name"].decode(), p["major"] * 10 + p["minor"]) for p in every)
+    gpus = tuple(_gpu_fact(p) for p in every)
     return {"driver": _version(driver), "gpus": gpus}
+
+
+def _gpu_fact(properties: dict[str, Any]) -> GpuFact:
+    name, capability = properties["name"].decode(), properties["major"] * 10 + properties["minor"]
+    return GpuFact(name, capability, measured.describe(Target(capability, properties["multiProcessorCount"], name)))
 
 
 def _version(number: int) -> Version | None:
@@ -273,6 +281,7 @@ def describe(facts: Facts) -> list[tuple[str, str]]:
         ("CUDA headers", f"{_dotted(facts.headers)} {facts.headers_path}".strip()),
         ("driver", f"up to CUDA {_dotted(facts.driver)}" if facts.driver else "none"),
         ("GPUs", gpus or facts.gpu_error or "none"),
+        *((f"measured launches, GPU {i}", gpu.measured) for i, gpu in enumerate(facts.gpus) if gpu.measured),
         ("kernel cache", facts.cache + (f" ({facts.cache_error})" if facts.cache_error else ", writable")),
         ("torch", torch or "not installed"),
     ]

@@ -79,7 +79,7 @@ class Layers:
     def _layer(self, index: int) -> tuple[Any, Any, Any]:
         """w_gate, w_up and w_down of a layer."""
         d_model, d_ff, scale = self.model.d_model, self.model.d_ff, self.model.d_model**-0.5
-        return tuple(self._normal(shape, scale) for shape in ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)))  # type: ignore[return-value]
+        return tuple(self._normal(shape, scale) for shape in ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)))
 
     def _normal(self, shape: tuple[int, ...], scale: float) -> Any:
         return (self._random.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(self.dtype)
@@ -94,7 +94,7 @@ class Layers:
             "ffn_123": (d_ff + active, d_model + d_ff),
             **dict.fromkeys(WHOLE, (d_ff + 2 * active, 2 * d_model)),
         }[op]
-        return rows * self._row_bytes + elements * self.dtype.itemsize
+        return int(rows * self._row_bytes + elements * self.dtype.itemsize)
 
     def calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
         """Calls of an operator; as many masks a layer as touch several times the L2 cache."""
@@ -242,7 +242,7 @@ class GivenLayers(Layers):
         return _rotated(w_gate, self._shift(index)), _rotated(w_up, self._shift(index)), _rotated(w_down, self._shift(index), 1)
 
     def _shift(self, index: int) -> int:
-        return index * self.model.d_ff // self.count
+        return int(index * self.model.d_ff // self.count)
 
     def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
         return np.roll(self._given.mask, -self._shift(layer))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+import torch.utils.dlpack
 
 from ..torch import FATReLU
 from . import timing
@@ -24,7 +25,7 @@ class TorchDense(Dense):
         self.name = f"torch {torch.__version__} (cuBLAS)"
 
     def adopt(self, array: object) -> torch.Tensor:
-        return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array)
 
     def capture(self, calls: Sequence[timing.Call]) -> timing.Call:
         return capture(calls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from ..numerics import within_contract
 from .activation import FATReLU
 from .mlp import PROJECTIONS, SparseGatedMLP
 
+Weights = tuple[Tensor, Tensor, Tensor]
+
 _NEURONS = 256  # of the copy whose code is tried
 _GATES = (0.01, 1.0, 100.0, 1e4, 1e6)  # sizes of its gates, so that a clamp, an offset or a leak shows at one of them
 _LARGEST_DIFFERENCE = 2.0**-16  # code that goes through float32 on its way is well below, another formula well above
@@ -20,7 +23,7 @@ _SCALES = (0.1, 1.0, 10.0)  # of the inputs that the layer's own weights are tri
 _ROWS_AT_ONCE = 2048  # a block of rows in float64 is at most some tens of MB
 
 
-def why_another_formula(mlp: nn.Module, threshold: float) -> str:
+def why_another_formula(mlp: Any, threshold: float) -> str:
     """What `mlp` computes other than ``down_proj(fatrelu(gate_proj(x), threshold) * up_proj(x))``, or nothing.
 
     Its code is run in float64 on fewer neurons with random weights, so rounding explains nothing and no weights hide anything.
@@ -56,7 +59,7 @@ def why_another_formula(mlp: nn.Module, threshold: float) -> str:
     return ""
 
 
-def _with_weights(mlp: nn.Module, weights: tuple[Tensor, ...], threshold: float) -> nn.Module:
+def _with_weights(mlp: Any, weights: Weights, threshold: float) -> Any:
     """A shallow copy of `mlp` with these projections, and the threshold where its FATReLU lacks one."""
     other = copy.copy(mlp)
     other._modules = dict(mlp._modules)
@@ -70,22 +73,22 @@ def _with_weights(mlp: nn.Module, weights: tuple[Tensor, ...], threshold: float)
     return other
 
 
-def why_outside_the_contract(mlp: nn.Module, threshold: float, sparse: SparseGatedMLP) -> str:
+def why_outside_the_contract(mlp: Any, threshold: float, sparse: SparseGatedMLP) -> str:
     """Why the output of `sparse`, or of the `mlp` of T `threshold` that it replaces, is not the formula's within rounding.
 
     Both are compared with float64 on the layer's own weights. As a vector an output may have twice the error of the dense path
     in the same dtype, plus one ulp.
     """
-    weights = tuple(getattr(sparse, name).weight for name in PROJECTIONS)
+    weights: Weights = (sparse.gate_proj.weight, sparse.up_proj.weight, sparse.down_proj.weight)
     x = torch.randn(len(_SCALES), weights[0].shape[1], device="cpu", generator=torch.Generator().manual_seed(1))
     x = (x * torch.tensor(_SCALES, device="cpu")[:, None]).to(weights[0])
     before = mlp if not _lacks_threshold(mlp) else _with_weights(mlp, weights, threshold)
     return _compare(
-        "sparse output", torch.cat([sparse(row[None]) for row in x]), x, weights, sparse.act_fn.threshold
+        "sparse output", torch.cat([sparse(row[None]) for row in x]), x, weights, float(sparse.act_fn.threshold or 0.0)
     ) or _compare("output", before(x[None])[0], x, weights, threshold)
 
 
-def _compare(what: str, output: Tensor, x: Tensor, weights: tuple[Tensor, ...], threshold: float) -> str:
+def _compare(what: str, output: Tensor, x: Tensor, weights: Weights, threshold: float) -> str:
     """Why the outputs of tokens `x` are not those of the formula within the contract, or nothing."""
     exact, dense = _exact(x, *weights, threshold), _dense(x, *weights, threshold)
     usable = exact.abs().amax(dim=1) <= torch.finfo(x.dtype).max  # float16 may overflow at the largest scale

@@ -42,11 +42,11 @@ class SparseGatedMLP(nn.Module):
         self.counts: Tensor | None = None
         """Active neurons and all neurons so far, (2,) int64, where a `SparsityMeter` counts them."""
         self._replaced: tuple[nn.Module, ...] = ()
-        self.register_load_state_dict_post_hook(_pack_what_was_loaded)
+        self.register_load_state_dict_post_hook(_pack_what_was_loaded)  # type: ignore[no-untyped-call]
         pack(self.down_proj)
 
     @classmethod
-    def from_mlp(cls, mlp: nn.Module, threshold: float = 0.0) -> SparseGatedMLP:
+    def from_mlp(cls, mlp: Any, threshold: float = 0.0) -> SparseGatedMLP:
         """Of a LLaMA-like MLP: bias-free `gate_proj`, `up_proj` and `down_proj`, the activation FATReLU of `threshold`.
 
         The three `nn.Linear` are shared with `mlp`, not copied; `down_proj.weight` changes its layout in memory, not its
@@ -89,7 +89,8 @@ class SparseGatedMLP(nn.Module):
         x1 = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         if self.counts is not None:
             count_active(self.counts, x1)
-        return self.down_proj(x1)
+        dense: Tensor = self.down_proj(x1)
+        return dense
 
     def _sparse(self, x: Tensor) -> Tensor | None:
         """One token by the sparse operators, or None where only calling the modules does what they do."""
@@ -97,7 +98,8 @@ class SparseGatedMLP(nn.Module):
         if weights is None or _is_cast(x) or _is_recorded(x, weights):
             return None
         w_gate, w_up, w_down = weights
-        token, w_down_t, threshold = x.flatten(), w_down.mT, self._modules["act_fn"].threshold
+        activation: Any = self._modules["act_fn"]
+        token, w_down_t, threshold = x.flatten(), w_down.mT, activation.threshold
         if self.counts is None and x.is_cuda and not _is_watched():
             try:
                 return sparse_ffn(token, w_gate, w_up, w_down_t, threshold).view_as(x)  # the dispatcher costs 8 µs
@@ -106,22 +108,26 @@ class SparseGatedMLP(nn.Module):
         if not _is_taken(token, w_gate, w_up, w_down_t):
             return None
         if self.counts is None:
-            return torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, threshold).view_as(x)
+            y: Tensor = torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, threshold)
+            return y.view_as(x)
         x1 = torch.ops.prosparse.ffn_123(token, w_gate, w_up, threshold)
         count_active(self.counts, x1)
-        return torch.ops.prosparse.ffn_4(x1, w_down_t).view_as(x)
+        y = torch.ops.prosparse.ffn_4(x1, w_down_t)
+        return y.view_as(x)
 
     def _plain_weights(self) -> list[Tensor] | None:
         """The three weights, if calling the projections and the activation does what it did when the module was made."""
-        modules, weights = self._modules, []
+        weights: list[Tensor] = []
+        modules = self._modules
         for name in PROJECTIONS:
             linear = modules.get(name)
             if type(linear) is not nn.Linear or does_more(linear):
                 return None
             parameters = linear._parameters
-            if parameters.get("bias") is not None or parameters.get("weight") is None:
+            weight = parameters.get("weight")
+            if parameters.get("bias") is not None or weight is None:
                 return None
-            weights.append(parameters["weight"])
+            weights.append(weight)
         activation = modules.get("act_fn")
         if type(activation) is not FATReLU or activation.threshold is None or does_more(activation):
             return None

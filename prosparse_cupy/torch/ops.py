@@ -68,7 +68,7 @@ def _on_host(operator: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
 
 def _fake(signature: Signature) -> Callable[..., Tensor]:
     """The shape, dtype and device of a result: the first input's leading dims, then d_model or d_ff as the weights have it."""
-    axis = ("d_ff", "d_model").index(*signature.output.dims)
+    axis = ("d_ff", "d_model").index(signature.output.dims[0])
 
     def call(*arguments: Any, out: Tensor | None) -> Tensor:
         first, weights = arguments[0], arguments[len(signature.inputs) - 1]
@@ -80,7 +80,8 @@ def _fake(signature: Signature) -> Callable[..., Tensor]:
                     f"{signature.operator}: {name} must be on the device of {signature.inputs[0].name}, {first.device}, got "
                     f"{tensor.device}: move it there"
                 )
-        return first.new_empty((*first.shape[:-1], weights.shape[axis]))
+        result: Tensor = first.new_empty((*first.shape[:-1], weights.shape[axis]))
+        return result
 
     return call
 

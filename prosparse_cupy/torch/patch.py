@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -123,18 +124,19 @@ def check_module(function: str, model: nn.Module) -> None:
         )
 
 
-def gated_mlps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def gated_mlps(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of every gated MLP."""
     for name, module in model.named_modules():
         if all(isinstance(getattr(module, p, None), nn.Module) for p in PROJECTIONS):
             yield name, module
 
 
-def _own_threshold(model: nn.Module, name: str, mlp: nn.Module, given: float | None) -> float:
+def _own_threshold(model: nn.Module, name: str, mlp: Any, given: float | None) -> float:
     """T of an MLP as it is; `given` if its config does not say; ValueError if its activation is not supported."""
-    config = getattr(mlp, "config", None) or getattr(model, "config", None)
+    config: Any = getattr(mlp, "config", None) or getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    activation, own = getattr(config, "hidden_act", None), getattr(mlp, "act_fn", None)
+    activation: Any = getattr(config, "hidden_act", None)
+    own: Any = getattr(mlp, "act_fn", None)
     said = f"the config says hidden_act={activation!r}"
     if activation is None:
         activation = {nn.ReLU: RELU, FATReLU: FATRELU}.get(type(own), type(own).__name__)
@@ -155,7 +157,7 @@ def _own_threshold(model: nn.Module, name: str, mlp: nn.Module, given: float | N
         raise ValueError(f"patch_model: {name}: {said}: {error}; nothing was changed") from None
 
 
-def _why_dense(mlp: nn.Module) -> str:
+def _why_dense(mlp: Any) -> str:
     """Why an MLP cannot be patched, or nothing."""
     linears = [getattr(mlp, p) for p in PROJECTIONS]
     for name, linear in zip(PROJECTIONS, linears, strict=True):
@@ -191,7 +193,7 @@ def _why_dense(mlp: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _replace(model: nn.Module, name: str, mlp: nn.Module, was: float, becomes: float) -> str:
+def _replace(model: nn.Module, name: str, mlp: Any, was: float, becomes: float) -> str:
     """Put a SparseGatedMLP in the place of `mlp`, or say why that is not what `mlp` computes and leave `mlp` there."""
     with torch.autocast(mlp.gate_proj.weight.device.type, enabled=False):
         if reason := why_another_formula(mlp, was):
@@ -206,6 +208,7 @@ def _replace(model: nn.Module, name: str, mlp: nn.Module, was: float, becomes: f
 
 def _put_back(model: nn.Module, name: str, sparse: SparseGatedMLP) -> None:
     unpack(sparse.down_proj)
+    before: Any = sparse.replaced
     for projection in PROJECTIONS:
-        setattr(sparse.replaced, projection, getattr(sparse, projection))
-    model.set_submodule(name, sparse.replaced.train(sparse.training))
+        setattr(before, projection, getattr(sparse, projection))
+    model.set_submodule(name, before.train(sparse.training))

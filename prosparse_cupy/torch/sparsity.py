@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -104,10 +105,10 @@ class SparsityMeter:
             self._counts[name], self._neurons[name] = counts, mlp.down_proj.in_features
             mlp.counts = counts
             if isinstance(mlp, SparseGatedMLP):
-                self._undo.append(lambda mlp=mlp: setattr(mlp, "counts", None))
+                self._undo.append(partial(setattr, mlp, "counts", None))
             else:
-                handle = mlp.down_proj.register_forward_pre_hook(lambda _, arguments, counts=counts: _count(counts, arguments))
-                self._undo += [handle.remove, lambda mlp=mlp: delattr(mlp, "counts")]
+                handle = mlp.down_proj.register_forward_pre_hook(partial(_count, counts))
+                self._undo += [handle.remove, partial(delattr, mlp, "counts")]
 
     def report(self) -> SparsityReport:
         """What was counted so far; waits for the GPU."""
@@ -135,7 +136,7 @@ class SparsityMeter:
         self.remove()
 
 
-def _count(counts: Tensor, arguments: tuple[Any, ...]) -> None:
+def _count(counts: Tensor, module: nn.Module, arguments: tuple[Any, ...]) -> None:
     count_active(counts, arguments[0].detach())
 
 

@@ -1,0 +1,168 @@
+"""`prosparse-cupy tune`: what is kept, with everything of the GPU made up; and on a GPU."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from prosparse_cupy import cli, compiler, knobs, measured
+from prosparse_cupy.cli import tune
+from prosparse_cupy.compiler import KernelCompileError
+from prosparse_cupy.models import Model
+from prosparse_cupy.problem import H100, Problem
+from prosparse_cupy.testing.layers import Timed
+
+MODEL = Model("small", 64, 200, 1, 0.01, 0.8)
+
+
+class _Gpu:
+    """Launches as NumPy work: what a launch with these knobs leaves, and how long it takes."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now: knobs.Knobs | None = None
+        self.us = lambda kernel, chosen, sparsity: 10.0
+        self.broken: set[knobs.Knobs] = set()
+        self.wrong: set[knobs.Knobs] = set()
+        monkeypatch.setattr(tune, "Layers", lambda *_: SimpleNamespace(calls=self._calls))
+        monkeypatch.setattr(tune, "current_device", lambda: 0)
+        monkeypatch.setattr(tune.compiler, "target_of", lambda device: H100)
+        monkeypatch.setattr(tune.compiler, "trying", self._trying)
+        monkeypatch.setattr(tune.compiler, "load", self._load)
+        monkeypatch.setattr(tune.timing, "capture", self._capture)
+        monkeypatch.setattr(tune.timing, "graph_clock", lambda replay: replay.us())
+
+    def _calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
+        def timed() -> Timed:
+            out = np.empty(3, np.float32)
+            call = lambda: out.fill(2.0 if self.now in self.wrong else 1.0)  # noqa: E731
+            call.sparsity = sparsity
+            return Timed(call, out, None, None, None)
+
+        return [timed(), timed()]
+
+    @contextmanager
+    def _trying(self, problem: Problem, chosen: knobs.Knobs):
+        self.now, self.kernel = chosen, problem.kernel
+        yield
+        self.now = None
+
+    def _load(self, problem: Problem, device: int) -> object:
+        if self.now in self.broken:
+            raise KernelCompileError("too many registers")
+        return object()
+
+    def _capture(self, calls):
+        kernel, chosen, sparsity = self.kernel, self.now, calls[0].sparsity
+
+        def replay() -> None:
+            for call in calls:
+                call()
+
+        replay.us = lambda: self.us(kernel, chosen, sparsity) * len(calls)
+        return replay
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return _Gpu(monkeypatch)
+
+
+def _tuned() -> dict[str, measured.Measured]:
+    return {m.kernel: m for m in tune.tune(MODEL, "bfloat16", None, "abc1234", lambda *_: None)}
+
+
+def _others(kernel: str) -> list[knobs.Knobs]:
+    """Candidates besides the rule's."""
+    return list(knobs.candidates(Problem(kernel, MODEL.d_model, MODEL.d_ff, "bfloat16"), H100))[1:]
+
+
+def test_the_fastest_is_kept(gpu):
+    gpu.us = lambda kernel, chosen, sparsity: 8.0 if chosen == _others(kernel)[2] else 10.0
+    for kernel, found in _tuned().items():
+        assert found.knobs == _others(kernel)[2] and (found.us, found.rule_us, found.commit) == (8.0, 10.0, "abc1234")
+        assert (found.d_model, found.d_ff, found.dtype) == (64, 200, "bfloat16")
+
+
+def test_what_gains_nothing_is_not_kept(gpu):
+    gpu.us = lambda kernel, chosen, sparsity: 9.97 if chosen in _others(kernel) else 10.0
+    for kernel, found in _tuned().items():
+        assert found.knobs == knobs.rule(Problem(kernel, 64, 200, "bfloat16"), H100) and found.us == 10.0
+
+
+def test_what_loses_with_nothing_sparse_is_not_kept(gpu):
+    first, second = _others("ffn_4")[:2]
+    times = {(first, 0.8): 7.0, (first, 0.0): 11.0, (second, 0.8): 8.0}
+    gpu.us = lambda kernel, chosen, sparsity: times.get((chosen, sparsity), 10.0)
+    assert _tuned()["ffn_4"].knobs == second
+
+
+def test_what_does_not_compile_is_passed_over(gpu):
+    gpu.broken = set(_others("ffn_23"))
+    assert _tuned()["ffn_23"].knobs == knobs.rule(Problem("ffn_23", 64, 200, "bfloat16"), H100)
+
+
+def test_other_bits_end_it(gpu):
+    gpu.wrong = {_others("ffn_4")[0]}
+    with pytest.raises(tune.TuningError, match=r"ffn_4: ColumnKnobs\(.*\) gives other bits than"):
+        _tuned()
+
+
+def test_every_candidate_is_told(gpu):
+    told = []
+    tune.tune(MODEL, "bfloat16", None, "abc1234", lambda *doing: told.append(doing))
+    for kernel in tune.TIMED_IN:
+        number = len(_others(kernel)) + 1
+        assert [t for t in told if t[0] == kernel] == [(kernel, i, number) for i in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--d-model", "64"], "--d-model and --d-ff go together"),
+        (["--model", "7b", "--d-model", "64", "--d-ff", "8"], "leave out --d-model and --d-ff"),
+        (["--d-model", "60", "--d-ff", "8"], "must be a multiple of 8 for bfloat16, got 60"),
+        (["--sparsity", "nan"], "nan is not a number"),
+    ],
+)
+def test_wrong_options_get_a_usage_error(arguments, message):
+    done = CliRunner().invoke(cli.main, ["tune", *arguments])
+    assert done.exit_code == 2 and message in done.output
+
+
+def test_the_command_writes_a_table_that_is_then_used(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "current_device", lambda: 0)
+    monkeypatch.setattr(cli, "best_dense", lambda dtype: None)
+    monkeypatch.setattr(measured, "user_folder", lambda: tmp_path)
+    fast = _others("ffn_23")[0]
+    gpu.us = lambda kernel, chosen, sparsity: 8.0 if chosen == fast else 10.0
+    measured.tables.cache_clear()
+    done = CliRunner().invoke(cli.main, ["tune", "--d-model", "64", "--d-ff", "200", "--sparsity", "0.8"])
+    assert done.exit_code == 0, done.output
+    file = tmp_path / measured.file_name(H100)
+    assert str(file) in done.output.replace("\n", "") and len(json.loads(file.read_text())["measured"]) == 4
+    assert measured.choose(Problem("ffn_23", 64, 200, "bfloat16"), H100) == fast
+    assert measured.describe(H100).startswith("0 shipped, 4 own (")
+    measured.tables.cache_clear()
+
+
+@pytest.mark.gpu
+def test_tuning_on_the_gpu(tmp_path, monkeypatch):
+    """A small shape, whose launches all give the same bits; what was found is what is launched."""
+    from prosparse_cupy.device import current_device
+
+    monkeypatch.setattr(measured, "user_folder", lambda: tmp_path)
+    measured.tables.cache_clear()
+    try:
+        done = CliRunner().invoke(cli.main, ["tune", "--d-model", "512", "--d-ff", "1500"])
+        assert done.exit_code == 0, done.output
+        target = compiler.target_of(current_device())
+        for m in measured.read(tmp_path / measured.file_name(target), target):
+            assert 0 < m.us <= m.rule_us
+            assert measured.choose(Problem(*m.key), target) == m.knobs
+    finally:
+        measured.tables.cache_clear()
