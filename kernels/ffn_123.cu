@@ -4,7 +4,8 @@
 //   x1[j] = active(g) ? g * dot(x, w_up[j, :]) : +0                    0 <= j < d_ff
 //   active(g) = not (g < threshold) and g != 0                         so NaN is active
 //
-//   x (d_model,), w_gate and w_up (d_ff, d_model) in formats W_GATE and W_UP, all 16-byte aligned   x1 (d_ff,), every element written
+//   x (d_model,), w_gate and w_up (d_ff, d_model) in formats W_GATE and W_UP, all 16-byte aligned
+//   x1 (d_ff,), every element written
 //   launch   WARPS warps a block, one neuron a warp; grid ceil(d_ff / WARPS)
 //   numerics as ffn_1 followed by ffn_23, to the bit: float32 accumulation, one rounding of the gate and one of x1
 

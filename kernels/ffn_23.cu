@@ -3,7 +3,8 @@
 //   x1[j] = active(gate[j]) ? gate[j] * dot(x, w_up[j, :]) : +0        0 <= j < d_ff
 //   active(g) = not (g < threshold) and g != 0                         so NaN is active
 //
-//   gate (d_ff,)   x (d_model,) and w_up (d_ff, d_model) in format W_UP, both 16-byte aligned   x1 (d_ff,), every element written
+//   gate (d_ff,)   x (d_model,) and w_up (d_ff, d_model) in format W_UP, both 16-byte aligned
+//   x1 (d_ff,), every element written
 //   launch   WARPS warps a block. Without ROWS a row a warp, grid ceil(d_ff / WARPS). With it the warps of a block share the
 //            active ones of its ROWS rows (at most 32), and where these are few a row has two warps; grid ceil(d_ff / ROWS).
 //            Blocks without an active row are gone at once, so the GPU's own block scheduler balances any mask

@@ -20,7 +20,17 @@ def _why_no_gpu() -> str:
         return f"no CUDA GPU: {type(error).__name__}: {error}"
 
 
+# What builds kernels, packages or pages, runs a model or a type checker: too long for every save.
+_SLOW = {
+    *("test_compile", "test_docs", "test_examples", "test_host_cuda", "test_host_kernels", "test_packaging"),
+    *("test_small_model", "test_torch_patch", "test_types"),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem not in _SLOW and not item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.quick)
     if not _why_no_gpu():
         return
     skip = pytest.mark.skip(reason=_why_no_gpu())
