@@ -45,7 +45,7 @@ class Formula:
 
     def activate(self, gate: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Formula 2: `gate` where it is active, +0 elsewhere."""
-        return np.where(self.active(gate), gate, np.zeros((), gate.dtype))
+        return np.where(self.active(gate), gate, np.zeros_like(gate))
 
     def __str__(self) -> str:
         return f"fatrelu({self.threshold:g})" if self.threshold else RELU

@@ -99,14 +99,20 @@ class Layers:
     def calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
         """Calls of an operator; as many masks a layer as touch several times the L2 cache."""
         active = synthetic.active_count(self.model.d_ff, sparsity)
-        masks = math.ceil(_TIMES_L2 * self._l2 / max(1, self.touched(op, active)) / self.count)
-        masks = min(masks, _MOST_CALLS // self.count) if op in ("ffn_23", "ffn_4") and active else 1
+        masks = self._masks(op, active)
         rng = np.random.default_rng(1)
         steps = {"ffn_1": self._ffn_1, "ffn_123": self._ffn_123, "ffn_23": self._ffn_23, "ffn_4": self._ffn_4}
         make = steps.get(op, partial(self._ffn, op))
         return [
             make(layer, self._neurons(layer, mask, sparsity, rng), rng) for _ in range(masks) for layer in range(self.count)
         ]
+
+    def _masks(self, op: str, active: int) -> int:
+        """Masks a layer."""
+        if op not in ("ffn_23", "ffn_4") or active == 0:
+            return 1
+        wanted = math.ceil(_TIMES_L2 * self._l2 / self.touched(op, active) / self.count)
+        return min(wanted, _MOST_CALLS // self.count)
 
     def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
         """The active neurons of a call."""
@@ -243,6 +249,9 @@ class GivenLayers(Layers):
 
     def _shift(self, index: int) -> int:
         return int(index * self.model.d_ff // self.count)
+
+    def _masks(self, op: str, active: int) -> int:
+        return 1
 
     def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
         return np.roll(self._given.mask, -self._shift(layer))
