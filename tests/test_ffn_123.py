@@ -22,7 +22,8 @@ def test_ffn_1_and_ffn_23_to_the_bit(d_model, d_ff, dtype, specialize):
     rng, threshold = np.random.default_rng(), 0.25
     x = token(d_model, dtype, rng)
     for sparsity in (0.0, 0.5, 0.9, "one"):
-        w_gate = synthetic.steer(weights(d_ff, d_model, dtype), x, gate(d_ff, "float32", sparsity, rng, threshold))
+        w_gate = weights(d_ff, d_model, dtype).copy()
+        synthetic.steer(w_gate, x, gate(d_ff, "float32", sparsity, rng, threshold))
         arrays = on.put(x), on.put(w_gate), on.put(weights(d_ff, d_model, dtype, seed=1))
         out = on.put(poisoned(d_ff, dtype))
         assert psc.ffn_123(*arrays, threshold, out=out, specialize=specialize) is out
@@ -36,7 +37,8 @@ def test_ffn_1_and_ffn_23_to_the_bit(d_model, d_ff, dtype, specialize):
 def test_weights_of_inactive_neurons_are_not_read_into_the_result(dtype):
     rng, threshold = np.random.default_rng(), 0.25
     x, w_up = token(512, dtype, rng), weights(1000, 512, dtype).copy()
-    w_gate = synthetic.steer(weights(1000, 512, dtype, seed=1), x, gate(1000, "float32", 0.8, rng, threshold))
+    w_gate = weights(1000, 512, dtype, seed=1).copy()
+    synthetic.steer(w_gate, x, gate(1000, "float32", 0.8, rng, threshold))
     clean = on.get(psc.ffn_123(on.put(x), on.put(w_gate), on.put(w_up), threshold))
     active = reference.active(on.get(psc.ffn_1(on.put(x), on.put(w_gate))), threshold)
     assert 100 < np.count_nonzero(active) < 300
