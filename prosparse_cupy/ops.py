@@ -37,7 +37,8 @@ def ffn_1(x: A, w_gate: A, *, out: A | None = None, specialize: bool = True) -> 
     out : array, (d_ff,) or (1, d_ff), optional
         Takes the result; with it nothing is allocated.
     specialize : bool, default True
-        Compile `d_ff` and `d_model` into the kernel (ROW_OPT, COL_OPT), once per shape. False: one kernel for all shapes.
+        Compile `d_ff` and `d_model` into the kernel (ROW_OPT, COL_OPT), once per shape. False: one kernel for all shapes, or of
+        `ffn_4` for those whose sums have one order. The bits are the same.
 
     Returns
     -------

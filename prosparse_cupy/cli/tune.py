@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..testing.layers import Layers, Timed
 
 # What a kernel is timed in: ffn_123's launch decides when ffn_4's can start.
 TIMED_IN = {"ffn_1": "ffn_1", "ffn_123": "sparse_ffn", "ffn_23": "ffn_23", "ffn_4": "ffn_4"}
+_KERNELS = {"sparse_ffn": ("ffn_123", "ffn_4")}
 _LEAST_CALLS = 64
 _LEAST_GAIN = 0.005  # of the rule's time: less is noise
 _MOST_LOSS = 0.02  # with nothing sparse
@@ -37,7 +38,7 @@ class TuningError(RuntimeError):
 @dataclass(frozen=True)
 class _Candidate:
     knobs: Knobs
-    kernel: Any
+    kernels: tuple[Any, ...]
     """Kept, since a graph does not keep its kernels loaded."""
     replay: timing.Call
 
@@ -83,7 +84,8 @@ def _try(problem: Problem, knobs: Knobs, timed: Sequence[Timed]) -> tuple[_Candi
     """A graph of the calls with these knobs, and the bits that they leave; None if the kernel does not compile."""
     with compiler.trying(problem, knobs):
         try:
-            kernel = compiler.load(problem, current_device())
+            names = _KERNELS.get(TIMED_IN[problem.kernel], (problem.kernel,))
+            kernels = tuple(compiler.load(replace(problem, kernel=name), current_device()) for name in names)
         except KernelCompileError:
             return None, []
         for t in timed:
@@ -91,7 +93,7 @@ def _try(problem: Problem, knobs: Knobs, timed: Sequence[Timed]) -> tuple[_Candi
         replay = timing.capture([t.call for t in timed] * (_repeated(timed) // len(timed)))
         replay()
         outputs = [truth.to_numpy(t.out).tobytes() for t in timed]
-    return _Candidate(knobs, kernel, replay), outputs
+    return _Candidate(knobs, kernels, replay), outputs
 
 
 def _repeated(timed: Sequence[Timed]) -> int:
