@@ -7,9 +7,9 @@
 //   numerics float32 accumulation, one rounding at the store
 
 #include "elements.cuh"
-#include "plain.cuh"
 #include "programmatic.cuh"
 #include "row_dot.cuh"
+#include "weights.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     ffn_1(const scalar* x, W_GATE::Matrix w_gate, scalar* __restrict__ gate, int d_ff, int d_model) {

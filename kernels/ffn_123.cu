@@ -11,9 +11,9 @@
 
 #include "activation.cuh"
 #include "elements.cuh"
-#include "plain.cuh"
 #include "programmatic.cuh"
 #include "row_dot.cuh"
+#include "weights.cuh"
 
 static_assert(TOKENS == 1, "one token so far");
 

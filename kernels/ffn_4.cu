@@ -11,9 +11,9 @@
 //   numerics float32 accumulation in an order that only the mask, d_ff, d_model and the dtype decide, one rounding at the store
 
 #include "elements.cuh"
-#include "plain.cuh"
 #include "programmatic.cuh"
 #include "warp.cuh"
+#include "weights.cuh"
 
 static_assert(TOKENS == 1, "one token so far");
 

@@ -89,6 +89,7 @@ class Checked:
     """Of the inputs, then of the output."""
     aligned: tuple[bool, ...]
     """Whether each of them must lie at a multiple of 16 bytes."""
+    tokens: int
     scratch_bytes: int
     """What an FFN takes of `workspace`."""
 
@@ -177,52 +178,46 @@ def _call(
 
 
 class BoundWeights:
-    """The weights of an FFN, checked once. A call then looks at `x`, `out` and the weights' addresses.
+    """The weights of an FFN, checked once. A call only sees whether they are still what was checked.
 
-    The addresses say whether the arrays still hold the memory that was checked. Memory that moved is checked again, and refused
-    if its shape, dtype or GPU has changed. NumPy arrays, and those that are seen through DLPack, are checked at every call.
+    Weights of another shape, dtype, GPU or layout are refused; other memory is taken. NumPy arrays, and those that are seen
+    through DLPack, are checked at every call.
     """
 
     def __init__(self, signature: Signature, arrays: tuple[Any, ...]) -> None:
         """`signature` is of a call: the weights, then `x`."""
         self._signature, self.arrays = signature, arrays
-        self._of_weights, self._of_token = _split(signature)
+        self._of_weights = _weights_of(signature)
         self._family = _common_family(self._of_weights, tuple(map(type, arrays)))
         self._known: dict[tuple[Description, ...], Checked] = {}
-        self._described, self._addresses, checked = self._look()
-        self.facts = _facts(checked)
-
-    def _look(self) -> tuple[tuple[Description, ...], list[int], Checked]:
-        """Describe and check the weights as they are now."""
-        views = [self._family.bring_in(a) for a in self.arrays]
-        described, addresses = _look_at(self._of_weights, self._family, views)
-        checked = _checked(self._of_weights, self._family, described, False)
+        """What is checked of a call, by the description of its x and out."""
+        views = [self._family.bring_in(a) for a in arrays]
+        self._described, addresses = _look_at(self._of_weights, self._family, views)
+        checked = _checked(self._of_weights, self._family, self._described, False)
         if 0 in addresses:
             _refuse_without_memory(self._of_weights, self._family, views)
         _check_alignment(self._of_weights, checked, addresses)
-        return described, addresses, checked
+        self.facts = _facts(checked)
 
     def call(self, x: A, given: A | None) -> Call[A]:
         """The call with this token."""
-        family = self._family
-        views: tuple[A, ...] = (x,) if given is None else (x, given)
-        if family is NUMPY or family.is_foreign or not all([family_or_none(type(v)) is family for v in views]):
-            call = check_call(self._signature, (*self.arrays, x), given)
+        family, arrays = self._family, (*self.arrays, x)
+        others = (x,) if given is None else (x, given)
+        if family is NUMPY or family.is_foreign or not all([family_or_none(type(v)) is family for v in others]):
+            call = check_call(self._signature, arrays, given)
             self._refuse_other(call.checked)
             return call
-        weights = family.addresses(self.arrays)
-        if weights != self._addresses:
-            described, weights, now = self._look()
-            self._refuse_other(now)
-            self._described, self._addresses = described, weights
-        described, addresses = _look_at(self._of_token, family, views)
-        if 0 in addresses:
-            _refuse_without_memory(self._of_token, family, views)
-        checked = self._known.get(described)
+        views = (*self.arrays, *others)
+        described, addresses = _look_at(self._signature, family, views)
+        weights = described[: len(self.arrays)]
+        if weights != self._described:
+            self._refuse_other(_checked(self._of_weights, family, weights, False))
+        token = described[len(self.arrays) :]
+        checked = self._known.get(token)
         if checked is None:
-            checked = _checked(self._signature, family, (*self._described, *described), given is not None)
-            self._known[described] = checked
-        return _call(self._signature, family, checked, [*weights, *addresses], given, (x,), views)
+            checked = _checked(self._signature, family, described, given is not None)
+            self._known[token] = checked
+        return _call(self._signature, family, checked, addresses, given, arrays, views)
 
     def _refuse_other(self, now: Checked) -> None:
         if _facts(now) != self.facts:
@@ -239,10 +234,9 @@ def _facts(checked: Checked) -> tuple[int, int, str, int]:
 
 
 @cache
-def _split(signature: Signature) -> tuple[Signature, Signature]:
-    """A bound FFN's signature as the part that is bound and the part that a call brings."""
-    operator, (*weights, token), output = signature.operator, signature.inputs, signature.output
-    return Signature(operator, tuple(weights), output), Signature(operator, (token,), output)
+def _weights_of(signature: Signature) -> Signature:
+    """The part of a bound FFN's signature that is bound."""
+    return Signature(signature.operator, signature.inputs[:-1], signature.output)
 
 
 def family_or_none(kind: type) -> Family | None:
@@ -328,8 +322,9 @@ def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None) -> Ch
     out_shape = (*(tokens if output.is_vector else ()), *(dims[d] for d in output.dims))
     nbytes = tuple(o.nbytes(tokens, dims, dtype) for o in (*operands, output))
     aligned = tuple(o.aligned for o in (*operands, output))
-    scratch_bytes = size_class(dims["d_ff"] * ITEMSIZE[dtype])
-    return Checked(dims["d_model"], dims["d_ff"], dtype, metas[0].device, out_shape, nbytes, aligned, scratch_bytes)
+    number = math.prod(tokens)
+    scratch_bytes = size_class(number * dims["d_ff"] * ITEMSIZE[dtype])
+    return Checked(dims["d_model"], dims["d_ff"], dtype, metas[0].device, out_shape, nbytes, aligned, number, scratch_bytes)
 
 
 _Given = list[tuple[Operand, Meta]]

@@ -113,12 +113,14 @@ class Dims(Protocol):
     def dtype(self) -> str: ...
     @property
     def device(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
 
 
 @lru_cache(maxsize=4096)
 def kernel_of(name: str, dims: Dims, specialize: bool) -> Kernel:
     """The kernel of a checked call, looked up by the identity of `dims`, which equal calls share: every call pays for this."""
-    return load(Problem(name, dims.d_model, dims.d_ff, dims.dtype, specialize), dims.device)
+    return load(Problem(name, dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens), dims.device)
 
 
 @cache
@@ -157,12 +159,14 @@ V = TypeVar("V")
 @contextmanager
 def _meanwhile(table: dict[K, V], key: K, value: V) -> Iterator[None]:
     """An entry of a table, and kernels that are loaded by it."""
+    before = dict(table)
     table[key] = value
     _forget_kernels()
     try:
         yield
     finally:
-        del table[key]
+        table.clear()
+        table.update(before)
         _forget_kernels()
 
 

@@ -37,3 +37,4 @@ class Format:
 
 PLAIN = Format("plain", "Plain")
 """Row-major, as `torch.nn.Linear` has it."""
+FORMATS: Mapping[str, Format] = MappingProxyType({f.name: f for f in (PLAIN,)})

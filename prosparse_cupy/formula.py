@@ -32,11 +32,6 @@ class Formula:
 
     threshold: float = 0.0
 
-    @property
-    def defines(self) -> tuple[tuple[str, None], ...]:
-        """What the kernels are compiled with; the threshold comes with the launch."""
-        return ((f"ACTIVATION_{RELU.upper()}", None),)
-
     def active(self, gate: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Which neurons are active. NaN is."""
         wide = gate.astype(np.float32)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .knobs import KINDS, ColumnKnobs, Knobs, SharedRowKnobs, order_of_ffn_4
 from .measured import choose
-from .problem import H100, WARP, Problem, Target, ceil_div
+from .problem import H100, WARP, WEIGHTS, Problem, Target, ceil_div
 
 Define = tuple[str, "int | str | None"]
 
@@ -34,7 +34,6 @@ class Launch:
 
 KERNELS = tuple(KINDS)
 """Every kernel."""
-_WEIGHTS = {"ffn_1": ("W_GATE",), "ffn_123": ("W_GATE", "W_UP"), "ffn_23": ("W_UP",), "ffn_4": ("W_DOWN",), "pack_down": ()}
 _ARGUMENTS = {"ffn_1": "PPPii", "ffn_123": "PPPPfii", "ffn_23": "PPPPfii", "ffn_4": "PPPii", "pack_down": "PPii"}
 _ACTIVATING = ("ffn_123", "ffn_23")
 
@@ -61,10 +60,10 @@ def plan(problem: Problem, target: Target = H100, knobs: Knobs | None = None) ->
 def _defines(problem: Problem) -> tuple[Define, ...]:
     """What the kernel is compiled with, apart from its knobs."""
     dims = (("ROW_OPT", problem.d_ff), ("COL_OPT", problem.d_model)) if problem.specialize else ()
-    formats = ((weight, f.struct) for weight, f in zip(_WEIGHTS[problem.kernel], problem.formats, strict=False))
-    formula = problem.formula.defines if problem.kernel in _ACTIVATING else ()
+    formats = ((weight, f.struct) for weight, f in zip(WEIGHTS[problem.kernel], problem.formats, strict=True))
+    activation = ((f"ACTIVATION_{problem.activation.upper()}", None),) if problem.kernel in _ACTIVATING else ()
     order = order_of_ffn_4(problem).defines() if problem.kernel == "ffn_4" else ()
-    return ((f"DTYPE_{problem.dtype.upper()}", None), *dims, ("TOKENS", problem.tokens), *formats, *formula, *order)
+    return ((f"DTYPE_{problem.dtype.upper()}", None), *dims, ("TOKENS", problem.tokens), *formats, *activation, *order)
 
 
 Shape = tuple[tuple[int, int, int], tuple[int, int, int]]

@@ -179,7 +179,7 @@ class _Torch(Family):
 
     def stream(self, device: int) -> int:
         handle: int = self._handle(device)
-        # The ids of torch's own streams are odd: it keeps them in a pool and never destroys one. ExternalStreams have even
+        # The ids of torch's own streams are odd, those of ExternalStreams even: torch keeps its own and never destroys one.
         if handle not in lasting_streams and self._torch.cuda.current_stream(device).stream_id & 1:
             lasting_streams.add(handle)
         return handle

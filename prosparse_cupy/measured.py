@@ -19,6 +19,7 @@ from typing import Any
 
 import platformdirs
 
+from .formats import FORMATS
 from .knobs import KINDS, Knobs, rule
 from .problem import Problem, Target
 
@@ -26,17 +27,13 @@ VERSION = 1
 """Of the tables: raised when what a knob means changes."""
 _SHIPPED = Path(__file__).resolve().parent / "tables"
 
-Key = tuple[str, int, int, str]
-
 
 @dataclass(frozen=True)
 class Measured:
-    """The fastest knobs of one kernel on one shape."""
+    """The fastest knobs of a problem."""
 
-    kernel: str
-    d_model: int
-    d_ff: int
-    dtype: str
+    problem: Problem
+    """With its dims as constants: others are not measured."""
     knobs: Knobs
     us: float
     """Microseconds a call."""
@@ -44,38 +41,47 @@ class Measured:
     """The same with the knobs that `rule` chooses."""
     commit: str
 
-    @property
-    def key(self) -> Key:
-        return self.kernel, self.d_model, self.d_ff, self.dtype
-
     def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "knobs": self.knobs.as_dict()}
+        problem = self.problem
+        return {
+            "kernel": problem.kernel,
+            "d_model": problem.d_model,
+            "d_ff": problem.d_ff,
+            "dtype": problem.dtype,
+            "tokens": problem.tokens,
+            "weights": [f.name for f in problem.formats],
+            "activation": problem.activation,
+            "knobs": self.knobs.as_dict(),
+            "us": self.us,
+            "rule_us": self.rule_us,
+            "commit": self.commit,
+        }
 
 
 def choose(problem: Problem, target: Target) -> Knobs:
-    """The knobs measured fastest for a problem, or those of the rule. Kernels without dims as constants are not measured."""
-    if problem.specialize and problem.tokens == 1:
-        measured = tables(target).get((problem.kernel, problem.d_model, problem.d_ff, problem.dtype))
-        if measured is not None and not measured.knobs.legal(problem, target):
-            return measured.knobs
+    """The knobs measured fastest for a problem, or those of the rule."""
+    measured = tables(target).get(problem)
+    if measured is not None and not measured.knobs.legal(problem, target):
+        return measured.knobs
     return rule(problem, target)
 
 
 @cache
-def tables(target: Target) -> dict[Key, Measured]:
+def tables(target: Target) -> dict[Problem, Measured]:
     """All that was measured on a GPU model: the shipped table, and over it the user's own."""
-    found: dict[Key, Measured] = {}
-    for folder in (_SHIPPED, user_folder()):
+    found: dict[Problem, Measured] = {}
+    for folder in (_SHIPPED, user_folder()) if target.name else ():
         file = folder / file_name(target)
-        if target.name and file.is_file():
-            try:
-                found |= {m.key: m for m in read(file, target)}
-            except (OSError, ValueError) as error:
-                warnings.warn(
-                    f"prosparse_cupy: the measured table {file} is left out: {error}. `prosparse-cupy tune` makes it anew.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+        try:
+            found |= {m.problem: m for m in read(file, target)}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            warnings.warn(
+                f"prosparse_cupy: the measured table {file} is left out: {error}. `prosparse-cupy tune` makes it anew.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return found
 
 
@@ -92,7 +98,7 @@ def describe(target: Target) -> str:
             counts.append(f"{len(read(file, target))} {what}")
         except FileNotFoundError:
             counts.append(f"0 {what}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             counts.append(f"{what} left out ({error})")
     return f"{', '.join(counts)} ({own})"
 
@@ -116,12 +122,14 @@ def read(file: Path, target: Target) -> list[Measured]:
 
 def _measured(row: Any) -> Measured:
     try:
-        kind = KINDS[row["kernel"]]
-        problem = Problem(row["kernel"], int(row["d_model"]), int(row["d_ff"]), str(row["dtype"]))
-        return Measured(
-            *(problem.kernel, problem.d_model, problem.d_ff, problem.dtype),
-            *(kind(**row["knobs"]), float(row["us"]), float(row["rule_us"]), str(row["commit"])),
-        )
+        kernel, dims = row["kernel"], (row["d_model"], row["d_ff"], row["tokens"])
+        kind, formats = KINDS[kernel], tuple(FORMATS[name] for name in row["weights"])
+        knobs = kind(**row["knobs"])
+        numbers = [*dims, *(value for name, value in row["knobs"].items() if name != "early_successor")]
+        if any(type(number) is not int for number in numbers) or type(row["knobs"].get("early_successor", False)) is not bool:
+            raise TypeError("dims and knobs are whole numbers")
+        problem = Problem(kernel, *dims[:2], str(row["dtype"]), True, dims[2], formats, str(row["activation"]))
+        return Measured(problem, knobs, float(row["us"]), float(row["rule_us"]), str(row["commit"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"a line of it cannot be read ({type(error).__name__}: {error})") from None
 
@@ -129,11 +137,12 @@ def _measured(row: Any) -> Measured:
 def write(file: Path, target: Target, rows: list[Measured]) -> None:
     """Write a table whole or not at all: what it held on other shapes stays, if it can be read."""
     try:
-        kept = {m.key: m for m in read(file, target)}
-    except (OSError, ValueError):
+        kept = {m.problem: m for m in read(file, target)}
+    except (OSError, ValueError, RecursionError):
         kept = {}
-    kept |= {m.key: m for m in rows}
-    content = {"version": VERSION, "gpu": target.name, "measured": [kept[key].as_dict() for key in sorted(kept)]}
+    kept |= {m.problem: m for m in rows}
+    lines = sorted((m.as_dict() for m in kept.values()), key=lambda line: [str(line[k]) for k in line if k != "knobs"])
+    content = {"version": VERSION, "gpu": target.name, "measured": lines}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as unfinished:
         json.dump(content, unfinished, indent=1)

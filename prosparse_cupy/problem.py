@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .formats import PLAIN, Format, vector_length
-from .formula import Formula
+from .formula import RELU
 
 WARP = 32
-_RELU = Formula()
+WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"ffn_1": ("W_GATE",), "ffn_123": ("W_GATE", "W_UP"), "ffn_23": ("W_UP",), "ffn_4": ("W_DOWN",), "pack_down": ()}
+)
+"""The weights of every kernel, by the define that says their format, in the order of its arguments."""
 
 
 class Target(NamedTuple):
@@ -42,9 +47,17 @@ class Problem:
     specialize: bool = True
     """ROW_OPT and COL_OPT as constants (True), or both dims passed at launch."""
     tokens: int = 1
-    formats: tuple[Format, ...] = (PLAIN, PLAIN)
-    """Of the kernel's weights, in the order of its arguments."""
-    formula: Formula = _RELU
+    formats: tuple[Format, ...] = ()
+    """Of the kernel's weights, in the order of its arguments; plain ones if it is not said."""
+    activation: str = RELU
+    """The part of the formula that kernels are compiled for; a threshold comes with the launch."""
+
+    def __post_init__(self) -> None:
+        weights = len(WEIGHTS[self.kernel])
+        if not self.formats:
+            object.__setattr__(self, "formats", (PLAIN,) * weights)
+        if len(self.formats) != weights:
+            raise ValueError(f"{self.kernel} has {weights} weights, got {len(self.formats)} formats")
 
     @property
     def vectors(self) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plans import Shape
 
 from prosparse_cupy import knobs, launch, measured
-from prosparse_cupy.formats import ITEMSIZE, vector_length
+from prosparse_cupy.formats import ITEMSIZE, PLAIN, vector_length
 from prosparse_cupy.knobs import ColumnKnobs, RowKnobs, SharedRowKnobs, TransposeKnobs
 from prosparse_cupy.problem import H100, Problem, Target
 
@@ -85,7 +85,7 @@ def test_defines_leave_out_what_is_off():
 # Tables
 
 KNOBS = RowKnobs(2, 8, 16)
-ROW = measured.Measured("ffn_1", 4096, 11008, "bfloat16", KNOBS, us=29.5, rule_us=30.1, commit="abc1234")
+ROW = measured.Measured(SEVEN_B["ffn_1"], KNOBS, us=29.5, rule_us=30.1, commit="abc1234")
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def folders(tmp_path, monkeypatch):
 def test_a_table_is_read_as_it_was_written(folders):
     file = folders[1] / measured.file_name(H100)
     assert file.name == "nvidia-h100-80gb-hbm3.json"
-    other = dataclasses.replace(ROW, d_model=5120)
+    other = dataclasses.replace(ROW, problem=Problem("ffn_1", 5120, 11008, "bfloat16"))
     measured.write(file, H100, [ROW])
     measured.write(file, H100, [other])
     assert measured.read(file, H100) == [ROW, other]
@@ -136,6 +136,11 @@ def test_measured_knobs_that_are_not_legal_are_not_used(folders):
     assert measured.choose(SEVEN_B["ffn_1"], H100) == knobs.rule(SEVEN_B["ffn_1"], H100)
 
 
+def _with_knob(content: dict, name: str, value: object) -> dict:
+    row = content["measured"][0]
+    return {**content, "measured": [{**row, "knobs": {**row["knobs"], name: value}}]}
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -146,6 +151,14 @@ def test_measured_knobs_that_are_not_legal_are_not_used(folders):
         (lambda c: {**c, "gpu": "NVIDIA A100"}, "it is of a 'NVIDIA A100', not of a 'NVIDIA H100 80GB HBM3'"),
         (lambda c: {**c, "measured": [{**c["measured"][0], "kernel": "ffn_9"}]}, "a line of it cannot be read"),
         (lambda c: {**c, "measured": [{**c["measured"][0], "knobs": {"wings": 2}}]}, "a line of it cannot be read"),
+        (lambda c: _with_knob(c, "warps", "4"), "a line of it cannot be read .*whole numbers"),
+        (lambda c: _with_knob(c, "warps", None), "a line of it cannot be read .*whole numbers"),
+        (lambda c: _with_knob(c, "warps", 4.0), "a line of it cannot be read .*whole numbers"),
+        (lambda c: _with_knob(c, "warps", True), "a line of it cannot be read .*whole numbers"),
+        (lambda c: _with_knob(c, "early_successor", 1), "a line of it cannot be read .*whole numbers"),
+        (lambda c: {**c, "measured": [{**c["measured"][0], "weights": ["bf3"]}]}, "a line of it cannot be read"),
+        (lambda c: {**c, "measured": [{**c["measured"][0], "weights": ["plain", "plain"]}]}, "ffn_1 has 1 weights, got 2"),
+        (lambda c: "[" * 100_000, "recursion"),
         (lambda c: {**c, "measured": ["ffn_1"]}, "a line of it cannot be read"),
     ],
 )
@@ -170,7 +183,22 @@ def test_shipped_tables_can_be_read():
         target = H100._replace(name=name)
         assert file.name == measured.file_name(target)
         for row in measured.read(file, target):
-            assert not row.knobs.legal(Problem(*row.key), target), row
+            assert not row.knobs.legal(row.problem, target), row
+
+
+def test_a_folder_that_may_not_be_read_is_left_out_with_a_warning(folders, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.warns(RuntimeWarning, match="left out: Permission denied"):
+        assert measured.choose(SEVEN_B["ffn_1"], H100) == knobs.rule(SEVEN_B["ffn_1"], H100)
+
+
+def test_a_problem_has_a_format_for_every_weight():
+    assert Problem("ffn_123", 64, 8, "float32") == Problem("ffn_123", 64, 8, "float32", formats=(PLAIN, PLAIN))
+    with pytest.raises(ValueError, match="ffn_1 has 1 weights, got 2 formats"):
+        Problem("ffn_1", 64, 8, "float32", formats=(PLAIN, PLAIN))
 
 
 def test_the_users_folder_is_the_systems():

@@ -73,7 +73,7 @@ def gpu(monkeypatch):
 
 
 def _tuned() -> dict[str, measured.Measured]:
-    return {m.kernel: m for m in tune.tune(MODEL, "bfloat16", None, "abc1234", lambda *_: None)}
+    return {m.problem.kernel: m for m in tune.tune(MODEL, "bfloat16", None, "abc1234", lambda *_: None)}
 
 
 def _others(kernel: str) -> list[knobs.Knobs]:
@@ -85,7 +85,7 @@ def test_the_fastest_is_kept(gpu):
     gpu.us = lambda kernel, chosen, sparsity: 8.0 if chosen == _others(kernel)[2] else 10.0
     for kernel, found in _tuned().items():
         assert found.knobs == _others(kernel)[2] and (found.us, found.rule_us, found.commit) == (8.0, 10.0, "abc1234")
-        assert (found.d_model, found.d_ff, found.dtype) == (64, 200, "bfloat16")
+        assert found.problem == Problem(kernel, 64, 200, "bfloat16")
 
 
 def test_what_gains_nothing_is_not_kept(gpu):
@@ -163,6 +163,6 @@ def test_tuning_on_the_gpu(tmp_path, monkeypatch):
         target = compiler.target_of(current_device())
         for m in measured.read(tmp_path / measured.file_name(target), target):
             assert 0 < m.us <= m.rule_us
-            assert measured.choose(Problem(*m.key), target) == m.knobs
+            assert measured.choose(m.problem, target) == m.knobs
     finally:
         measured.tables.cache_clear()

@@ -139,7 +139,7 @@ def _tune(model: str, d_model: int | None, d_ff: int | None, dtype: str, sparsit
         table.add_column(column, justify="left" if column in ("kernel", "knobs") else "right", overflow="fold")
     for row in found:
         knobs = " ".join(f"{name}={value}" for name, value in row.knobs.as_dict().items())
-        table.add_row(row.kernel, f"{row.rule_us:.2f}", f"{row.us:.2f}", knobs)
+        table.add_row(row.problem.kernel, f"{row.rule_us:.2f}", f"{row.us:.2f}", knobs)
     console.print(table)
     console.print(f"written to {file}", soft_wrap=True, highlight=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,8 +76,7 @@ def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str,
     best = min(allowed, key=lambda knobs: precise[knobs])
     if precise[best] > (1 - _LEAST_GAIN) * precise[first]:
         best = first
-    key = (problem.kernel, problem.d_model, problem.d_ff, problem.dtype)
-    return Measured(*key, best, round(precise[best], 3), round(precise[first], 3), commit)
+    return Measured(problem, best, round(precise[best], 3), round(precise[first], 3), commit)
 
 
 def _try(problem: Problem, knobs: Knobs, timed: Sequence[Timed]) -> tuple[_Candidate | None, list[bytes]]:
@@ -85,7 +84,8 @@ def _try(problem: Problem, knobs: Knobs, timed: Sequence[Timed]) -> tuple[_Candi
     with compiler.trying(problem, knobs):
         try:
             names = _KERNELS.get(TIMED_IN[problem.kernel], (problem.kernel,))
-            kernels = tuple(compiler.load(replace(problem, kernel=name), current_device()) for name in names)
+            problems = (Problem(name, problem.d_model, problem.d_ff, problem.dtype) for name in names)
+            kernels = tuple(compiler.load(p, current_device()) for p in problems)
         except KernelCompileError:
             return None, []
         for t in timed:

@@ -66,7 +66,10 @@ def through_cublas() -> CupyDense:
 
 def through_ffn_1() -> CupyDense:
     """This library's own dense GEMV, which beats cuBLAS at batch 1."""
-    return CupyDense("ffn_1, this library's dense GEMV", lambda weights, x, out: ops.ffn_1(x, weights, out=out))
+    return CupyDense(
+        "ffn_1, this library's dense GEMV (torch or cuda-toolkit[cublas] brings cuBLAS)",
+        lambda weights, x, out: ops.ffn_1(x, weights, out=out),
+    )
 
 
 def works(dense: Dense, dtype: np.dtype[Any]) -> bool:
