@@ -29,9 +29,10 @@ Launcher = Callable[..., None]
 lasting_streams = {0, 1}
 """Handles of streams that are never destroyed: the legacy default stream's two, and those that torch keeps in its pool.
 
-Launches are programmatic on these and in captures alone. On an H100 with driver 580.159 the GPU hung in 12 of 187 processes
-that destroyed streams while programmatic launches ran on them and then used new streams: `ffn_4` filled the GPU, waiting for
-predecessors that found no room on it. It hung in none of 336 whose streams were kept or whose `ffn_4` was launched plainly.
+Launches are programmatic on these and in captures alone. Otherwise the GPU can hang: `ffn_4` fills it, waiting for predecessors
+that find no room on it. On an H100 with driver 580.159 it hung in 12 of 187 processes that destroyed streams under programmatic
+launches and then used new ones, if other streams had been made and destroyed before, and in none of 87 without those. It hung
+in none of 336 whose streams were kept or whose `ffn_4` was launched plainly.
 """
 
 
