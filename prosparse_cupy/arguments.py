@@ -190,10 +190,10 @@ class BoundWeights:
         self._of_weights = _weights_of(signature)
         self._family = _common_family(self._of_weights, tuple(map(type, arrays)))
         self._known: dict[tuple[Description, ...], Checked] = {}
-        """What is checked of a call, by the description of its x and out."""
+        """What is checked of a call, by the description of its arrays: of weights that are as they were bound."""
         views = [self._family.bring_in(a) for a in arrays]
-        self._described, addresses = _look_at(self._of_weights, self._family, views)
-        checked = _checked(self._of_weights, self._family, self._described, False)
+        described, addresses = _look_at(self._of_weights, self._family, views)
+        checked = _checked(self._of_weights, self._family, described, False)
         if 0 in addresses:
             _refuse_without_memory(self._of_weights, self._family, views)
         _check_alignment(self._of_weights, checked, addresses)
@@ -202,21 +202,18 @@ class BoundWeights:
     def call(self, x: A, given: A | None) -> Call[A]:
         """The call with this token."""
         family, arrays = self._family, (*self.arrays, x)
-        others = (x,) if given is None else (x, given)
-        if family is NUMPY or family.is_foreign or not all([family_or_none(type(v)) is family for v in others]):
+        views = arrays if given is None else (*arrays, given)
+        known = family_or_none(type(x)) is family and (given is None or family_or_none(type(given)) is family)
+        if family is NUMPY or family.is_foreign or not known:
             call = check_call(self._signature, arrays, given)
             self._refuse_other(call.checked)
             return call
-        views = (*self.arrays, *others)
         described, addresses = _look_at(self._signature, family, views)
-        weights = described[: len(self.arrays)]
-        if weights != self._described:
-            self._refuse_other(_checked(self._of_weights, family, weights, False))
-        token = described[len(self.arrays) :]
-        checked = self._known.get(token)
+        checked = self._known.get(described)
         if checked is None:
+            self._refuse_other(_checked(self._of_weights, family, described[: len(self.arrays)], False))
             checked = _checked(self._signature, family, described, given is not None)
-            self._known[token] = checked
+            self._known[described] = checked
         return _call(self._signature, family, checked, addresses, given, arrays, views)
 
     def _refuse_other(self, now: Checked) -> None:

@@ -71,12 +71,12 @@ class Kernel:
             self._launch = launcher(self._function.ptr, plan, device)
         self._get_device = cupy().cuda.runtime.getDevice
 
-    def __call__(self, stream: int, *arguments: int | float) -> None:
-        """Launch on `stream` (a `cudaStream_t` as an integer) of this kernel's GPU."""
+    def __call__(self, stream: int, overlaps: bool, *arguments: int | float) -> None:
+        """Launch on `stream` (a `cudaStream_t` as an integer) of this kernel's GPU; `driver.overlaps` says how."""
         if self._get_device() != self.device:
             with cupy().cuda.Device(self.device):
-                return self(stream, *arguments)
-        self._launch(stream, *arguments)
+                return self(stream, overlaps, *arguments)
+        self._launch(stream, overlaps, *arguments)
 
 
 def _compile(plan: launch.Launch, device: int) -> Any:

@@ -26,7 +26,8 @@ _PROGRAMMATIC = ctypes.create_string_buffer(struct.pack("i4xi60x", 6, 1))
 
 Launcher = Callable[..., None]
 
-lasting_streams = {0, 1}
+LEGACY = 1  # handles 0 and 1 are the legacy default stream's, which is neither captured nor destroyed
+lasting_streams = {0, LEGACY}
 """Handles of streams that are never destroyed: the legacy default stream's two, and those that torch keeps in its pool.
 
 Launches are programmatic on these and in captures alone. Otherwise the GPU can hang: `ffn_4` fills it, waiting for predecessors
@@ -50,30 +51,41 @@ class _Buffer(threading.local):
 
 
 def launcher(function: int, plan: Launch, device: int) -> Launcher:
-    """A function that launches `function` (a CUfunction) as planned, with the GPU current: its stream, then the arguments."""
+    """A function that launches `function` (a CUfunction) as planned, with the GPU current.
+
+    It takes the stream, whether the launch may overlap with its predecessor there (`overlaps`), and the kernel's arguments.
+    """
     shape = (*plan.grid, *plan.block, 0)  # no dynamic shared memory
     buffer = _Buffer(shape, len(plan.arguments), device)
     pack = struct.Struct(_REST + "".join(_slot(a) for a in plan.arguments)).pack_into
     start = _SHAPE.size
     extended = launch_kernel_ex() if plan.programmatic else None
 
-    def plain(stream: int, *arguments: int | float) -> None:
+    def plain(stream: int, overlaps: bool, *arguments: int | float) -> None:
         pack(buffer.bytes, start, stream, 0, 0, *arguments)
         cupy().cuda.driver.launchKernel(function, *shape, stream, buffer.arguments, 0)
 
     if extended is None:
         return plain
     launch, attribute = extended, ctypes.addressof(_PROGRAMMATIC)
-    is_lasting, is_captured = lasting_streams.__contains__, is_capturing()
 
-    def programmatic(stream: int, *arguments: int | float) -> None:
-        attributes = 1 if is_lasting(stream) or is_captured(stream) else 0
-        pack(buffer.bytes, start, stream, attribute, attributes, *arguments)
+    def programmatic(stream: int, overlaps: bool, *arguments: int | float) -> None:
+        pack(buffer.bytes, start, stream, attribute, overlaps, *arguments)
         status = launch(buffer.config, function, buffer.arguments, None)
         if status:
             raise cupy().cuda.driver.CUDADriverError(status)
 
     return programmatic
+
+
+def is_captured(stream: int) -> bool:
+    """Whether what is launched on a stream goes into a graph: 0.14 to 0.5 µs, so that a call asks once."""
+    return stream > LEGACY and is_capturing()(stream)
+
+
+def overlaps(stream: int, captured: bool | None = None) -> bool:
+    """Whether launches on a stream are programmatic, see `lasting_streams`; `captured` where `is_captured` was asked before."""
+    return stream in lasting_streams or (is_capturing()(stream) if captured is None else captured)
 
 
 @cache

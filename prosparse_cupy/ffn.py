@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
-from . import launch, reference
+from . import driver, launch, reference
 from .arguments import BoundWeights, Call, Signature, check_call, vector, weight
 from .compiler import kernel_of, load
 from .device import current_device, gpu
@@ -75,10 +75,12 @@ def _run(call: Call[A], arrays: tuple[A, ...], inputs: Sequence[int], threshold:
     d_ff, d_model, device = checked.d_ff, checked.d_model, checked.device
     first, second = kernel_of("ffn_123", checked, specialize), kernel_of("ffn_4", checked, specialize)
     stream = call.family.stream(device)
-    x1, home = take(stream, device, checked.scratch_bytes)
+    captured = driver.is_captured(stream)
+    overlaps = driver.overlaps(stream, captured)
+    x1, home = take(stream, device, checked.scratch_bytes, captured)
     try:
-        first(stream, x, w_gate, w_up, x1, threshold, d_ff, d_model)
-        second(stream, x1, w_down_t, call.output, d_ff, d_model)
+        first(stream, overlaps, x, w_gate, w_up, x1, threshold, d_ff, d_model)
+        second(stream, overlaps, x1, w_down_t, call.output, d_ff, d_model)
     finally:
         home.append(x1)
     return call.result()

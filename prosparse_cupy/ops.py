@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import reference
 from .arguments import Call, Operand, Signature, check_call, vector, weight
 from .compiler import kernel_of
+from .driver import overlaps
 from .formula import check_threshold
 from .libraries import A
 
@@ -202,4 +203,6 @@ def _launch(kernel: str, call: Call[A], specialize: bool, *arguments: int | floa
     """Launch a kernel on the caller's stream: its pointers, then the dims."""
     checked = call.checked
     stream = call.family.stream(checked.device)
-    kernel_of(kernel, checked, specialize)(stream, *call.inputs, call.output, *arguments, checked.d_ff, checked.d_model)
+    kernel_of(kernel, checked, specialize)(
+        stream, overlaps(stream), *call.inputs, call.output, *arguments, checked.d_ff, checked.d_model
+    )

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from . import driver
 from .device import cupy
 
-_LEGACY = 1  # handles 0 and 1 are the legacy default stream's, which is neither captured nor destroyed
+_LEGACY_ID = -1  # no stream's
 _MOST_HOMES = 64  # streams and sizes with scratch of their own; the others record and ask for an event at every call
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
@@ -58,16 +58,14 @@ def size_class(nbytes: int) -> int:
     return max(4096, 1 << (nbytes - 1).bit_length())
 
 
-def take(stream: int, device: int, nbytes: int) -> tuple[int, Home]:
-    """Scratch of `nbytes`, a `size_class`, for launches on `stream` (a `cudaStream_t`).
+def take(stream: int, device: int, nbytes: int, captured: bool) -> tuple[int, Home]:
+    """Scratch of `nbytes`, a `size_class`, for launches on `stream` (a `cudaStream_t`), `captured` into a graph or not.
 
     Returns its address and the home to which the caller appends the address when its launches are made.
     """
-    ident = -1
-    if stream > _LEGACY:
-        if driver.is_capturing()(stream):
-            return _for_graph(stream, device, nbytes), []
-        ident = driver.stream_id(stream)
+    if captured:
+        return _for_graph(stream, device, nbytes), []
+    ident = driver.stream_id(stream) if stream > driver.LEGACY else _LEGACY_ID
     try:
         home = _homes[device, ident, nbytes]
         return home.pop(), home
@@ -75,7 +73,7 @@ def take(stream: int, device: int, nbytes: int) -> tuple[int, Home]:
         pass
     with _lock:
         key = device, ident, nbytes
-        if key in _homes or ident == -1 or len(_homes) < _MOST_HOMES:
+        if key in _homes or ident == _LEGACY_ID or len(_homes) < _MOST_HOMES:
             return _allocate(device, nbytes), _homes.setdefault(key, [])
         return _Passing.take(stream, device, nbytes)
 

@@ -61,8 +61,7 @@ def noted(monkeypatch):
 
 
 def test_a_programmatic_launch_is_packed_as_the_driver_reads_it(noted):
-    noted.captured.add(0x57)
-    driver.launcher(0xF00, PLAN, 0)(0x57, *ARGUMENTS)
+    driver.launcher(0xF00, PLAN, 0)(0x57, True, *ARGUMENTS)
     [(function, shape, stream, count, attribute, arguments)] = noted.calls
     assert (function, shape, stream, count) == (0xF00, (*PLAN.grid, *PLAN.block, 0), 0x57, 1)
     assert struct.unpack("i4xi60x", attribute) == (6, 1)  # PROGRAMMATIC_STREAM_SERIALIZATION, on
@@ -73,15 +72,17 @@ def test_streams_that_may_be_destroyed_are_launched_on_plainly(noted):
     """On these the driver lets programmatic launches of two streams wait for each other for ever, see `lasting_streams`."""
     driver.lasting_streams.add(0x77)
     noted.captured.add(0x57)
-    launch_on = driver.launcher(0xF00, PLAN, 0)
-    for stream in (0, 1, 2, 0x57, 0x67, 0x77):
-        launch_on(stream, *ARGUMENTS)
+    expected = {0: True, 1: True, 2: False, 0x57: True, 0x67: False, 0x77: True}
+    assert {stream: driver.overlaps(stream) for stream in expected} == expected
+    assert {stream: driver.is_captured(stream) for stream in expected} == {s: s == 0x57 for s in expected}
+    for stream, overlaps in expected.items():
+        assert driver.overlaps(stream, captured=driver.is_captured(stream)) == overlaps
     noted.captured.clear()
-    launch_on(0x57, *ARGUMENTS)
-    assert [(stream, count) for _, _, stream, count, *_ in noted.calls] == [
-        *[(0, 1), (1, 1), (2, 0), (0x57, 1), (0x67, 0), (0x77, 1)],
-        (0x57, 0),
-    ]
+    assert not driver.overlaps(0x57)
+    launch_on = driver.launcher(0xF00, PLAN, 0)
+    for overlaps in (False, True):
+        launch_on(0x57, overlaps, *ARGUMENTS)
+    assert [(stream, count) for _, _, stream, count, *_ in noted.calls] == [(0x57, 0), (0x57, 1)]
 
 
 @pytest.mark.parametrize("why", ["the plan", "the driver"])
@@ -92,14 +93,14 @@ def test_a_launch_without_the_attribute_goes_through_cupy(noted, monkeypatch, wh
         monkeypatch.setattr(driver, "launch_kernel_ex", pytest.fail)
     else:
         monkeypatch.setattr(driver, "launch_kernel_ex", lambda: None)
-    driver.launcher(0xF00, plan, 0)(0x57, *ARGUMENTS)
+    driver.launcher(0xF00, plan, 0)(0x57, False, *ARGUMENTS)
     assert noted.calls == [(0xF00, (*plan.grid, *plan.block, 0), 0x57, 0, b"", ARGUMENTS)]
 
 
 def test_the_drivers_refusal_is_an_error(noted):
     noted.status = 701
     with pytest.raises(noted.cupy.cuda.driver.CUDADriverError, match="701"):
-        driver.launcher(0xF00, PLAN, 0)(0, *ARGUMENTS)
+        driver.launcher(0xF00, PLAN, 0)(0, True, *ARGUMENTS)
 
 
 @pytest.mark.parametrize("missing", [OSError, AttributeError])
@@ -121,7 +122,7 @@ def _run(kernel: str, target: Target, arrays: list, scalars: tuple = ()) -> np.n
     plan = plan_of(kernel, Shape(d_model, d_ff, "bfloat16", target=target))
     out = arrays[-1]
     out.view(np.uint8).fill(0xFF)
-    compiler.Kernel(plan, 0)(0, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model)
+    compiler.Kernel(plan, 0)(0, True, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model)
     return on.get(out)
 
 
@@ -200,4 +201,4 @@ def test_a_launch_that_the_gpu_cannot_do_is_an_error():
         kernel = compiler.Kernel(dataclasses.replace(plan, block=(4096, 1, 1)), 0)
         w, y = on.put(weights(64, 64, "bfloat16")), on.put(poisoned(64, "bfloat16"))
         with pytest.raises(cupy.cuda.driver.CUDADriverError):
-            kernel(0, y.data.ptr, w.data.ptr, y.data.ptr, 64, 64)
+            kernel(0, True, y.data.ptr, w.data.ptr, y.data.ptr, 64, 64)

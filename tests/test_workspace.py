@@ -33,7 +33,7 @@ class _Runtime:
             self.status = status
 
     def __init__(self) -> None:
-        self.ids, self.capturing, self.allocated, self.marks, self.events = {}, set(), [], [], []
+        self.ids, self.allocated, self.marks, self.events = {}, [], [], []
         self.full = 0  # allocations that fail from now on
         self.happened: set[int] = set()  # streams whose events have happened
 
@@ -43,9 +43,6 @@ class _Runtime:
             raise self.CUDARuntimeError(2)
         self.allocated.append(nbytes)
         return 0x1000 * len(self.allocated)
-
-    def streamIsCapturing(self, stream: int) -> bool:
-        return stream in self.capturing
 
     def eventRecord(self, event: _Event, stream: int) -> None:
         event.stream = stream
@@ -91,7 +88,7 @@ def cuda(monkeypatch):
         stream_id=lambda stream: runtime.ids.get(stream, stream),
         DestructionMark=lambda stream: _Mark(runtime),
         allowed_during_captures=contextlib.nullcontext,
-        is_capturing=lambda: runtime.streamIsCapturing,
+        LEGACY=1,
     )
     monkeypatch.setattr(workspace, "driver", fake)
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -102,9 +99,9 @@ def cuda(monkeypatch):
     return runtime
 
 
-def _use(stream: int, nbytes: int = 4 * KIB, device: int = 0) -> int:
+def _use(stream: int, nbytes: int = 4 * KIB, device: int = 0, captured: bool = False) -> int:
     """The address that a call on `stream` gets, given back."""
-    address, home = workspace.take(stream, device, nbytes)
+    address, home = workspace.take(stream, device, nbytes, captured)
     home.append(address)
     return address
 
@@ -122,7 +119,7 @@ def test_what_differs_does_not_share(cuda):
 
 
 def test_calls_at_the_same_time_do_not_share(cuda):
-    taken = [workspace.take(0, 0, 4 * KIB) for _ in range(3)]
+    taken = [workspace.take(0, 0, 4 * KIB, False) for _ in range(3)]
     assert len({address for address, _ in taken}) == 3
     for address, home in taken:
         home.append(address)
@@ -138,31 +135,27 @@ def test_a_handle_that_is_given_out_again_is_another_stream(cuda):
 
 def test_a_graph_keeps_its_scratch_until_it_is_destroyed(cuda):
     eager = _use(7)
-    cuda.capturing.add(7)
-    captured = [_use(7), _use(7)]
+    captured = [_use(7, captured=True), _use(7, captured=True)]
     assert len({eager, *captured}) == 3 and [m.destroyed for m in cuda.marks] == [False, False]
     cuda.marks[0].destroyed = True
-    again = _use(7)
+    again = _use(7, captured=True)
     assert again == captured[0] and cuda.marks[0].freed and not cuda.marks[1].freed
     for _ in range(50):
         for mark in cuda.marks:
             mark.destroyed = True
-        _use(7)
+        _use(7, captured=True)
     assert len(cuda.allocated) == 3
-    cuda.capturing.clear()
     assert _use(7) == eager
 
 
 def test_a_graph_that_cannot_own_is_an_error_and_loses_nothing(cuda):
-    cuda.capturing.add(7)
-
     def refuse(stream):
         raise RuntimeError("no user objects")
 
     cuda.driver.DestructionMark = refuse
     for _ in range(3):
         with pytest.raises(RuntimeError, match="no user objects"):
-            workspace.take(7, 0, 4 * KIB)
+            workspace.take(7, 0, 4 * KIB, True)
     assert cuda.allocated == [4 * KIB] and not workspace._graphs
 
 
