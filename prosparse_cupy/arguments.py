@@ -27,6 +27,7 @@ _TRANSPOSED = {
     "w_gate": "this is transposed, pass nn.Linear.weight as it is",
     "w_up": "this is transposed, pass nn.Linear.weight as it is",
 }
+_NO_MEMORY = (RuntimeError, NotImplementedError)  # torch's errors, of tensors without strides or memory
 _MAKE_CONTIGUOUS = "pass a contiguous copy (cupy.ascontiguousarray(a), tensor.contiguous())"
 
 
@@ -142,17 +143,13 @@ def check_call(signature: Signature, arrays: tuple[A, ...], given: A | None) -> 
     family = _common_family(signature, tuple(map(type, views)))
     if family.is_foreign:
         views = _brought_in(signature, family, arrays, given)
-    described, addresses = _look_at(signature, family, views)
-    checked = _checked(signature, family, described, given is not None)
-    return _call(signature, family, checked, addresses, given, arrays, views)
-
-
-def _look_at(signature: Signature, family: Family, views: Sequence[Any]) -> tuple[tuple[Description, ...], list[int]]:
     try:
-        return family.describe_all(views), family.addresses(views)
-    except (RuntimeError, NotImplementedError):  # torch's, of tensors without strides or memory
+        described, addresses = family.describe_all(views), family.addresses(views)
+    except _NO_MEMORY:
         _refuse_without_memory(signature, family, views)
         raise
+    checked = _checked(signature, family, described, given is not None)
+    return _call(signature, family, checked, addresses, given, arrays, views)
 
 
 def _call(
@@ -192,7 +189,11 @@ class BoundWeights:
         self._known: dict[tuple[Description, ...], Checked] = {}
         """What is checked of a call, by the description of its arrays: of weights that are as they were bound."""
         views = [self._family.bring_in(a) for a in arrays]
-        described, addresses = _look_at(self._of_weights, self._family, views)
+        try:
+            described, addresses = self._family.describe_all(views), self._family.addresses(views)
+        except _NO_MEMORY:
+            _refuse_without_memory(self._of_weights, self._family, views)
+            raise
         checked = _checked(self._of_weights, self._family, described, False)
         if 0 in addresses:
             _refuse_without_memory(self._of_weights, self._family, views)
@@ -208,7 +209,11 @@ class BoundWeights:
             call = check_call(self._signature, arrays, given)
             self._refuse_other(call.checked)
             return call
-        described, addresses = _look_at(self._signature, family, views)
+        try:
+            described, addresses = family.describe_all(views), family.addresses(views)
+        except _NO_MEMORY:
+            _refuse_without_memory(self._signature, family, views)
+            raise
         checked = self._known.get(described)
         if checked is None:
             self._refuse_other(_checked(self._of_weights, family, described[: len(self.arrays)], False))
@@ -280,7 +285,7 @@ def _refuse_without_memory(signature: Signature, family: Family, arrays: Sequenc
     for name, array in zip(_names(signature), arrays, strict=False):
         try:
             described, address = family.describe(array), family.address(array)
-        except (RuntimeError, NotImplementedError):
+        except _NO_MEMORY:
             described, address = None, 0
         if address == 0 and (described is None or 0 not in described[0]):
             raise TypeError(

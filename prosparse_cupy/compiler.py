@@ -64,19 +64,10 @@ class Kernel:
 
     def __init__(self, plan: launch.Launch, device: int) -> None:
         self.plan = plan
-        self.device = device
         # The function keeps its module loaded for as long as this object lives.
         self._function = _compile(plan, device)
         with cupy().cuda.Device(device):
-            self._launch = launcher(self._function.ptr, plan, device)
-        self._get_device = cupy().cuda.runtime.getDevice
-
-    def __call__(self, stream: int, overlaps: bool, *arguments: int | float) -> None:
-        """Launch on `stream` (a `cudaStream_t` as an integer) of this kernel's GPU; `driver.overlaps` says how."""
-        if self._get_device() != self.device:
-            with cupy().cuda.Device(self.device):
-                return self(stream, overlaps, *arguments)
-        self._launch(stream, overlaps, *arguments)
+            self.launch = launcher(self._function.ptr, plan, device)
 
 
 def _compile(plan: launch.Launch, device: int) -> Any:

@@ -51,10 +51,12 @@ class _Buffer(threading.local):
 
 
 def launcher(function: int, plan: Launch, device: int) -> Launcher:
-    """A function that launches `function` (a CUfunction) as planned, with the GPU current.
+    """A function that launches `function` (a CUfunction), loaded on GPU `device`, as planned.
 
-    It takes the stream, whether the launch may overlap with its predecessor there (`overlaps`), and the kernel's arguments.
+    It takes a stream of that GPU, whether the launch may overlap with its predecessor there (`overlaps`), and the kernel's
+    arguments.
     """
+    current, on_device = cupy().cuda.runtime.getDevice, cupy().cuda.Device
     shape = (*plan.grid, *plan.block, 0)  # no dynamic shared memory
     buffer = _Buffer(shape, len(plan.arguments), device)
     pack = struct.Struct(_REST + "".join(_slot(a) for a in plan.arguments)).pack_into
@@ -62,18 +64,26 @@ def launcher(function: int, plan: Launch, device: int) -> Launcher:
     extended = launch_kernel_ex() if plan.programmatic else None
 
     def plain(stream: int, overlaps: bool, *arguments: int | float) -> None:
+        if current() != device:
+            with on_device(device):
+                return plain(stream, overlaps, *arguments)
         pack(buffer.bytes, start, stream, 0, 0, *arguments)
         cupy().cuda.driver.launchKernel(function, *shape, stream, buffer.arguments, 0)
+        return None
 
     if extended is None:
         return plain
     launch, attribute = extended, ctypes.addressof(_PROGRAMMATIC)
 
     def programmatic(stream: int, overlaps: bool, *arguments: int | float) -> None:
+        if current() != device:
+            with on_device(device):
+                return programmatic(stream, overlaps, *arguments)
         pack(buffer.bytes, start, stream, attribute, overlaps, *arguments)
         status = launch(buffer.config, function, buffer.arguments, None)
         if status:
             raise cupy().cuda.driver.CUDADriverError(status)
+        return None
 
     return programmatic
 

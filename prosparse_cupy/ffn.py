@@ -79,8 +79,8 @@ def _run(call: Call[A], arrays: tuple[A, ...], inputs: Sequence[int], threshold:
     overlaps = driver.overlaps(stream, captured)
     x1, home = take(stream, device, checked.scratch_bytes, captured)
     try:
-        first(stream, overlaps, x, w_gate, w_up, x1, threshold, d_ff, d_model)
-        second(stream, overlaps, x1, w_down_t, call.output, d_ff, d_model)
+        first.launch(stream, overlaps, x, w_gate, w_up, x1, threshold, d_ff, d_model)
+        second.launch(stream, overlaps, x1, w_down_t, call.output, d_ff, d_model)
     finally:
         home.append(x1)
     return call.result()

@@ -203,6 +203,6 @@ def _launch(kernel: str, call: Call[A], specialize: bool, *arguments: int | floa
     """Launch a kernel on the caller's stream: its pointers, then the dims."""
     checked = call.checked
     stream = call.family.stream(checked.device)
-    kernel_of(kernel, checked, specialize)(
+    kernel_of(kernel, checked, specialize).launch(
         stream, overlaps(stream), *call.inputs, call.output, *arguments, checked.d_ff, checked.d_model
     )

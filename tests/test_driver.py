@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import struct
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,9 +32,17 @@ class _FakeDriver:
         self.status, self.calls = status, []
         error = type("CUDADriverError", (RuntimeError,), {})
         self.captured: set[int] = set()
-        runtime = SimpleNamespace(setDevice=lambda index: None)
+        self.current, self.visited = 0, []
+        runtime = SimpleNamespace(setDevice=lambda index: None, getDevice=lambda: self.current)
         driver = SimpleNamespace(launchKernel=self.launch_kernel, CUDADriverError=error)
-        self.cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, driver=driver))
+        self.cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, driver=driver, Device=self.device))
+
+    @contextlib.contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        before, self.current = self.current, index
+        self.visited.append(index)
+        yield
+        self.current = before
 
     def _arguments(self, pointers: int) -> tuple:
         slots = (ctypes.c_void_p * len(ARGUMENTS)).from_address(pointers)
@@ -85,6 +95,16 @@ def test_streams_that_may_be_destroyed_are_launched_on_plainly(noted):
     assert [(stream, count) for _, _, stream, count, *_ in noted.calls] == [(0x57, 0), (0x57, 1)]
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_launches_are_made_with_the_kernels_gpu_current(noted, monkeypatch, has):
+    if not has:
+        monkeypatch.setattr(driver, "launch_kernel_ex", lambda: None)
+    driver.launcher(0xF00, PLAN, 1)(0x57, False, *ARGUMENTS)
+    assert noted.visited == [1] and noted.current == 0 and len(noted.calls) == 1
+    driver.launcher(0xF00, PLAN, 0)(0x57, False, *ARGUMENTS)
+    assert noted.visited == [1] and len(noted.calls) == 2
+
+
 @pytest.mark.parametrize("why", ["the plan", "the driver"])
 def test_a_launch_without_the_attribute_goes_through_cupy(noted, monkeypatch, why):
     plan = PLAN
@@ -122,7 +142,7 @@ def _run(kernel: str, target: Target, arrays: list, scalars: tuple = ()) -> np.n
     plan = plan_of(kernel, Shape(d_model, d_ff, "bfloat16", target=target))
     out = arrays[-1]
     out.view(np.uint8).fill(0xFF)
-    compiler.Kernel(plan, 0)(0, True, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model)
+    compiler.Kernel(plan, 0).launch(0, True, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model)
     return on.get(out)
 
 
@@ -201,4 +221,4 @@ def test_a_launch_that_the_gpu_cannot_do_is_an_error():
         kernel = compiler.Kernel(dataclasses.replace(plan, block=(4096, 1, 1)), 0)
         w, y = on.put(weights(64, 64, "bfloat16")), on.put(poisoned(64, "bfloat16"))
         with pytest.raises(cupy.cuda.driver.CUDADriverError):
-            kernel(0, True, y.data.ptr, w.data.ptr, y.data.ptr, 64, 64)
+            kernel.launch(0, True, y.data.ptr, w.data.ptr, y.data.ptr, 64, 64)
