@@ -65,6 +65,8 @@ class Signature:
     operator: str
     inputs: tuple[Operand, ...]
     output: Operand
+    has_threshold: bool = False
+    """Whether it takes a threshold too."""
 
 
 class Meta(NamedTuple):

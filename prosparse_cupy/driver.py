@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from .device import cupy
 from .launch import Launch
 
-_SLOT = 8  # bytes of one kernel argument
+_SLOT = 8  # bytes of a number or a pointer among the arguments
 # CUlaunchConfig: grid, block and dynamic shared memory; then stream, attributes and their number.
 _SHAPE, _REST = struct.Struct("7I4x"), "QQI4x"
 _CONFIG_BYTES = _SHAPE.size + struct.calcsize(_REST)
@@ -38,16 +39,16 @@ in none of 336 whose streams were kept or whose `ffn_4` was launched plainly.
 
 
 class _Buffer(threading.local):
-    """A thread's room for one kernel's launches: the configuration, an argument in each slot, and pointers to the slots."""
+    """A thread's room for one kernel's launches: the configuration, then the arguments, and pointers to each of these."""
 
-    def __init__(self, shape: tuple[int, ...], arguments: int, device: int) -> None:
+    def __init__(self, shape: tuple[int, ...], arguments: tuple[str, ...], device: int) -> None:
         cupy().cuda.runtime.setDevice(device)  # binds the GPU's primary context to a thread that has none yet
-        self.bytes = ctypes.create_string_buffer(_CONFIG_BYTES + _SLOT * arguments)
+        ends = [*accumulate((_SLOT * len(a) for a in arguments), initial=_CONFIG_BYTES)]
+        self.bytes = ctypes.create_string_buffer(ends[-1])
         _SHAPE.pack_into(self.bytes, 0, *shape)
         self.config = ctypes.addressof(self.bytes)
-        first = self.config + _CONFIG_BYTES
-        self._slots = (ctypes.c_void_p * arguments)(*(first + _SLOT * i for i in range(arguments)))
-        self.arguments = ctypes.addressof(self._slots)
+        self._pointers = (ctypes.c_void_p * len(arguments))(*(self.config + start for start in ends[:-1]))
+        self.arguments = ctypes.addressof(self._pointers)
 
 
 def launcher(function: int, plan: Launch, device: int) -> Launcher:
@@ -58,8 +59,8 @@ def launcher(function: int, plan: Launch, device: int) -> Launcher:
     """
     current, on_device = cupy().cuda.runtime.getDevice, cupy().cuda.Device
     shape = (*plan.grid, *plan.block, 0)  # no dynamic shared memory
-    buffer = _Buffer(shape, len(plan.arguments), device)
-    pack = struct.Struct(_REST + "".join(_slot(a) for a in plan.arguments)).pack_into
+    buffer = _Buffer(shape, plan.arguments, device)
+    pack = struct.Struct(_REST + "".join(map(_slot, "".join(plan.arguments)))).pack_into
     start = _SHAPE.size
     extended = launch_kernel_ex() if plan.programmatic else None
 
@@ -105,8 +106,9 @@ def is_capturing() -> Callable[[int], bool]:
     return asked
 
 
-def _slot(argument: str) -> str:
-    return argument + "x" * (_SLOT - struct.calcsize(argument))
+def _slot(character: str) -> str:
+    """A number or a pointer in `struct` characters, padded to a slot."""
+    return character + "x" * (_SLOT - struct.calcsize(character))
 
 
 @cache

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
-from . import driver, launch, reference
+from . import driver, reference
 from .arguments import BoundWeights, Call, Signature, check_call, vector, weight
 from .compiler import kernel_of, load
 from .device import current_device, gpu
 from .formats import ITEMSIZE, vector_length
 from .formula import check_threshold
 from .libraries import A
-from .problem import Problem
+from .problem import KERNELS, Problem
 from .workspace import take
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     DType = str | type[Any] | np.dtype[Any] | torch.dtype
 
 _WEIGHTS = (weight("w_gate"), weight("w_up"), weight("w_down_t"))
-SPARSE_FFN = Signature("sparse_ffn", (vector("x", "d_model"), *_WEIGHTS), vector("y", "d_model"))
+SPARSE_FFN = Signature("sparse_ffn", (vector("x", "d_model"), *_WEIGHTS), vector("y", "d_model"), has_threshold=True)
 # A SparseFFN's weights come first, so that an x that does not fit them is to blame.
-BOUND_FFN = Signature("SparseFFN", (*_WEIGHTS, vector("x", "d_model")), vector("y", "d_model"))
+BOUND_FFN = Signature("SparseFFN", (*_WEIGHTS, vector("x", "d_model")), vector("y", "d_model"), has_threshold=True)
 
 
 def sparse_ffn(
@@ -179,7 +179,7 @@ def warmup(
         )
     index = current_device() if device is None else device
     report = []
-    for kernel in launch.KERNELS:
+    for kernel in KERNELS:
         start = time.perf_counter()
         plan = load(Problem(kernel, d_model, d_ff, name, specialize), index).plan
         seconds = time.perf_counter() - start

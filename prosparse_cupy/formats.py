@@ -29,6 +29,8 @@ class Format:
 
     name: str
     struct: str
+    pointers: int = 1
+    """Arrays that a matrix consists of."""
 
     def row_bytes(self, d_model: int, dtype: str) -> int:
         """Bytes that a neuron's row takes in memory."""

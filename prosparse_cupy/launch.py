@@ -6,14 +6,11 @@ host build of the tests does) without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from .knobs import KINDS, ColumnKnobs, Knobs, SharedRowKnobs, order_of_ffn_4
+from .knobs import KINDS, Define, Knobs
 from .measured import choose
-from .problem import H100, WARP, WEIGHTS, Problem, Target, ceil_div
-
-Define = tuple[str, "int | str | None"]
+from .problem import H100, KERNELS, Problem, Target
 
 
 @dataclass(frozen=True)
@@ -26,16 +23,10 @@ class Launch:
     block: tuple[int, int, int]
     defines: tuple[Define, ...]
     """NVRTC defines; None for one without a value."""
-    arguments: str
-    """Kernel parameters as `struct` characters: P pointer, f float32, i int32."""
+    arguments: tuple[str, ...]
+    """Each kernel parameter in `struct` characters: P a pointer, PP a struct of two, f float32, i int32."""
     programmatic: bool = False
     """Whether it may start while its predecessor on the stream ends (programmatic dependent launch)."""
-
-
-KERNELS = tuple(KINDS)
-"""Every kernel."""
-_ARGUMENTS = {"ffn_1": "PPPii", "ffn_123": "PPPPfii", "ffn_23": "PPPPfii", "ffn_4": "PPPii", "pack_down": "PPii"}
-_ACTIVATING = ("ffn_123", "ffn_23")
 
 
 def plan(problem: Problem, target: Target = H100, knobs: Knobs | None = None) -> Launch:
@@ -46,50 +37,29 @@ def plan(problem: Problem, target: Target = H100, knobs: Knobs | None = None) ->
     ValueError
         Knobs that the kernel does not have, or cannot be launched with.
     """
+    kernel, interface = problem.kernel, KERNELS[problem.kernel]
     chosen = choose(problem, target) if knobs is None else knobs
-    if type(chosen) is not KINDS[problem.kernel]:
-        raise ValueError(f"{problem.kernel} has {KINDS[problem.kernel].__name__}, not {type(chosen).__name__}")
+    if type(chosen) is not KINDS[kernel]:
+        raise ValueError(f"{kernel} has {KINDS[kernel].__name__}, not {type(chosen).__name__}")
     if wrong := chosen.legal(problem, target):
-        raise ValueError(f"{problem.kernel}: {chosen}: {wrong}")
-    grid, block = _SHAPES[problem.kernel](problem, chosen)
-    programmatic = target.is_programmatic and problem.kernel != "pack_down"
-    defines = (*_defines(problem), *chosen.defines(), *((("PROGRAMMATIC", None),) if programmatic else ()))
-    return Launch(problem.kernel, grid, block, defines, _ARGUMENTS[problem.kernel], programmatic)
+        raise ValueError(f"{kernel}: {chosen}: {wrong}")
+    grid, block = chosen.shape(problem)
+    programmatic = target.is_programmatic and interface.is_programmatic
+    defines = (*_defines(problem), *chosen.defines(problem), *((("PROGRAMMATIC", None),) if programmatic else ()))
+    return Launch(kernel, grid, block, defines, _arguments(problem), programmatic)
 
 
 def _defines(problem: Problem) -> tuple[Define, ...]:
     """What the kernel is compiled with, apart from its knobs."""
+    interface = KERNELS[problem.kernel]
     dims = (("ROW_OPT", problem.d_ff), ("COL_OPT", problem.d_model)) if problem.specialize else ()
-    formats = ((weight, f.struct) for weight, f in zip(WEIGHTS[problem.kernel], problem.formats, strict=True))
-    activation = ((f"ACTIVATION_{problem.activation.upper()}", None),) if problem.kernel in _ACTIVATING else ()
-    order = order_of_ffn_4(problem).defines() if problem.kernel == "ffn_4" else ()
-    return ((f"DTYPE_{problem.dtype.upper()}", None), *dims, ("TOKENS", problem.tokens), *formats, *activation, *order)
+    formats = ((weight, f.struct) for weight, f in zip(interface.weights, problem.formats, strict=True))
+    activation = ((f"ACTIVATION_{problem.activation.upper()}", None),) if interface.has_activation else ()
+    return ((f"DTYPE_{problem.dtype.upper()}", None), *dims, ("TOKENS", problem.tokens), *formats, *activation)
 
 
-Shape = tuple[tuple[int, int, int], tuple[int, int, int]]
-"""Grid and block."""
-
-
-def _row_per_warp(problem: Problem, knobs: Knobs) -> Shape:
-    return (ceil_div(problem.d_ff, knobs.warps), 1, 1), (WARP * knobs.warps, 1, 1)
-
-
-def _shared_rows(problem: Problem, knobs: SharedRowKnobs) -> Shape:
-    return (ceil_div(problem.d_ff, knobs.rows or knobs.warps), 1, 1), (WARP * knobs.warps, 1, 1)
-
-
-def _slices(problem: Problem, knobs: ColumnKnobs) -> Shape:
-    return (ceil_div(problem.vectors, order_of_ffn_4(problem).lanes), 1, 1), (WARP * knobs.warps, 1, 1)
-
-
-def _tiles(problem: Problem, knobs: Knobs) -> Shape:
-    return (ceil_div(problem.d_ff, WARP), ceil_div(problem.d_model, WARP), 1), (WARP, knobs.warps, 1)
-
-
-_SHAPES: dict[str, Callable[..., Shape]] = {
-    "ffn_1": _row_per_warp,
-    "ffn_123": _row_per_warp,
-    "ffn_23": _shared_rows,
-    "ffn_4": _slices,
-    "pack_down": _tiles,
-}
+def _arguments(problem: Problem) -> tuple[str, ...]:
+    interface = KERNELS[problem.kernel]
+    formats = dict(zip(interface.weights, problem.formats, strict=True))
+    kinds = {"threshold": "f", "d_ff": "i", "d_model": "i"}
+    return tuple("P" * formats[p].pointers if p in formats else kinds.get(p, "P") for p in interface.parameters)

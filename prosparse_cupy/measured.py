@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,9 @@ def _measured(row: Any) -> Measured:
         kernel, dims = row["kernel"], (row["d_model"], row["d_ff"], row["tokens"])
         kind, formats = KINDS[kernel], tuple(FORMATS[name] for name in row["weights"])
         knobs = kind(**row["knobs"])
-        numbers = [*dims, *(value for name, value in row["knobs"].items() if name != "early_successor")]
-        if any(type(number) is not int for number in numbers) or type(row["knobs"].get("early_successor", False)) is not bool:
-            raise TypeError("dims and knobs are whole numbers")
+        wrong = [f.name for f in fields(knobs) if type(getattr(knobs, f.name)).__name__ != f.type]
+        if wrong or any(type(dim) is not int for dim in dims):
+            raise TypeError(f"dims are whole numbers, and so are knobs or they are true or false: {', '.join(wrong)}")
         problem = Problem(kernel, *dims[:2], str(row["dtype"]), True, dims[2], formats, str(row["activation"]))
         return Measured(problem, knobs, float(row["us"]), float(row["rule_us"]), str(row["commit"]))
     except (KeyError, TypeError) as error:
@@ -144,8 +144,8 @@ def write(file: Path, target: Target, rows: list[Measured]) -> None:
     lines = sorted((m.as_dict() for m in kept.values()), key=lambda line: [str(line[k]) for k in line if k != "knobs"])
     content = {"version": VERSION, "gpu": target.name, "measured": lines}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as unfinished:
-        json.dump(content, unfinished, indent=1)
-        unfinished.write("\n")
-    os.replace(unfinished.name, file)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f"{file.stem}.") as unfinished:
+        new = Path(unfinished, file.name)
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(new, file)
     tables.cache_clear()

@@ -14,8 +14,12 @@ from .formula import check_threshold
 from .libraries import A
 
 FFN_1 = Signature("ffn_1", (vector("x", "d_model"), weight("w_gate")), vector("gate", "d_ff"))
-FFN_123 = Signature("ffn_123", (vector("x", "d_model"), weight("w_gate"), weight("w_up")), vector("x1", "d_ff"))
-FFN_23 = Signature("ffn_23", (vector("gate", "d_ff"), vector("x", "d_model"), weight("w_up")), vector("x1", "d_ff"))
+FFN_123 = Signature(
+    "ffn_123", (vector("x", "d_model"), weight("w_gate"), weight("w_up")), vector("x1", "d_ff"), has_threshold=True
+)
+FFN_23 = Signature(
+    "ffn_23", (vector("gate", "d_ff"), vector("x", "d_model"), weight("w_up")), vector("x1", "d_ff"), has_threshold=True
+)
 FFN_4 = Signature("ffn_4", (vector("x1", "d_ff"), weight("w_down_t")), vector("y", "d_model"))
 PACK_DOWN = Signature(
     "pack_down",

@@ -11,10 +11,37 @@ from .formats import PLAIN, Format, vector_length
 from .formula import RELU
 
 WARP = 32
-WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"ffn_1": ("W_GATE",), "ffn_123": ("W_GATE", "W_UP"), "ffn_23": ("W_UP",), "ffn_4": ("W_DOWN",), "pack_down": ()}
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a kernel takes, in the order of its arguments, and how it may be launched."""
+
+    parameters: tuple[str, ...]
+    """Vectors, weights (``W_*``, which is also the define that says their format), `threshold`, and the dims."""
+    is_programmatic: bool = True
+    """Whether it may start while its predecessor on the stream ends, where the GPU can do that."""
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(p for p in self.parameters if p.startswith("W_"))
+
+    @property
+    def has_activation(self) -> bool:
+        return "threshold" in self.parameters
+
+
+_DIMS = ("d_ff", "d_model")
+KERNELS: Mapping[str, Interface] = MappingProxyType(
+    {
+        "ffn_1": Interface(("x", "W_GATE", "gate", *_DIMS)),
+        "ffn_123": Interface(("x", "W_GATE", "W_UP", "x1", "threshold", *_DIMS)),
+        "ffn_23": Interface(("gate", "x", "W_UP", "x1", "threshold", *_DIMS)),
+        "ffn_4": Interface(("x1", "W_DOWN", "y", *_DIMS)),
+        "pack_down": Interface(("w_down", "w_down_t", *_DIMS), is_programmatic=False),
+    }
 )
-"""The weights of every kernel, by the define that says their format, in the order of its arguments."""
+"""Every kernel."""
 
 
 class Target(NamedTuple):
@@ -53,7 +80,7 @@ class Problem:
     """The part of the formula that kernels are compiled for; a threshold comes with the launch."""
 
     def __post_init__(self) -> None:
-        weights = len(WEIGHTS[self.kernel])
+        weights = len(KERNELS[self.kernel].weights)
         if not self.formats:
             object.__setattr__(self, "formats", (PLAIN,) * weights)
         if len(self.formats) != weights:

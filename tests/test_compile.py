@@ -13,7 +13,7 @@ from test_launch import static_shared_bytes
 from prosparse_cupy import compiler, device, launch, models
 from prosparse_cupy.compiler import compiler_options, kernel_folder, source
 from prosparse_cupy.formats import ITEMSIZE
-from prosparse_cupy.problem import Target
+from prosparse_cupy.problem import KERNELS, Target
 
 nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
 
@@ -45,7 +45,7 @@ def _reported(pattern: str, report: str) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ITEMSIZE)
-@pytest.mark.parametrize("kernel", launch.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_no_spills_within_budget(kernel, dtype, architecture):
     for d_model, d_ff, specialize in SHAPES:
         target = Target(architecture, 132)
@@ -80,7 +80,7 @@ def test_real_models_compile_for_gpus_of_any_size(dtype, multiprocessors):
     """From MIG slices and laptops to the largest: nothing but one flag of ffn_123 depends on the GPU's size."""
     for d_model, d_ff in DIMS:
         shape = Shape(d_model, d_ff, dtype, target=Target(89, multiprocessors))
-        for kernel in launch.KERNELS:
+        for kernel in KERNELS:
             plan = plan_of(kernel, shape)
             assert plan == plan_of(kernel, shape._replace(target=Target(89, 132)))
             if multiprocessors != 28 or kernel not in ("ffn_123", "ffn_4"):
@@ -154,7 +154,7 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch):
 
 
 def test_the_source_is_self_contained_and_keeps_its_line_numbers():
-    for kernel in launch.KERNELS:
+    for kernel in KERNELS:
         text = source(kernel)
         assert not re.search(r"^#include", text, re.MULTILINE)
         lines = (kernel_folder() / f"{kernel}.cu").read_text().splitlines()

@@ -78,6 +78,22 @@ def test_a_programmatic_launch_is_packed_as_the_driver_reads_it(noted):
     assert arguments == ARGUMENTS
 
 
+def test_a_weight_of_several_pointers_is_one_argument(noted, monkeypatch):
+    """The pointers of a struct lie side by side, and the driver gets one pointer to them."""
+    plan = dataclasses.replace(PLAN, arguments=("P", "PPP", "f", "i"))
+    found = []
+
+    def note(config: int, function: int, pointers: int, extra: None) -> int:
+        slots = (ctypes.c_void_p * 4).from_address(pointers)
+        found.append((ctypes.c_uint64.from_address(slots[0]).value, *(ctypes.c_uint64 * 3).from_address(slots[1])))
+        found.append((ctypes.c_float.from_address(slots[2]).value, ctypes.c_int.from_address(slots[3]).value))
+        return 0
+
+    monkeypatch.setattr(driver, "launch_kernel_ex", lambda: note)
+    driver.launcher(0xF00, plan, 0)(0, True, 0x10, 0x20, 0x30, 0x40, 0.5, 7)
+    assert found == [(0x10, 0x20, 0x30, 0x40), (0.5, 7)]
+
+
 def test_streams_that_may_be_destroyed_are_launched_on_plainly(noted):
     """On these the driver lets programmatic launches of two streams wait for each other for ever, see `lasting_streams`."""
     driver.lasting_streams.add(0x77)

@@ -10,13 +10,14 @@ from checks import DTYPES, bits, poisoned, token, weights
 from host_cuda import HostRunError
 from plans import Shape, plan_of
 
-from prosparse_cupy import launch
 from prosparse_cupy.compiler import source
 from prosparse_cupy.formats import ITEMSIZE
+from prosparse_cupy.launch import Launch
+from prosparse_cupy.problem import KERNELS
 
 BARRIER = "__syncthreads();"
 SANITIZER = r"AddressSanitizer|runtime error"
-KERNELS_WITH_BARRIERS = [(kernel, i) for kernel in launch.KERNELS for i in range(source(kernel).count(BARRIER))]
+KERNELS_WITH_BARRIERS = [(kernel, i) for kernel in KERNELS for i in range(source(kernel).count(BARRIER))]
 
 
 def _inputs(kernel: str, shape: Shape) -> tuple[list, np.ndarray]:
@@ -117,7 +118,7 @@ extern "C" __global__ void deadlock(const float* x, float* out, int n) {
 
 
 def _tiny(host, name: str, code: str, n: int, grid: int = 1, seed: int = 0) -> np.ndarray:
-    plan = launch.Launch(name, (grid, 1, 1), (32, 1, 1), (), "PPi")
+    plan = Launch(name, (grid, 1, 1), (32, 1, 1), (), ("P", "P", "i"))
     x = np.random.default_rng(0).standard_normal(32 * grid).astype(np.float32)
     return host.run(plan, [x, None, n], np.zeros(32, np.float32), seed=seed, code=code)
 

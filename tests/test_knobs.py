@@ -13,19 +13,19 @@ from plans import Shape
 
 from prosparse_cupy import knobs, launch, measured
 from prosparse_cupy.formats import ITEMSIZE, PLAIN, vector_length
-from prosparse_cupy.knobs import ColumnKnobs, RowKnobs, SharedRowKnobs, TransposeKnobs
-from prosparse_cupy.problem import H100, Problem, Target
+from prosparse_cupy.knobs import ColumnKnobs, FusedRowKnobs, RowKnobs, SharedRowKnobs, TransposeKnobs
+from prosparse_cupy.problem import H100, KERNELS, Problem, Target
 
 targets = st.builds(Target, st.sampled_from([80, 86, 89, 90, 100, 120]), st.integers(1, 200))
 problems = st.builds(
     lambda kernel, vectors, d_ff, dtype, specialize: Problem(kernel, vectors * vector_length(dtype), d_ff, dtype, specialize),
-    st.sampled_from(launch.KERNELS),
+    st.sampled_from(sorted(KERNELS)),
     st.integers(1, 4096),
     st.integers(1, 60000),
     st.sampled_from(sorted(ITEMSIZE)),
     st.booleans(),
 )
-SEVEN_B = {kernel: Problem(kernel, 4096, 11008, "bfloat16") for kernel in launch.KERNELS}
+SEVEN_B = {kernel: Problem(kernel, 4096, 11008, "bfloat16") for kernel in KERNELS}
 A100 = Target(80, 108, "NVIDIA A100")
 
 
@@ -58,8 +58,7 @@ def test_every_kernel_of_a_token_has_something_to_measure():
         ("ffn_1", RowKnobs(32, 9, 16), H100, "9 blocks of 32 warps do not fit a multiprocessor"),
         ("ffn_1", RowKnobs(4, 0, 16), H100, "0 blocks of 4 warps do not fit"),
         ("ffn_1", RowKnobs(4, 4, 5), H100, "5 loads split a row into batches that do not begin with an even load"),
-        ("ffn_1", RowKnobs(4, 4, 16, early_successor=True), H100, "ffn_1 never starts its successor early"),
-        ("ffn_123", RowKnobs(4, 4, 16, early_successor=True), A100, "sm_80 has no programmatic launches"),
+        ("ffn_123", FusedRowKnobs(4, 4, 16, early_successor=True), A100, "sm_80 has no programmatic launches"),
         ("ffn_23", SharedRowKnobs(3, 4, 8, rows=8), H100, "3 warps cannot share 8 rows"),
         ("ffn_23", SharedRowKnobs(8, 4, 8, rows=33), H100, "8 warps cannot share 33 rows"),
         ("ffn_4", ColumnKnobs(8, 2, 4), H100, "8 warps would change the order of sums"),
@@ -78,8 +77,9 @@ def test_knobs_of_another_kernel_are_refused():
 
 
 def test_defines_leave_out_what_is_off():
-    assert SharedRowKnobs(8, 4, 8).defines() == (("WARPS", 8), ("MIN_BLOCKS", 4), ("LOADS", 8))
-    assert RowKnobs(1, 1, 2, True).defines() == (("WARPS", 1), ("MIN_BLOCKS", 1), ("LOADS", 2), ("EARLY_SUCCESSOR", None))
+    assert SharedRowKnobs(8, 4, 8).defines(SEVEN_B["ffn_23"]) == (("WARPS", 8), ("MIN_BLOCKS", 4), ("LOADS", 8))
+    early = FusedRowKnobs(1, 1, 2, early_successor=True).defines(SEVEN_B["ffn_123"])
+    assert early == (("WARPS", 1), ("MIN_BLOCKS", 1), ("LOADS", 2), ("EARLY_SUCCESSOR", None))
 
 
 # Tables
@@ -155,7 +155,7 @@ def _with_knob(content: dict, name: str, value: object) -> dict:
         (lambda c: _with_knob(c, "warps", None), "a line of it cannot be read .*whole numbers"),
         (lambda c: _with_knob(c, "warps", 4.0), "a line of it cannot be read .*whole numbers"),
         (lambda c: _with_knob(c, "warps", True), "a line of it cannot be read .*whole numbers"),
-        (lambda c: _with_knob(c, "early_successor", 1), "a line of it cannot be read .*whole numbers"),
+        (lambda c: _with_knob(c, "early_successor", False), "a line of it cannot be read .*early_successor"),
         (lambda c: {**c, "measured": [{**c["measured"][0], "weights": ["bf3"]}]}, "a line of it cannot be read"),
         (lambda c: {**c, "measured": [{**c["measured"][0], "weights": ["plain", "plain"]}]}, "ffn_1 has 1 weights, got 2"),
         (lambda c: "[" * 100_000, "recursion"),
@@ -175,6 +175,30 @@ def test_a_table_that_is_broken_or_foreign_is_left_out_with_one_warning(folders,
         measured.choose(SEVEN_B["ffn_4"], H100)
         measured.write(file, H100, [ROW])  # and can be made anew
     assert measured.choose(SEVEN_B["ffn_1"], H100) == KNOBS
+
+
+def test_a_knob_that_is_on_or_off_is_no_number(folders):
+    file, problem = folders[1] / measured.file_name(H100), SEVEN_B["ffn_123"]
+    row = dataclasses.replace(ROW, problem=problem, knobs=FusedRowKnobs(2, 4, 16, early_successor=True))
+    measured.write(file, H100, [row])
+    assert measured.read(file, H100) == [row]
+    file.write_text(json.dumps(_with_knob(json.loads(file.read_text()), "early_successor", 1)))
+    with pytest.raises(ValueError, match=r"a line of it cannot be read .*true or false: early_successor"):
+        measured.read(file, H100)
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_a_table_that_cannot_be_written_leaves_the_old_one_and_nothing_else(folders, monkeypatch, error):
+    file = folders[1] / measured.file_name(H100)
+    measured.write(file, H100, [ROW])
+
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(measured.os, "replace", stop)
+    with pytest.raises(type(error)):
+        measured.write(file, H100, [dataclasses.replace(ROW, us=1.0)])
+    assert measured.read(file, H100) == [ROW] and [f.name for f in folders[1].iterdir()] == [file.name]
 
 
 def test_shipped_tables_can_be_read():

@@ -11,7 +11,7 @@ from plans import Shape, plan_of
 
 from prosparse_cupy import launch, models
 from prosparse_cupy.formats import ITEMSIZE, vector_length
-from prosparse_cupy.problem import Target
+from prosparse_cupy.problem import KERNELS, Target
 
 shapes = st.builds(
     lambda vectors, d_ff, dtype, *rest: Shape(vectors * vector_length(dtype), d_ff, dtype, *rest),
@@ -21,7 +21,7 @@ shapes = st.builds(
     st.booleans(),
     st.builds(Target, st.sampled_from([80, 86, 89, 90, 100, 120]), st.integers(1, 200)),
 )
-kernels = st.sampled_from(sorted(launch.KERNELS))
+kernels = st.sampled_from(sorted(KERNELS))
 
 
 def _defines(plan: launch.Launch) -> dict[str, int | str | None]:
@@ -49,7 +49,7 @@ def test_launches_are_legal(kernel, shape):
     assert plan.grid[0] < 2**31 and plan.grid[1] <= 65535 and plan.grid[2] <= 65535
     assert plan.block[0] * plan.block[1] * plan.block[2] <= 1024
     assert static_shared_bytes(plan) <= 48 * 1024
-    assert len(plan.arguments) <= 16 and set(plan.arguments) <= set("Pfi")
+    assert len(plan.arguments) <= 16 and set(plan.arguments) <= {"P", "f", "i"}
 
 
 @given(kernels, shapes)
@@ -170,7 +170,7 @@ def test_every_tile_of_pack_down_has_one_block(shape):
 
 def test_dynamic_kernels_do_not_depend_on_the_shape():
     a, b = (Shape(d, 3 * d, "bfloat16", specialize=False) for d in (4096, 5120))
-    for kernel in launch.KERNELS:
+    for kernel in KERNELS:
         one, other = _defines(plan_of(kernel, a)), _defines(plan_of(kernel, b))
         if kernel == "ffn_4":  # but for the order of the sums, which is that of the kernel with constants
             assert [one.pop(name) for name in ("EACH", "UNIT")] != [other.pop(name) for name in ("EACH", "UNIT")]

@@ -37,6 +37,8 @@ class _Gpu:
         monkeypatch.setattr(tune.timing, "graph_clock", lambda replay: replay.us())
 
     def _calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
+        self.steered = sparsity
+
         def timed() -> Timed:
             out = np.empty(3, np.float32)
             call = lambda: out.fill(2.0 if self.now in self.wrong else 1.0)  # noqa: E731
@@ -63,7 +65,11 @@ class _Gpu:
             for call in calls:
                 call()
 
-        replay.us = lambda: self.us(kernel, chosen, sparsity) * len(calls)
+        def us() -> float:
+            assert self.steered == sparsity, "other calls have steered the layers' weights since"
+            return self.us(kernel, chosen, sparsity) * len(calls)
+
+        replay.us = us
         return replay
 
 
@@ -110,6 +116,17 @@ def test_other_bits_end_it(gpu):
     gpu.wrong = {_others("ffn_4")[0]}
     with pytest.raises(tune.TuningError, match=r"ffn_4: ColumnKnobs\(.*\) gives other bits than"):
         _tuned()
+
+
+def test_a_gpu_that_is_full_is_an_error_message(gpu, tmp_path, monkeypatch):
+    def fill(*_):
+        raise MemoryError("out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(cli, "current_device", lambda: 0)
+    monkeypatch.setattr(cli, "best_dense", lambda dtype: None)
+    monkeypatch.setattr(tune, "Layers", fill)
+    done = CliRunner().invoke(cli.main, ["tune", "--output", str(tmp_path / "table.json")])
+    assert done.exit_code == 1 and "Error: out of memory" in done.output and not any(tmp_path.iterdir())
 
 
 def test_every_candidate_is_told(gpu):

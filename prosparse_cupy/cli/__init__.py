@@ -132,7 +132,7 @@ def _tune(model: str, d_model: int | None, d_ff: int | None, dtype: str, sparsit
         with _bar(Console(stderr=True)) as tell:
             found = tune.tune(chosen, dtype, best_dense(NUMPY_DTYPES[dtype]), commit, tell)
         measured.write(file, target, found)
-    except (ImportError, RuntimeError, OSError) as error:
+    except (ImportError, RuntimeError, OSError, MemoryError) as error:  # CuPy's OutOfMemoryError is a MemoryError
         raise click.ClickException(str(error)) from None
     table = Table(title=f"{target.name}: {chosen.name}, {dtype}, {chosen.sparsity:.2%} sparse", title_justify="left")
     for column in ("kernel", "rule µs", "fastest µs", "knobs"):

@@ -54,7 +54,7 @@ def tune(model: Model, dtype: str, dense: Dense, commit: str, tell: Tell) -> lis
 
 def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str, tell: Tell) -> Measured:
     target = compiler.target_of(current_device())
-    sparse, full = (layers.calls(TIMED_IN[problem.kernel], "hot", share) for share in (sparsity, 0.0))
+    sparse = layers.calls(TIMED_IN[problem.kernel], "hot", sparsity)
     every, tried = list(candidates(problem, target)), list[_Candidate]()
     expected = None
     for done, knobs in enumerate(every):
@@ -70,6 +70,7 @@ def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str,
     quick = _times(tried, number, repeats=8)
     finalists = [tried[0], *sorted(tried[1:], key=lambda c: quick[c.knobs])[:_FINALISTS]]
     precise = _times(finalists, number, repeats=40)
+    full = layers.calls(TIMED_IN[problem.kernel], "hot", 0.0)  # from here on the layers' masks are those
     dense_times = _times([_try(problem, c.knobs, full)[0] or c for c in finalists], _repeated(full), repeats=24)
     first = finalists[0].knobs
     allowed = [c.knobs for c in finalists if dense_times[c.knobs] <= (1 + _MOST_LOSS) * dense_times[first]]

@@ -101,7 +101,10 @@ class Layers:
         return int(rows * self._row_bytes + elements * self.dtype.itemsize)
 
     def calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
-        """Calls of an operator; as many masks a layer as touch several times the L2 cache."""
+        """Calls of an operator; as many masks a layer as touch several times the L2 cache.
+
+        Those of `ffn_123` and of whole FFNs steer the layers' own weights: use them up before others of these are made.
+        """
         active = synthetic.active_count(self.model.d_ff, sparsity)
         masks = self._masks(op, active)
         rng = np.random.default_rng(1)

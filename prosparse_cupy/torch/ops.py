@@ -21,7 +21,6 @@ from ..ffn import SPARSE_FFN
 from ..ops import FFN_1, FFN_4, FFN_23, FFN_123
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
-_WITH_THRESHOLD = ("ffn_123", "ffn_23", "sparse_ffn")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIBRARY = torch.library.Library("prosparse", "DEF")
 
@@ -29,7 +28,7 @@ _LIBRARY = torch.library.Library("prosparse", "DEF")
 def _register(name: str) -> None:
     """Both overloads of an operator: schema, CUDA, CPU and fake implementation."""
     inputs = ", ".join(f"Tensor {operand.name}" for operand in _SIGNATURES[name].inputs)
-    threshold = ", float threshold=0.0" if name in _WITH_THRESHOLD else ""
+    threshold = ", float threshold=0.0" if _SIGNATURES[name].has_threshold else ""
     _LIBRARY.define(f"{name}({inputs}{threshold}) -> Tensor", tags=_TAGS)
     _LIBRARY.define(f"{name}.out({inputs}{threshold}, *, Tensor(a!) out) -> ()", tags=_TAGS)
     operator = getattr(ffn if name == "sparse_ffn" else ops, name)
