@@ -11,12 +11,11 @@ import ml_dtypes
 from prosparse_cupy import compiler
 from prosparse_cupy.device import current_device, gpu
 from prosparse_cupy.models import Model
-from prosparse_cupy.numerics import within_contract
 from prosparse_cupy.problem import Target
 from prosparse_cupy.testing import timing
 from prosparse_cupy.testing.dense import Dense
 from prosparse_cupy.testing.layers import Layers
-from prosparse_cupy.testing.measure import DENSE, Calls, errors, graph_times, variants
+from prosparse_cupy.testing.measure import DENSE, Calls, all_right, errors, graph_times, variants
 
 from .conditions import Yardsticks
 from .results import Row
@@ -83,7 +82,7 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
             floor_us=yard.floor_us(nbytes),
             error=max(found[variant]),
             dense_error=max(found[DENSE]),
-            checked=all(within_contract(e, d, epsilon) for e, d in zip(found[variant], found[DENSE], strict=True)),
+            checked=all_right(found, variant, epsilon),
             noisy=times[variant].is_noisy or times[DENSE].is_noisy,
         )
         for variant in times

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .formula import UnsupportedFormula, formula_of
+from .formula import UnsupportedFormula, formula_of, said_by
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -69,9 +69,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _threshold(config: dict[str, Any]) -> float:
-    activation = config.get("hidden_act")
+    activation, parameter = said_by(config)
     try:
-        return formula_of(activation, config.get("hidden_act_param")).threshold
+        return formula_of(activation, parameter).threshold
     except UnsupportedFormula as error:
         raise CheckpointError(f"config.json says hidden_act={activation!r}: {error}") from None
 

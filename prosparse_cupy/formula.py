@@ -6,6 +6,7 @@ The one place in Python that knows an activation; ``kernels/activation.cuh`` is 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -42,6 +43,10 @@ class Formula:
         """Formula 2: `gate` where it is active, +0 elsewhere."""
         return np.where(self.active(gate), gate, np.zeros_like(gate))
 
+    def combine(self, gate: npt.NDArray[Any], up: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Formulas 2 and 3 before x1 is rounded, in the dtype of `up`: the product of active neurons, +0 of others."""
+        return np.where(self.active(gate), gate.astype(up.dtype) * up, np.zeros_like(up))
+
     def __str__(self) -> str:
         return f"fatrelu({self.threshold:g})" if self.threshold else RELU
 
@@ -74,8 +79,16 @@ def check_threshold(operator: str, threshold: float) -> float:
     return value
 
 
+def said_by(config: object) -> tuple[Any, Any]:
+    """What a model's config, an object or a mapping, says of its activation: its name and its parameter; None if nothing."""
+    keys = ("hidden_act", "hidden_act_param")
+    if isinstance(config, Mapping):
+        return config.get(keys[0]), config.get(keys[1])
+    return getattr(config, keys[0], None), getattr(config, keys[1], None)
+
+
 def formula_of(activation: object, parameter: object) -> Formula:
-    """The formula that a config's `hidden_act` and `hidden_act_param` (None if it has none) name, or `UnsupportedFormula`."""
+    """The formula that a name and a parameter as `said_by` finds them stand for, or `UnsupportedFormula`."""
     if activation not in (RELU, FATRELU):
         raise UnsupportedFormula("gated FFNs with relu or fatrelu are what this version runs sparsely")
     if activation == RELU:

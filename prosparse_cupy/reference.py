@@ -33,12 +33,12 @@ def ffn_1(x: npt.NDArray[Any], w_gate: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def ffn_23(gate: npt.NDArray[Any], x: npt.NDArray[Any], w_up: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
     """Formulas 2 and 3: `fatrelu(gate, threshold) * (x @ w_up.T)`."""
-    on = active(gate, threshold)
-    used = on.reshape(-1, on.shape[-1]).any(axis=0)
-    product = np.zeros(gate.shape, np.float64)
+    formula = Formula(threshold)
+    used = formula.active(gate).reshape(-1, gate.shape[-1]).any(axis=0)
+    x1 = np.zeros(gate.shape, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        product[..., used] = gate[..., used].astype(np.float64) * rows_dot(x, w_up, np.flatnonzero(used))
-        return np.where(on, product, 0.0).astype(gate.dtype)
+        x1[..., used] = formula.combine(gate[..., used], rows_dot(x, w_up, np.flatnonzero(used)))
+        return x1.astype(gate.dtype)
 
 
 def ffn_123(x: npt.NDArray[Any], w_gate: npt.NDArray[Any], w_up: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:

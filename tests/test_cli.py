@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from prosparse_cupy import cli, reference
 from prosparse_cupy.cli import demo
+from prosparse_cupy.testing.measure import DENSE, OURS, all_right
 
 
 def _run(*arguments: str):
@@ -57,11 +58,10 @@ def test_progress_is_told_before_each_weight_matrix():
 
 
 def test_demo_rows_are_judged_by_twice_the_dense_error():
-    bfloat16 = DTYPES["bfloat16"]
-    epsilon = float(ml_dtypes.finfo(bfloat16).eps)
-    assert demo.Row("ffn_1", 1, 1, 1e-3, 2e-3 + epsilon).is_right(bfloat16)
-    assert not demo.Row("ffn_1", 1, 1, 1e-3, 2.1e-3 + epsilon).is_right(bfloat16)
-    assert not demo.Row("ffn_1", 1, 1, 1e-3, float("nan")).is_right(bfloat16)
+    epsilon = float(ml_dtypes.finfo(DTYPES["bfloat16"]).eps)
+    assert all_right({OURS: [1e-3, 2e-3 + epsilon], DENSE: [1e-3, 1e-3]}, OURS, epsilon)
+    for wrong in (2.1e-3 + epsilon, float("nan")):
+        assert not all_right({OURS: [wrong, 1e-3], DENSE: [1e-3, 1.0]}, OURS, epsilon), "no call makes up for another"
 
 
 @pytest.mark.parametrize(

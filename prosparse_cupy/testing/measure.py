@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..numerics import within_contract
 from . import timing, truth
 from .dense import Dense
 from .layers import Timed
@@ -35,6 +36,11 @@ def graph_times(calls: Calls, outs: dict[str, list[Any]], dense: Dense, repeats:
     for out in outs[OURS]:  # what the capture left there proves nothing about the replays
         out.view(np.uint8).fill(0xFF)
     return timing.interleave(replays, timing.graph_clock, dict.fromkeys(replays, again * number), repeats)
+
+
+def all_right(found: dict[str, list[float]], way: str, epsilon: float) -> bool:
+    """Whether every call of a way is within the contract, given its `errors` and those of the dense path."""
+    return all(within_contract(error, dense, epsilon) for error, dense in zip(found[way], found[DENSE], strict=True))
 
 
 def errors(timed: Sequence[Timed], outs: dict[str, list[Any]]) -> dict[str, list[float]]:

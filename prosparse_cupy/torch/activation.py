@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..formula import check_threshold, largest_inactive
+from ..formula import check_threshold, largest_inactive, said_by
 
 _DTYPES = {
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
@@ -88,6 +88,6 @@ def register_fatrelu() -> None:
 def _take_threshold(module: nn.Module, name: str, submodule: Any) -> None:
     """Where a FATReLU without a threshold is registered, give it the one of the module's config."""
     if isinstance(submodule, FATReLU) and submodule.threshold is None:
-        threshold = getattr(getattr(module, "config", None), "hidden_act_param", None)
+        _, threshold = said_by(getattr(module, "config", None))
         if threshold is not None:
             submodule.threshold = threshold

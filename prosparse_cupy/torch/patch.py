@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..formats import VECTOR_BYTES
-from ..formula import FATRELU, RELU, UnsupportedFormula, check_threshold, formula_of
+from ..formula import FATRELU, RELU, UnsupportedFormula, check_threshold, formula_of, said_by
 from ._text import table
 from .acceptance import why_another_formula, why_outside_the_contract
 from .activation import FATReLU
@@ -135,7 +135,7 @@ def _own_threshold(model: nn.Module, name: str, mlp: Any, given: float | None) -
     """T of an MLP as it is; `given` if its config does not say; ValueError if its activation is not supported."""
     config: Any = getattr(mlp, "config", None) or getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    activation: Any = getattr(config, "hidden_act", None)
+    activation, parameter = said_by(config)
     own: Any = getattr(mlp, "act_fn", None)
     said = f"the config says hidden_act={activation!r}"
     if activation is None:
@@ -143,9 +143,8 @@ def _own_threshold(model: nn.Module, name: str, mlp: Any, given: float | None) -
         said = (
             f"the config has no hidden_act, and act_fn is a {activation}" if own is not None else "nothing names the activation"
         )
-    parameter = (
-        own.threshold if isinstance(own, FATReLU) and own.threshold is not None else getattr(config, "hidden_act_param", None)
-    )
+    if isinstance(own, FATReLU) and own.threshold is not None:
+        parameter = own.threshold
     if parameter is None and activation == FATRELU and given is None:
         raise ValueError(
             f"patch_model: {name}: {said}, but the config has no hidden_act_param, its threshold: pass "
