@@ -28,7 +28,7 @@ class _Gpu:
         self.us = lambda kernel, chosen, sparsity: 10.0
         self.broken: set[knobs.Knobs] = set()
         self.wrong: set[knobs.Knobs] = set()
-        monkeypatch.setattr(tune, "Layers", lambda *_: SimpleNamespace(calls=self._calls))
+        monkeypatch.setattr(tune, "Layers", lambda *_: SimpleNamespace(calls=lambda *setting: self._calls(*setting)))
         monkeypatch.setattr(tune, "current_device", lambda: 0)
         monkeypatch.setattr(tune.compiler, "target_of", lambda device: H100)
         monkeypatch.setattr(tune.compiler, "trying", self._trying)
@@ -100,9 +100,10 @@ def test_what_gains_nothing_is_not_kept(gpu):
         assert found.knobs == knobs.rule(Problem(kernel, 64, 200, "bfloat16"), H100) and found.us == 10.0
 
 
-def test_what_loses_with_nothing_sparse_is_not_kept(gpu):
+@pytest.mark.parametrize("elsewhere", [0.0, 0.5, 0.97, 1.0])
+def test_what_loses_at_another_sparsity_is_not_kept(gpu, elsewhere):
     first, second = _others("ffn_4")[:2]
-    times = {(first, 0.8): 7.0, (first, 0.0): 11.0, (second, 0.8): 8.0}
+    times = {(first, 0.8): 7.0, (first, elsewhere): 10.2, (second, 0.8): 8.0, (second, elsewhere): 10.05}
     gpu.us = lambda kernel, chosen, sparsity: times.get((chosen, sparsity), 10.0)
     assert _tuned()["ffn_4"].knobs == second
 
@@ -114,7 +115,21 @@ def test_what_does_not_compile_is_passed_over(gpu):
 
 def test_other_bits_end_it(gpu):
     gpu.wrong = {_others("ffn_4")[0]}
-    with pytest.raises(tune.TuningError, match=r"ffn_4: ColumnKnobs\(.*\) gives other bits than"):
+    with pytest.raises(tune.TuningError, match=r"ffn_4: ColumnKnobs\(.*\) gives other bits than ColumnKnobs"):
+        _tuned()
+
+
+def test_other_bits_at_another_sparsity_end_it_too(gpu):
+    fast = _others("ffn_4")[0]
+    gpu.us = lambda kernel, chosen, sparsity: 9.0 if chosen == fast else 10.0
+    calls = gpu._calls
+
+    def wrong_without_sparsity(op, mask, sparsity):
+        gpu.wrong = {fast} if sparsity == 0.0 else set()
+        return calls(op, mask, sparsity)
+
+    gpu._calls = wrong_without_sparsity
+    with pytest.raises(tune.TuningError, match="gives other bits"):
         _tuned()
 
 
@@ -155,6 +170,7 @@ def test_the_command_writes_a_table_that_is_then_used(gpu, tmp_path, monkeypatch
     monkeypatch.setattr(cli, "current_device", lambda: 0)
     monkeypatch.setattr(cli, "best_dense", lambda dtype: None)
     monkeypatch.setattr(measured, "user_folder", lambda: tmp_path)
+    monkeypatch.setattr(measured, "_SHIPPED", tmp_path / "shipped")
     fast = _others("ffn_23")[0]
     gpu.us = lambda kernel, chosen, sparsity: 8.0 if chosen == fast else 10.0
     measured.tables.cache_clear()

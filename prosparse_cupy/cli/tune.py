@@ -11,7 +11,7 @@ import numpy as np
 from .. import compiler
 from ..compiler import KernelCompileError
 from ..device import current_device
-from ..knobs import Knobs, candidates, rule
+from ..knobs import Knobs, candidates
 from ..measured import Measured
 from ..models import Model
 from ..problem import Problem
@@ -24,8 +24,9 @@ TIMED_IN = {"ffn_1": "ffn_1", "ffn_123": "sparse_ffn", "ffn_23": "ffn_23", "ffn_
 _KERNELS = {"sparse_ffn": ("ffn_123", "ffn_4")}
 _LEAST_CALLS = 64
 _LEAST_GAIN = 0.005  # of the rule's time: less is noise
-_MOST_LOSS = 0.02  # with nothing sparse
-_FINALISTS = 4
+_ELSEWHERE = (0.0, 0.5, 0.97, 1.0)  # sparsities at which what is kept must not lose
+_MOST_LOSS = 0.01  # of the rule's time there
+_FINALISTS = 8
 
 Tell = Callable[[str, int, int], None]
 """Is told what is being done, how many candidates are done, and how many there are."""
@@ -53,31 +54,38 @@ def tune(model: Model, dtype: str, dense: Dense, commit: str, tell: Tell) -> lis
 
 
 def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str, tell: Tell) -> Measured:
-    target = compiler.target_of(current_device())
-    sparse = layers.calls(TIMED_IN[problem.kernel], "hot", sparsity)
-    every, tried = list(candidates(problem, target)), list[_Candidate]()
-    expected = None
+    """The knobs that are fastest at this sparsity among those that are no slower than the rule's elsewhere."""
+    every = list(candidates(problem, compiler.target_of(current_device())))
+    timed = layers.calls(TIMED_IN[problem.kernel], "hot", sparsity)
+    tried = _tried(problem, every, timed, lambda done: tell(problem.kernel, done, len(every)))
+    quick = _times(tried, _repeated(timed), repeats=8)
+    finalists = [tried[0], *sorted(tried[1:], key=lambda c: quick[c.knobs])[:_FINALISTS]]
+    times = _times(finalists, _repeated(timed), repeats=40)
+    rules, gaining = times[every[0]], (1 - _LEAST_GAIN) * times[every[0]]
+    left = [c.knobs for c in finalists if c.knobs == every[0] or times[c.knobs] <= gaining]
+    for share in _ELSEWHERE if len(left) > 1 else ():
+        timed = layers.calls(TIMED_IN[problem.kernel], "hot", share)
+        there = _times(_tried(problem, left, timed), _repeated(timed), repeats=24)
+        left = [knobs for knobs in left if there[knobs] <= (1 + _MOST_LOSS) * there[every[0]]]
+    best = min(left, key=lambda knobs: times[knobs])
+    return Measured(problem, best, round(times[best], 3), round(rules, 3), commit)
+
+
+def _tried(
+    problem: Problem, every: Sequence[Knobs], timed: Sequence[Timed], tell: Callable[[int], None] = lambda done: None
+) -> list[_Candidate]:
+    """Those of these knobs that compile; all of them leave the bits of the first, the rule's."""
+    tried, expected = list[_Candidate](), list[bytes]()
     for done, knobs in enumerate(every):
-        tell(problem.kernel, done, len(every))
-        candidate, outputs = _try(problem, knobs, sparse)
+        tell(done)
+        candidate, outputs = _try(problem, knobs, timed)
         if candidate is None:
             continue
-        expected = outputs if expected is None else expected
+        expected = expected or outputs
         if outputs != expected:
-            raise TuningError(f"{problem.kernel}: {knobs} gives other bits than {rule(problem, target)}: please report this")
+            raise TuningError(f"{problem.kernel}: {knobs} gives other bits than {every[0]}: please report this")
         tried.append(candidate)
-    number = _repeated(sparse)
-    quick = _times(tried, number, repeats=8)
-    finalists = [tried[0], *sorted(tried[1:], key=lambda c: quick[c.knobs])[:_FINALISTS]]
-    precise = _times(finalists, number, repeats=40)
-    full = layers.calls(TIMED_IN[problem.kernel], "hot", 0.0)  # from here on the layers' masks are those
-    dense_times = _times([_try(problem, c.knobs, full)[0] or c for c in finalists], _repeated(full), repeats=24)
-    first = finalists[0].knobs
-    allowed = [c.knobs for c in finalists if dense_times[c.knobs] <= (1 + _MOST_LOSS) * dense_times[first]]
-    best = min(allowed, key=lambda knobs: precise[knobs])
-    if precise[best] > (1 - _LEAST_GAIN) * precise[first]:
-        best = first
-    return Measured(problem, best, round(precise[best], 3), round(precise[first], 3), commit)
+    return tried
 
 
 def _try(problem: Problem, knobs: Knobs, timed: Sequence[Timed]) -> tuple[_Candidate | None, list[bytes]]:
