@@ -103,7 +103,7 @@ def test_what_gains_nothing_is_not_kept(gpu):
 @pytest.mark.parametrize("elsewhere", [0.0, 0.5, 0.97, 1.0])
 def test_what_loses_at_another_sparsity_is_not_kept(gpu, elsewhere):
     first, second = _others("ffn_4")[:2]
-    times = {(first, 0.8): 7.0, (first, elsewhere): 10.2, (second, 0.8): 8.0, (second, elsewhere): 10.05}
+    times = {(first, 0.8): 7.0, (first, elsewhere): 10.2, (second, 0.8): 8.0, (second, elsewhere): 10.04}
     gpu.us = lambda kernel, chosen, sparsity: times.get((chosen, sparsity), 10.0)
     assert _tuned()["ffn_4"].knobs == second
 
