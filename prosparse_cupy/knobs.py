@@ -183,8 +183,7 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> ColumnKnobs:
-        # A float32 vector is four weights: six of them in flight take the registers of four 16-bit ones, and less time.
-        return ColumnKnobs(warps=ColumnKnobs.WARPS, min_blocks=2, loads=6 if problem.dtype == "float32" else 4)
+        return ColumnKnobs(warps=ColumnKnobs.WARPS, min_blocks=2, loads=4)
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:

@@ -24,7 +24,7 @@ TIMED_IN = {"ffn_1": "ffn_1", "ffn_123": "sparse_ffn", "ffn_23": "ffn_23", "ffn_
 _KERNELS = {"sparse_ffn": ("ffn_123", "ffn_4")}
 _LEAST_CALLS = 64
 _LEAST_GAIN = 0.005  # of the rule's time: less is noise
-_ELSEWHERE = (0.0, 0.5, 0.97, 1.0)  # sparsities at which what is kept must not lose
+_ELSEWHERE = (0.0, 0.5, 0.97, 0.99, 1.0)  # sparsities at which what is kept must not lose
 _MOST_LOSS = 0.005  # of the rule's time there: some launches are a few percent slower in one process than in the next
 _FINALISTS = 8
 
