@@ -87,27 +87,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model), chunks = columns / VEC;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
 
+    const int first_chunk = blockIdx.x * LANES;
+    const int chunk = first_chunk + threadIdx.x % LANES;
+    const auto escapes = W_DOWN::escapes(w_down_t, first_chunk, min(first_chunk + LANES, chunks));
     wait_for_predecessor();
     unsigned short* list = lists[warp];
     float sum[VEC] = {};
     for (int tile = 0; tile < rows; tile += TILE) {
         const int active = list_rows(active_bits(x1 + tile, rows - tile), list);
-        for (int first = lane / LANES; first < active; first += GROUPS * LOADS) {
+        if (tile == 0) escapes.fetch();
+        for (int begin = 0; begin < active; begin += GROUPS * LOADS) {  // all lanes stay together
+            const int first = begin + lane / LANES;
+            W_DOWN::Row from[LOADS];
             W_DOWN::Chunk w[LOADS];
             float s[LOADS];
 #pragma unroll
             for (int i = 0; i < LOADS; ++i) {
                 const bool valid = first + i * GROUPS < active && chunk < chunks;
                 const int row = tile + (valid ? list[first + i * GROUPS] : 0);
-                w[i] = valid ? W_DOWN::row(w_down_t, row, chunks).load_with_neighbours(chunk) : W_DOWN::Chunk{};
+                from[i] = W_DOWN::row(w_down_t, row, chunks).from(chunk);
+                w[i] = valid ? from[i].load_with_neighbours() : W_DOWN::Chunk{};
                 s[i] = valid ? to_float(x1[row]) : 0.0f;
             }
 #pragma unroll
-            for (int i = 0; i < LOADS; ++i)
+            for (int i = 0; i < LOADS; ++i) {
+                const uint4 weights = from[i].plain(w[i]);
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) sum[e] = fmaf(s[i], W_DOWN::weight(w[i], e), sum[e]);
+                for (int e = 0; e < VEC; ++e) sum[e] = fmaf(s[i], element(weights, e), sum[e]);
+            }
         }
     }
 

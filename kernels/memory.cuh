@@ -14,6 +14,18 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
     return v;
 }
 
+__device__ __forceinline__ uint2 load_once(const uint2* address) {
+    uint2 v;
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ unsigned load_once(const unsigned* address) {
+    unsigned v;
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+}
+
 // The same, and L2 may fetch 256 bytes at a time. That pays if neighbouring blocks ask for the rest soon, as those of ffn_4 do,
 // and costs if a warp itself asks for all of it.
 __device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address) {
@@ -22,6 +34,23 @@ __device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address)
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address));
     return v;
+}
+
+__device__ __forceinline__ uint2 load_once_with_neighbours(const uint2* address) {
+    uint2 v;
+    asm volatile("ld.global.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ unsigned load_once_with_neighbours(const unsigned* address) {
+    unsigned v;
+    asm volatile("ld.global.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+}
+
+// Brings the 64 bytes at an address into L2.
+__device__ __forceinline__ void prefetch_into_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // Prefetches a vector of `length` elements into L1: each of the block's THREADS threads issues a 4-byte cp.async per 32-byte
@@ -44,9 +73,17 @@ __device__ __forceinline__ void end_fetch() { asm volatile("cp.async.wait_all;" 
 
 #else
 
-__device__ __forceinline__ uint4 load_once(const uint4* address) { return *address; }
+template <class T>
+__device__ __forceinline__ T load_once(const T* address) {
+    return *address;
+}
 
-__device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address) { return *address; }
+template <class T>
+__device__ __forceinline__ T load_once_with_neighbours(const T* address) {
+    return *address;
+}
+
+__device__ __forceinline__ void prefetch_into_l2(const void*) {}
 
 template <int THREADS>
 __device__ __forceinline__ void fetch_into_l1(const scalar*, int) {}

@@ -48,13 +48,14 @@ __device__ __forceinline__ void add_batch(Sums (&sums)[TOKENS], const typename F
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) {
-        if (!exists<STEP>(own + 32 * STEP * i, chunks)) break;
+        const uint4 weights = mine.plain(w[i]);
+        if (!exists<STEP>(own + 32 * STEP * i, chunks)) continue;
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             const uint4 v = x[t * chunks + 32 * STEP * i];
             float (&sum)[2] = STEP == 2 || i % 2 == 0 ? sums[t].even : sums[t].odd;
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) sum[e % 2] = fmaf(Format::weight(w[i], e), element(v, e), sum[e % 2]);
+            for (int e = 0; e < VEC; ++e) sum[e % 2] = fmaf(element(weights, e), element(v, e), sum[e % 2]);
         }
     }
 }

@@ -30,13 +30,25 @@ class Format:
     name: str
     struct: str
     pointers: int = 1
-    """Arrays that a matrix consists of."""
+    """What a kernel gets for a matrix: its arrays' addresses, and numbers."""
+    dtypes: tuple[str, ...] = tuple(ITEMSIZE)
 
     def row_bytes(self, d_model: int, dtype: str) -> int:
         """Bytes that a neuron's row takes in memory."""
         return d_model * ITEMSIZE[dtype]
 
 
+class _InTwelveBits(Format):
+    """Escapes are not counted among the bytes of a row."""
+
+    def row_bytes(self, d_model: int, dtype: str) -> int:
+        return d_model * 3 // 2
+
+
 PLAIN = Format("plain", "Plain")
 """Row-major, as `torch.nn.Linear` has it."""
-FORMATS: Mapping[str, Format] = MappingProxyType({f.name: f for f in (PLAIN,)})
+BF12_ROWS = _InTwelveBits("bf12-rows", "Bf12Rows", pointers=5, dtypes=("bfloat16",))
+"""bfloat16 without loss in 12 bits (`bf12`), for kernels that read whole rows."""
+BF12_SLICES = _InTwelveBits("bf12-slices", "Bf12Slices", pointers=4, dtypes=("bfloat16",))
+"""The same for `ffn_4`, whose blocks read a slice of every row."""
+FORMATS: Mapping[str, Format] = MappingProxyType({f.name: f for f in (PLAIN, BF12_ROWS, BF12_SLICES)})

@@ -78,6 +78,8 @@ class RowKnobs(Knobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> RowKnobs:
+        if not problem.is_plain:
+            return RowKnobs(warps=2, min_blocks=8, loads=_loads(problem, most=10))
         # 20 loads cover a row of 5120 16-bit elements in one batch.
         return RowKnobs(warps=4, min_blocks=4, loads=_loads(problem, most=20))
 
@@ -109,6 +111,8 @@ class FusedRowKnobs(RowKnobs):
         # Blocks of few warps end early, so that the successor's come in. With ten loads a lane keeps its registers for four
         # blocks. Where the GPU holds a warp for every row, a successor that starts early keeps none of them out.
         early = problem.specialize and target.is_programmatic and problem.d_ff <= 32 * target.multiprocessors
+        if not problem.is_plain:
+            return FusedRowKnobs(warps=2, min_blocks=8, loads=_loads(problem, most=10), early_successor=early)
         return FusedRowKnobs(warps=2 if early else 4, min_blocks=4, loads=_loads(problem, most=10), early_successor=early)
 
     @classmethod
@@ -183,7 +187,7 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> ColumnKnobs:
-        return ColumnKnobs(warps=ColumnKnobs.WARPS, min_blocks=2, loads=4)
+        return ColumnKnobs(warps=ColumnKnobs.WARPS, min_blocks=2, loads=4 if problem.is_plain else 3)
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:

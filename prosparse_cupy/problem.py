@@ -85,6 +85,15 @@ class Problem:
             object.__setattr__(self, "formats", (PLAIN,) * weights)
         if len(self.formats) != weights:
             raise ValueError(f"{self.kernel} has {weights} weights, got {len(self.formats)} formats")
+        for format_ in self.formats:
+            if self.dtype not in format_.dtypes:
+                allowed = " or ".join(format_.dtypes)
+                raise ValueError(f"{self.kernel}: weights in the format {format_.name} must be {allowed}, got {self.dtype}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all weights lie in memory as they are."""
+        return all(format_ is PLAIN for format_ in self.formats)
 
     @property
     def vectors(self) -> int:

@@ -12,7 +12,7 @@ from test_launch import static_shared_bytes
 
 from prosparse_cupy import compiler, device, launch, models
 from prosparse_cupy.compiler import compiler_options, kernel_folder, source
-from prosparse_cupy.formats import ITEMSIZE
+from prosparse_cupy.formats import BF12_ROWS, BF12_SLICES, ITEMSIZE
 from prosparse_cupy.problem import KERNELS, Target
 
 nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
@@ -56,6 +56,18 @@ def test_no_spills_within_budget(kernel, dtype, architecture):
         assert _reported(r"(\d+) bytes stack frame", report) == 0
         name = f"{kernel} of 12 rows a block" if (kernel, dict(plan.defines).get("ROWS")) == ("ffn_23", 12) else kernel
         assert _reported(r"Used (\d+) registers", report) <= REGISTERS[name]
+        assert "warning" not in report, report
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_123", "ffn_23", "ffn_4"])
+def test_weights_in_12_bits_do_not_spill_either(kernel, architecture):
+    formats = (BF12_SLICES if kernel == "ffn_4" else BF12_ROWS,) * len(KERNELS[kernel].weights)
+    for d_model, d_ff, specialize in SHAPES:
+        plan = plan_of(kernel, Shape(d_model, d_ff, "bfloat16", specialize, Target(architecture, 132)), formats=formats)
+        _, report = compile_for(plan, architecture)
+        assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan
+        assert _reported(r"(\d+) bytes stack frame", report) == 0
         assert "warning" not in report, report
 
 

@@ -70,7 +70,7 @@ OFF_BY_ONE = [
     ("ffn_1", "return c < chunks;", "return c <= chunks;"),
     ("ffn_1", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
     ("ffn_123", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
-    ("ffn_1", "if (!exists<STEP>(own + 32 * STEP * i, chunks)) break;", ""),
+    ("ffn_1", "if (!exists<STEP>(own + 32 * STEP * i, chunks)) continue;", ""),
     ("ffn_23", "first + lane < D_FF(d_ff)", "first + lane <= D_FF(d_ff)"),
     ("ffn_4", "row + VEC <= rows ?", "row <= rows ?"),
     ("ffn_4", "row + e < rows) value", "row + e <= rows) value"),

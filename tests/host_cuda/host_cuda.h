@@ -33,6 +33,10 @@ struct uint3 {
     unsigned x, y, z;
 };
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -205,8 +209,8 @@ extern "C" char __start_shared_memory[] __attribute__((weak)), __stop_shared_mem
 inline void __syncthreads() { host_cuda::wait(host_cuda::Wait::block); }
 inline void __syncwarp(unsigned mask = ~0u) { host_cuda::collective(host_cuda::Wait::warp, mask, 0); }
 template <class T>
-inline T __shfl_sync(unsigned mask, T value, int lane) {
-    return host_cuda::shuffle(mask, value, lane % 32);
+inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+    return host_cuda::shuffle(mask, value, host_cuda::current->linear % 32 / width * width + lane % width);
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
@@ -235,6 +239,17 @@ inline T atomicAdd(T* address, T value) {
     return old;
 }
 
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
+    return by % 32 ? high << by % 32 | low >> (32 - by % 32) : high;
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned from = selector >> 4 * i & 7;
+        result |= ((from < 4 ? x : y) >> from % 4 * 8 & 0xff) << 8 * i;
+    }
+    return result;
+}
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }

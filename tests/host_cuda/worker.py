@@ -24,20 +24,28 @@ def _library(path: str) -> ctypes.CDLL:
     return library
 
 
-def run(path: str, grid: tuple, block: tuple, kinds: str, values: list[Any], out: np.ndarray, seed: int) -> np.ndarray:
-    """Copy the arrays into buffers of exactly their size, launch, and copy `out` back."""
+def run(
+    path: str, grid: tuple, block: tuple, kinds: tuple[str, ...], values: list[Any], out: np.ndarray, seed: int
+) -> np.ndarray:
+    """Copy the arrays into buffers of exactly their size, launch, and copy `out` back; a weight's arrays come as a tuple."""
     library = _library(path)
     arguments, buffers, output = [], [], None
+
+    def copied(value: np.ndarray) -> int:
+        array = np.ascontiguousarray(value)
+        buffers.append(library.host_alloc(array.nbytes))
+        ctypes.memmove(buffers[-1], array.ctypes.data, array.nbytes)
+        return buffers[-1]
+
     for kind, value in zip(kinds, values, strict=True):
-        if kind != "P":
+        if kind in _TYPES:
             arguments.append(_TYPES[kind](value))
-            continue
-        array = np.ascontiguousarray(out if value is None else value)
-        buffer = library.host_alloc(array.nbytes)
-        ctypes.memmove(buffer, array.ctypes.data, array.nbytes)
-        buffers.append(buffer)
-        arguments.append(ctypes.c_void_p(buffer))
-        output = buffer if value is None else output
+        elif isinstance(value, tuple):
+            words = [v if isinstance(v, int) else copied(v) for v in value]
+            arguments.append((ctypes.c_uint64 * len(kind))(*words))
+        else:
+            arguments.append(ctypes.c_void_p(copied(out if value is None else value)))
+            output = buffers[-1] if value is None else output
     slots = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
     library.host_launch((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), slots, seed)
     result = np.empty_like(out)
