@@ -2,6 +2,7 @@
 
 from . import models, reference
 from .compiler import KernelCompileError
+from .compressed import CompressedWeight, compress
 from .device import NoGPUError, UnsupportedGPUError
 from .ffn import CompiledKernel, SparseFFN, sparse_ffn, warmup
 from .ops import ffn_1, ffn_4, ffn_23, ffn_123, pack_down
@@ -10,10 +11,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompiledKernel",
+    "CompressedWeight",
     "KernelCompileError",
     "NoGPUError",
     "SparseFFN",
     "UnsupportedGPUError",
+    "compress",
     "ffn_1",
     "ffn_4",
     "ffn_23",

@@ -15,7 +15,8 @@ from typing import Any, Generic, NamedTuple
 
 import numpy.typing as npt
 
-from .formats import ITEMSIZE, VECTOR_BYTES, vector_length
+from .compressed import CompressedWeight, plain
+from .formats import ITEMSIZE, PLAIN, VECTOR_BYTES, Format, vector_length
 from .libraries import HOST, NUMPY, A, Description, Family, family_of, family_of_all
 from .workspace import size_class
 
@@ -39,6 +40,8 @@ class Operand(NamedTuple):
     """One name for a vector, which may have a leading dim of tokens; two for a matrix, which may not."""
     aligned: bool
     """Whether the kernels read or write it in 16-byte vectors."""
+    define: str = ""
+    """Of a weight that may be compressed: the define that says its format."""
 
     @property
     def is_vector(self) -> bool:
@@ -54,8 +57,8 @@ def vector(name: str, dim: str) -> Operand:
 
 
 def weight(name: str) -> Operand:
-    """A (d_ff, d_model) argument."""
-    return Operand(name, ("d_ff", "d_model"), aligned=True)
+    """A (d_ff, d_model) argument, which may be a `CompressedWeight`."""
+    return Operand(name, ("d_ff", "d_model"), aligned=True, define=name.upper().removesuffix("_T"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +91,16 @@ class Checked:
     dtype: str
     device: int
     out_shape: tuple[int, ...]
+    names: tuple[str, ...]
+    """Whose each address is: of the inputs, a compressed weight having several, then of the output."""
     nbytes: tuple[int, ...]
-    """Of the inputs, then of the output."""
+    """What lies there; 0 of a compressed weight's number."""
     aligned: tuple[bool, ...]
-    """Whether each of them must lie at a multiple of 16 bytes."""
+    """Whether each of them must be a multiple of 16."""
+    formats: tuple[tuple[str, Format], ...]
+    """Of the weights, by their defines."""
+    down_pointers: int
+    """How many of the inputs are `w_down_t`."""
     tokens: int
     scratch_bytes: int
     """What an FFN takes of `workspace`."""
@@ -110,7 +119,7 @@ class Call(Generic[A]):
         out: Any,
         output: int,
         given: A | None,
-        arrays: tuple[A, ...],
+        arrays: tuple[Any, ...],
         views: Sequence[Any],
     ) -> None:
         self.family, self.checked, self.inputs, self.out, self.output = family, checked, inputs, out, output
@@ -124,10 +133,10 @@ class Call(Generic[A]):
         return self.family is NUMPY
 
     def on_reference(
-        self, operator: Callable[..., npt.NDArray[Any]], *scalars: float, arrays: tuple[A, ...] | None = None
+        self, operator: Callable[..., npt.NDArray[Any]], *scalars: float, arrays: tuple[Any, ...] | None = None
     ) -> A:
         """The result of a `reference` function of the caller's arrays, or of these."""
-        return self.result(operator(*(self.arrays if arrays is None else arrays), *scalars))
+        return self.result(operator(*map(plain, self.arrays if arrays is None else arrays), *scalars))
 
     def result(self, value: npt.NDArray[Any] | None = None) -> A:
         """The result in the caller's own type; on the host, `value` is stored in it first."""
@@ -139,10 +148,13 @@ class Call(Generic[A]):
         return handed_out
 
 
-def check_call(signature: Signature, arrays: tuple[A, ...], given: A | None) -> Call[A]:
+def check_call(signature: Signature, arrays: tuple[Any, ...], given: A | None) -> Call[A]:
     """The call of an operator with these arrays and `out`, `given` or None."""
     views: Sequence[Any] = arrays if given is None else (*arrays, given)
-    family = _common_family(signature, tuple(map(type, views)))
+    kinds = tuple(map(type, views))
+    if CompressedWeight in kinds:
+        return _check_compressed(signature, arrays, given)
+    family = _common_family(signature, kinds)
     if family.is_foreign:
         views = _brought_in(signature, family, arrays, given)
     try:
@@ -154,13 +166,58 @@ def check_call(signature: Signature, arrays: tuple[A, ...], given: A | None) -> 
     return _call(signature, family, checked, addresses, given, arrays, views)
 
 
+def _check_compressed(signature: Signature, arrays: tuple[Any, ...], given: Any) -> Call[Any]:
+    """`check_call` of arrays of which some are compressed weights."""
+    seen = _see_through(signature, arrays, given)
+    checked = _checked(signature, seen.family, seen.described, given is not None, seen.parts)
+    return _call(signature, seen.family, checked, seen.addresses, given, arrays, seen.views)
+
+
+class _Seen(NamedTuple):
+    """Arrays of which some are compressed weights: these are described as what they stand for."""
+
+    family: Family
+    described: tuple[Description, ...]
+    addresses: list[int]
+    views: list[Any]
+    parts: tuple[Part | None, ...]
+
+
+def _see_through(signature: Signature, arrays: tuple[Any, ...], given: Any) -> _Seen:
+    everything = arrays if given is None else (*arrays, given)
+    for operand, array in zip((*signature.inputs, signature.output._replace(name="out", define="")), everything, strict=False):
+        if type(array) is CompressedWeight and not operand.define:
+            raise TypeError(
+                f"{signature.operator}: {operand.name} must be an array, got a CompressedWeight: decompress() it first"
+            )
+    family = _common_family(signature, tuple(type(a.arrays[0] if type(a) is CompressedWeight else a) for a in everything))
+    described, addresses, views, parts = list[Description](), list[int](), list[Any](), list[Part | None]()
+    for array in everything:
+        if type(array) is CompressedWeight:
+            *_, escapes, _ = array.arrays
+            described.append((array.shape, *family.describe(escapes)[1:3], True))
+            addresses += [*family.addresses(array.arrays), array.number]
+            views.append(escapes)
+            parts.append((array.format, (*(int(a.nbytes) for a in array.arrays), 0)))
+            continue
+        views.append(_brought_in(signature, family, (), array)[0] if array is given else family.bring_in(array))
+        parts.append(None)
+        try:
+            described.append(family.describe(views[-1]))
+            addresses.append(family.address(views[-1]))
+        except _NO_MEMORY:
+            _refuse_without_memory(signature, family, views)
+            raise
+    return _Seen(family, tuple(described), addresses, views, tuple(parts[: len(arrays)]))
+
+
 def _call(
     signature: Signature,
     family: Family,
     checked: Checked,
     addresses: list[int],
     given: A | None,
-    arrays: tuple[A, ...],
+    arrays: tuple[Any, ...],
     views: Sequence[Any],
 ) -> Call[A]:
     """A call whose metadata is right: the result is allocated, then the addresses are checked."""
@@ -179,24 +236,20 @@ def _call(
 class BoundWeights:
     """The weights of an FFN, checked once. A call only sees whether they are still what was checked.
 
-    Weights of another shape, dtype, GPU or layout are refused; other memory is taken. NumPy arrays, and those that are seen
-    through DLPack, are checked at every call.
+    Weights of another shape, dtype, GPU or layout are refused; other memory is taken. NumPy arrays, those that are seen through
+    DLPack, and all beside a compressed weight are checked at every call.
     """
 
     def __init__(self, signature: Signature, arrays: tuple[Any, ...]) -> None:
         """`signature` is of a call: the weights, then `x`."""
         self._signature, self.arrays = signature, arrays
         self._of_weights = _weights_of(signature)
-        self._family = _common_family(self._of_weights, tuple(map(type, arrays)))
         self._known: dict[tuple[Description, ...], Checked] = {}
         """What is checked of a call, by the description of its arrays: of weights that are as they were bound."""
-        views = [self._family.bring_in(a) for a in arrays]
-        try:
-            described, addresses = self._family.describe_all(views), self._family.addresses(views)
-        except _NO_MEMORY:
-            _refuse_without_memory(self._of_weights, self._family, views)
-            raise
-        checked = _checked(self._of_weights, self._family, described, False)
+        self._is_checked_anew = any(type(a) is CompressedWeight for a in arrays)
+        self._family, described, addresses, views, parts = _see_through(self._of_weights, arrays, None)
+        self._is_checked_anew |= self._family is NUMPY or self._family.is_foreign
+        checked = _checked(self._of_weights, self._family, described, False, parts)
         if 0 in addresses:
             _refuse_without_memory(self._of_weights, self._family, views)
         _check_alignment(self._of_weights, checked, addresses)
@@ -207,7 +260,7 @@ class BoundWeights:
         family, arrays = self._family, (*self.arrays, x)
         views = arrays if given is None else (*arrays, given)
         known = family_or_none(type(x)) is family and (given is None or family_or_none(type(given)) is family)
-        if family is NUMPY or family.is_foreign or not known:
+        if self._is_checked_anew or not known:
             call = check_call(self._signature, arrays, given)
             self._refuse_other(call.checked)
             return call
@@ -300,14 +353,27 @@ def _names(signature: Signature) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _checked(signature: Signature, family: Family, described: tuple[tuple[Any, ...], ...], has_out: bool) -> Checked:
+def _checked(
+    signature: Signature,
+    family: Family,
+    described: tuple[tuple[Any, ...], ...],
+    has_out: bool,
+    parts: tuple[Part | None, ...] = (),
+) -> Checked:
     """`check` of what `family.describe` says of the inputs and, last, `out`."""
     metas = tuple(Meta(family, *d) for d in described)
-    return check(signature, metas[:-1], metas[-1]) if has_out else check(signature, metas, None)
+    return check(signature, metas[:-1], metas[-1], parts) if has_out else check(signature, metas, None, parts)
 
 
-def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None) -> Checked:
-    """Check dtypes, devices, shapes and layout of a call; TypeError or ValueError says what is wrong and what to do."""
+Part = tuple[Format, tuple[int, ...]]
+"""A compressed weight: its format, and the bytes at each of its addresses."""
+
+
+def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None, parts: tuple[Part | None, ...] = ()) -> Checked:
+    """Check dtypes, devices, shapes and layout of a call; TypeError or ValueError says what is wrong and what to do.
+
+    `parts` has an entry for each input, None where it is an array; it is empty where all are.
+    """
     operator, operands, output = signature.operator, signature.inputs, signature.output
     given = [*zip(operands, metas, strict=True)] + ([] if out is None else [(output._replace(name="out"), out)])
     _check_dtypes(operator, given)
@@ -324,11 +390,28 @@ def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None) -> Ch
     _check_d_model(operator, dims["d_model"], dtype)
 
     out_shape = (*(tokens if output.is_vector else ()), *(dims[d] for d in output.dims))
-    nbytes = tuple(o.nbytes(tokens, dims, dtype) for o in (*operands, output))
-    aligned = tuple(o.aligned for o in (*operands, output))
     number = math.prod(tokens)
     scratch_bytes = size_class(number * dims["d_ff"] * ITEMSIZE[dtype])
-    return Checked(dims["d_model"], dims["d_ff"], dtype, metas[0].device, out_shape, nbytes, aligned, number, scratch_bytes)
+    at = [
+        (o.name, n, o.aligned and n > 0)
+        for o, part in _with_parts(operands, parts)
+        for n in _bytes_of(o, part, tokens, dims, dtype)
+    ]
+    names, nbytes, aligned = zip(*at, ("out", output.nbytes(tokens, dims, dtype), output.aligned), strict=True)
+    formats = tuple((o.define, PLAIN if part is None else part[0]) for o, part in _with_parts(operands, parts) if o.define)
+    facts = dims["d_model"], dims["d_ff"], dtype, metas[0].device
+    return Checked(*facts, out_shape, names, nbytes, aligned, formats, names.count("w_down_t"), number, scratch_bytes)
+
+
+def _with_parts(operands: tuple[Operand, ...], parts: tuple[Part | None, ...]) -> list[tuple[Operand, Part | None]]:
+    return [*zip(operands, parts or (None,) * len(operands), strict=True)]
+
+
+def _bytes_of(
+    operand: Operand, part: Part | None, tokens: tuple[int, ...], dims: dict[str, int], dtype: str
+) -> tuple[int, ...]:
+    """Bytes at each address of an input."""
+    return (operand.nbytes(tokens, dims, dtype),) if part is None else part[1]
 
 
 _Given = list[tuple[Operand, Meta]]
@@ -446,9 +529,9 @@ def _check_d_model(operator: str, d_model: int, dtype: str) -> None:
 @lru_cache(maxsize=4096)
 def _check_addresses(signature: Signature, checked: Checked, addresses: tuple[int, ...]) -> None:
     """ValueError for an array that does not start at a multiple of 16 bytes, or an output that shares memory with an input."""
-    names, start = _names(signature), addresses[-1]
+    start = addresses[-1]
     end = start + checked.nbytes[-1]
-    for address, name, nbytes in zip(addresses[:-1], names, checked.nbytes, strict=False):
+    for address, name, nbytes in zip(addresses[:-1], checked.names, checked.nbytes, strict=False):
         if address < end and start < address + nbytes:
             raise ValueError(
                 f"{signature.operator}: out must not share memory with {name}: kernels read it while out is written, pass "
@@ -459,7 +542,7 @@ def _check_addresses(signature: Signature, checked: Checked, addresses: tuple[in
 
 def _check_alignment(signature: Signature, checked: Checked, addresses: Sequence[int]) -> None:
     """ValueError for an array that does not start at a multiple of 16 bytes."""
-    for address, aligned, name in zip(addresses, checked.aligned, _names(signature), strict=False):
+    for address, aligned, name in zip(addresses, checked.aligned, checked.names, strict=False):
         if aligned and address % VECTOR_BYTES and checked.device != HOST:
             raise ValueError(
                 f"{signature.operator}: {name} must start at a multiple of {VECTOR_BYTES} bytes, got address {address:#x}: "

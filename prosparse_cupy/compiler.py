@@ -12,8 +12,9 @@ from typing import Any, Protocol, TypeVar
 from . import launch
 from .device import compile_without_cache, cupy, gpu
 from .driver import launcher
+from .formats import Format
 from .knobs import Knobs
-from .problem import Problem, Target
+from .problem import KERNELS, Problem, Target
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
@@ -106,12 +107,16 @@ class Dims(Protocol):
     def device(self) -> int: ...
     @property
     def tokens(self) -> int: ...
+    @property
+    def formats(self) -> tuple[tuple[str, Format], ...]: ...
 
 
 @lru_cache(maxsize=4096)
 def kernel_of(name: str, dims: Dims, specialize: bool) -> Kernel:
     """The kernel of a checked call, looked up by the identity of `dims`, which equal calls share: every call pays for this."""
-    return load(Problem(name, dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens), dims.device)
+    by_weight = dict(dims.formats)
+    formats = tuple(by_weight[weight] for weight in KERNELS[name].weights)
+    return load(Problem(name, dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens, formats), dims.device)
 
 
 @cache

@@ -12,8 +12,9 @@ import numpy as np
 from . import driver, reference
 from .arguments import BoundWeights, Call, Signature, check_call, vector, weight
 from .compiler import kernel_of, load
+from .compressed import Weight
 from .device import current_device, gpu
-from .formats import ITEMSIZE, vector_length
+from .formats import COMPRESSED, ITEMSIZE, vector_length
 from .formula import check_threshold
 from .libraries import A
 from .problem import KERNELS, Problem
@@ -31,7 +32,14 @@ BOUND_FFN = Signature("SparseFFN", (*_WEIGHTS, vector("x", "d_model")), vector("
 
 
 def sparse_ffn(
-    x: A, w_gate: A, w_up: A, w_down_t: A, threshold: float = 0.0, *, out: A | None = None, specialize: bool = True
+    x: A,
+    w_gate: Weight[A],
+    w_up: Weight[A],
+    w_down_t: Weight[A],
+    threshold: float = 0.0,
+    *,
+    out: A | None = None,
+    specialize: bool = True,
 ) -> A:
     """The whole gated FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
 
@@ -63,15 +71,18 @@ def sparse_ffn(
         As for `ffn_23`.
     """
     threshold = check_threshold("sparse_ffn", threshold)
-    call = check_call(SPARSE_FFN, (x, w_gate, w_up, w_down_t), out)
+    call: Call[A] = check_call(SPARSE_FFN, (x, w_gate, w_up, w_down_t), out)
     return _run(call, (x, w_gate, w_up, w_down_t), call.inputs, threshold, specialize)
 
 
-def _run(call: Call[A], arrays: tuple[A, ...], inputs: Sequence[int], threshold: float, specialize: bool) -> A:
-    """`ffn_123` into scratch and `ffn_4` out of it. `arrays` and `inputs`, their addresses, are x, w_gate, w_up, w_down_t."""
+def _run(call: Call[A], arrays: tuple[Any, ...], inputs: Sequence[int], threshold: float, specialize: bool) -> A:
+    """`ffn_123` into scratch and `ffn_4` out of it. `arrays` and `inputs`, their addresses, are x, w_gate, w_up, w_down_t.
+
+    A compressed weight has several addresses.
+    """
     if call.on_host:
         return call.on_reference(reference.sparse_ffn, threshold, arrays=arrays)
-    checked, (x, w_gate, w_up, w_down_t) = call.checked, inputs
+    checked, first_of_down = call.checked, len(inputs) - call.checked.down_pointers
     d_ff, d_model, device = checked.d_ff, checked.d_model, checked.device
     first, second = kernel_of("ffn_123", checked, specialize), kernel_of("ffn_4", checked, specialize)
     stream = call.family.stream(device)
@@ -79,8 +90,8 @@ def _run(call: Call[A], arrays: tuple[A, ...], inputs: Sequence[int], threshold:
     overlaps = driver.overlaps(stream, captured)
     x1, home = take(stream, device, checked.scratch_bytes, captured)
     try:
-        first.launch(stream, overlaps, x, w_gate, w_up, x1, threshold, d_ff, d_model)
-        second.launch(stream, overlaps, x1, w_down_t, call.output, d_ff, d_model)
+        first.launch(stream, overlaps, *inputs[:first_of_down], x1, threshold, d_ff, d_model)
+        second.launch(stream, overlaps, x1, *inputs[first_of_down:], call.output, d_ff, d_model)
     finally:
         home.append(x1)
     return call.result()
@@ -108,17 +119,18 @@ class SparseFFN(Generic[A]):
     >>> ffn(x, out=y)
     """
 
-    def __init__(self, w_gate: A, w_up: A, w_down_t: A, threshold: float = 0.0, *, specialize: bool = True) -> None:
+    def __init__(
+        self, w_gate: Weight[A], w_up: Weight[A], w_down_t: Weight[A], threshold: float = 0.0, *, specialize: bool = True
+    ) -> None:
         self.threshold = check_threshold("SparseFFN", threshold)
         self._weights, self._specialize = BoundWeights(BOUND_FFN, (w_gate, w_up, w_down_t)), specialize
         self.d_model, self.d_ff, self.dtype, _ = self._weights.facts
 
     def __call__(self, x: A, *, out: A | None = None) -> A:
         """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
-        call = self._weights.call(x, out)
+        call: Call[A] = self._weights.call(x, out)
         *weights, token = call.inputs
-        arrays: tuple[A, ...] = (x, *self._weights.arrays)
-        return _run(call, arrays, (token, *weights), self.threshold, self._specialize)
+        return _run(call, (x, *self._weights.arrays), (token, *weights), self.threshold, self._specialize)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_weights": self._weights.arrays}
@@ -142,7 +154,13 @@ class CompiledKernel:
 
 
 def warmup(
-    d_model: int, d_ff: int, *, dtype: DType = "bfloat16", device: int | None = None, specialize: bool = True
+    d_model: int,
+    d_ff: int,
+    *,
+    dtype: DType = "bfloat16",
+    device: int | None = None,
+    specialize: bool = True,
+    compressed: bool = False,
 ) -> list[CompiledKernel]:
     """Compile every kernel of these dims now, so that the first call does not wait and a graph capture does not fail.
 
@@ -156,6 +174,8 @@ def warmup(
         GPU index; CuPy's current GPU by default.
     specialize : bool, default True
         As for `ffn_1`.
+    compressed : bool, default False
+        The kernels for weights from `compress`, laid out as it recommends; bfloat16 only.
 
     Returns
     -------
@@ -177,11 +197,14 @@ def warmup(
             f"warmup: d_ff must be at least 1 and d_model a multiple of {vector_length(name)} for {name}, "
             f"got d_model={d_model}, d_ff={d_ff}"
         )
+    if compressed and name != "bfloat16":
+        raise ValueError(f"warmup: compressed weights are bfloat16, got {name}")
     index = current_device() if device is None else device
     report = []
     for kernel in KERNELS:
         start = time.perf_counter()
-        plan = load(Problem(kernel, d_model, d_ff, name, specialize), index).plan
+        formats = tuple(COMPRESSED[weight] for weight in KERNELS[kernel].weights) if compressed else ()
+        plan = load(Problem(kernel, d_model, d_ff, name, specialize, formats=formats), index).plan
         seconds = time.perf_counter() - start
         defines = " ".join(key if value is None else f"{key}={value}" for key, value in plan.defines)
         report.append(CompiledKernel(kernel, defines, gpu(index).capability, seconds))

@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 import ml_dtypes
@@ -93,6 +95,26 @@ class Family(ABC):
         """A new result in the type of the caller's arrays; no copy."""
         return array
 
+    def numerics(self, like: Any) -> AbstractContextManager[Numerics]:
+        """NumPy or CuPy for work beside an array, on its device and the caller's stream, and the way to see arrays with it."""
+        raise NotImplementedError(f"{self.name} has no numerics")
+
+    def empty_bfloat16(self, shape: tuple[int, ...], like: Any) -> Any:
+        """A new bfloat16 array on the device of another one."""
+        raise NotImplementedError(f"{self.name} has no numerics")
+
+    def own(self, made: Any, like: Any) -> Any:
+        """This library's own array of what `numerics` made: int32 as it is, and uint16 as the bits of bfloat16."""
+        raise NotImplementedError(f"{self.name} has no numerics")
+
+
+Numerics = tuple[ModuleType, Callable[[Any], Any]]
+"""NumPy or CuPy, and a function that gives an array's memory as integers of that library; no copy."""
+
+
+def _as_integers(array: Any) -> Any:
+    return array.view(np.dtype(f"i{array.dtype.itemsize}"))
+
 
 class _Numpy(Family):
     name = "NumPy"
@@ -106,6 +128,16 @@ class _Numpy(Family):
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> np.ndarray:
         return np.empty(shape, NUMPY_DTYPES[dtype])
+
+    @contextmanager
+    def numerics(self, like: np.ndarray) -> Iterator[Numerics]:
+        yield np, _as_integers
+
+    def empty_bfloat16(self, shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
+        return np.empty(shape, NUMPY_DTYPES["bfloat16"])
+
+    def own(self, made: Any, like: np.ndarray) -> Any:
+        return made.view(NUMPY_DTYPES["bfloat16"]) if made.dtype == np.uint16 else made
 
 
 class _Cupy(Family):
@@ -131,6 +163,18 @@ class _Cupy(Family):
 
     def stream(self, device: int) -> int:
         return int(cupy().cuda.get_current_stream(device).ptr)
+
+    @contextmanager
+    def numerics(self, like: Any) -> Iterator[Numerics]:
+        with like.device:
+            yield cupy(), _as_integers
+
+    def empty_bfloat16(self, shape: tuple[int, ...], like: Any) -> Any:
+        with like.device:
+            return cupy().empty(shape, NUMPY_DTYPES["bfloat16"])
+
+    def own(self, made: Any, like: Any) -> Any:
+        return made.view(NUMPY_DTYPES["bfloat16"]) if made.dtype == np.uint16 else made
 
 
 class _Torch(Family):
@@ -184,6 +228,40 @@ class _Torch(Family):
             lasting_streams.add(handle)
         return handle
 
+    @contextmanager
+    def numerics(self, like: Any) -> Iterator[Numerics]:
+        if not like.is_cuda:
+            yield np, lambda tensor: self._as_integers(tensor).numpy()
+            return
+        device = like.get_device()
+        with cupy().cuda.Device(device), cupy().cuda.Stream.from_external(_Stream(self.stream(device))):
+            yield cupy(), lambda tensor: cupy().from_dlpack(self._as_integers(tensor))
+
+    def empty_bfloat16(self, shape: tuple[int, ...], like: Any) -> Any:
+        return self._torch.empty(shape, dtype=self._torch.bfloat16, device=like.device)
+
+    def own(self, made: Any, like: Any) -> Any:
+        torch = self._torch
+        integers = torch.int16 if made.dtype == np.uint16 else torch.int32
+        owned = torch.empty(made.shape, dtype=integers, device=like.device)  # so that torch's allocator has it, not CuPy's
+        seen = cupy().from_dlpack(owned) if owned.is_cuda else owned.numpy()
+        seen[...] = made.view(seen.dtype)
+        return owned.view(torch.bfloat16) if integers is torch.int16 else owned
+
+    def _as_integers(self, tensor: Any) -> Any:
+        torch = self._torch
+        return tensor.detach().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+class _Stream:
+    """A stream as CuPy takes it from others."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
 
 class _Dlpack(_Cupy):
     """Any other CUDA array, seen through a CuPy view of its memory; CuPy's own may stand beside it."""
@@ -221,7 +299,7 @@ class _Dlpack(_Cupy):
 
     def hand_out(self, array: Any, likes: Sequence[Any]) -> Any:
         """Through the array API's `from_dlpack` where the caller's type names a namespace, else the CuPy array."""
-        foreign = next(a for a in likes if not isinstance(a, cupy().ndarray))
+        foreign = next(a for a in likes if hasattr(a, "__dlpack__") and not isinstance(a, cupy().ndarray))
         namespace = getattr(foreign, "__array_namespace__", None)
         return array if namespace is None else namespace().from_dlpack(array)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import reference
 from .arguments import Call, Operand, Signature, check_call, vector, weight
 from .compiler import kernel_of
+from .compressed import Weight
 from .driver import overlaps
 from .formula import check_threshold
 from .libraries import A
@@ -28,7 +29,7 @@ PACK_DOWN = Signature(
 )
 
 
-def ffn_1(x: A, w_gate: A, *, out: A | None = None, specialize: bool = True) -> A:
+def ffn_1(x: A, w_gate: Weight[A], *, out: A | None = None, specialize: bool = True) -> A:
     """Gate projection, dense: ``x @ w_gate.T`` (formula 1).
 
     Parameters
@@ -60,14 +61,16 @@ def ffn_1(x: A, w_gate: A, *, out: A | None = None, specialize: bool = True) -> 
     KernelCompileError
         NVRTC refused the kernel.
     """
-    call = check_call(FFN_1, (x, w_gate), out)
+    call: Call[A] = check_call(FFN_1, (x, w_gate), out)
     if call.on_host:
         return call.on_reference(reference.ffn_1)
     _launch("ffn_1", call, specialize)
     return call.result()
 
 
-def ffn_123(x: A, w_gate: A, w_up: A, threshold: float = 0.0, *, out: A | None = None, specialize: bool = True) -> A:
+def ffn_123(
+    x: A, w_gate: Weight[A], w_up: Weight[A], threshold: float = 0.0, *, out: A | None = None, specialize: bool = True
+) -> A:
     """Gate projection, (FAT)ReLU and up-projection in one launch: `ffn_23` of `ffn_1`, to the bit (formulas 1 to 3).
 
     A warp that finds its neuron active goes on to the neuron's row of `w_up`, so the gate is never written to memory.
@@ -96,14 +99,14 @@ def ffn_123(x: A, w_gate: A, w_up: A, threshold: float = 0.0, *, out: A | None =
         As for `ffn_23`.
     """
     threshold = check_threshold("ffn_123", threshold)
-    call = check_call(FFN_123, (x, w_gate, w_up), out)
+    call: Call[A] = check_call(FFN_123, (x, w_gate, w_up), out)
     if call.on_host:
         return call.on_reference(reference.ffn_123, threshold)
     _launch("ffn_123", call, specialize, threshold)
     return call.result()
 
 
-def ffn_23(gate: A, x: A, w_up: A, threshold: float = 0.0, *, out: A | None = None, specialize: bool = True) -> A:
+def ffn_23(gate: A, x: A, w_up: Weight[A], threshold: float = 0.0, *, out: A | None = None, specialize: bool = True) -> A:
     """(FAT)ReLU of the gate times the up-projection: ``fatrelu(gate, threshold) * (x @ w_up.T)`` (formulas 2 and 3).
 
     Rows of `w_up` whose neuron is inactive are not read. A neuron is active iff ``not (gate < threshold) and gate != 0``, so
@@ -135,14 +138,14 @@ def ffn_23(gate: A, x: A, w_up: A, threshold: float = 0.0, *, out: A | None = No
         As for `ffn_1`; ValueError also for a threshold that is negative or not finite.
     """
     threshold = check_threshold("ffn_23", threshold)
-    call = check_call(FFN_23, (gate, x, w_up), out)
+    call: Call[A] = check_call(FFN_23, (gate, x, w_up), out)
     if call.on_host:
         return call.on_reference(reference.ffn_23, threshold)
     _launch("ffn_23", call, specialize, threshold)
     return call.result()
 
 
-def ffn_4(x1: A, w_down_t: A, *, out: A | None = None, specialize: bool = True) -> A:
+def ffn_4(x1: A, w_down_t: Weight[A], *, out: A | None = None, specialize: bool = True) -> A:
     """Down-projection: ``x1 @ w_down_t`` (formula 4); rows of `w_down_t` where `x1` is zero are not read.
 
 
@@ -167,7 +170,7 @@ def ffn_4(x1: A, w_down_t: A, *, out: A | None = None, specialize: bool = True) 
     TypeError, ValueError, KernelCompileError
         As for `ffn_1`.
     """
-    call = check_call(FFN_4, (x1, w_down_t), out)
+    call: Call[A] = check_call(FFN_4, (x1, w_down_t), out)
     if call.on_host:
         return call.on_reference(reference.ffn_4)
     _launch("ffn_4", call, specialize)
@@ -196,7 +199,7 @@ def pack_down(w_down: A, *, out: A | None = None, specialize: bool = True) -> A:
     TypeError, ValueError, KernelCompileError
         As for `ffn_1`.
     """
-    call = check_call(PACK_DOWN, (w_down,), out)
+    call: Call[A] = check_call(PACK_DOWN, (w_down,), out)
     if call.on_host:
         return call.on_reference(reference.pack_down)
     _launch("pack_down", call, specialize)

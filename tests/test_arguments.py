@@ -358,6 +358,7 @@ def test_alignment():
         ({"d_model": 0, "d_ff": 8}, "d_ff must be at least 1"),
         ({"d_model": 8, "d_ff": 8, "dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got float64"),
         ({"d_model": 6, "d_ff": 8, "dtype": "float32"}, "multiple of 4 for float32"),
+        ({"d_model": 8, "d_ff": 8, "dtype": "float16", "compressed": True}, "compressed weights are bfloat16, got float16"),
     ],
 )
 def test_warmup_refuses_what_no_kernel_supports(arguments, message):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from checks import DTYPES
 from click.testing import CliRunner
+from gpu_arrays import OnCupy
 
+import prosparse_cupy as psc
 from prosparse_cupy import cli, reference
 from prosparse_cupy.cli import demo
 from prosparse_cupy.testing.measure import DENSE, OURS, all_right
@@ -93,6 +95,28 @@ def test_warmup_without_a_gpu_says_what_was_looked_for(monkeypatch):
     monkeypatch.setattr(cli.ffn, "current_device", no_gpu)
     done = _run("warmup")
     assert done.exit_code == 1 and "Error: no CUDA GPU: looked for one" in done.output
+
+
+def test_warmup_of_compressed_float16_is_a_usage_error():
+    done = _run("warmup", "--compressed", "--dtype", "float16")
+    assert done.exit_code == 2 and "compressed weights are bfloat16, got float16" in done.output
+
+
+@pytest.mark.gpu
+def test_warmup_of_compressed_weights_compiles_what_their_calls_launch():
+    from prosparse_cupy import compiler
+
+    report = psc.warmup(512, 1000, compressed=True)
+    assert {k.kernel: "W_UP=Bf12Rows" in k.defines for k in report if k.kernel in ("ffn_123", "ffn_23")} == {
+        "ffn_123": True,
+        "ffn_23": True,
+    }
+    before = compiler.load.cache_info().misses
+    rng = np.random.default_rng()
+    w = [OnCupy().put(rng.standard_normal((1000, 512), dtype=np.float32).astype(DTYPES["bfloat16"])) for _ in range(3)]
+    packed = [psc.compress(a, layout="slices" if a is w[2] else "rows") for a in w]
+    psc.sparse_ffn(OnCupy().put(np.ones(512, DTYPES["bfloat16"])), *packed)
+    assert compiler.load.cache_info().misses == before
 
 
 @pytest.mark.gpu

@@ -220,12 +220,15 @@ def _print_facts(console: Console, facts: doctor.Facts, problems: list[doctor.Pr
 @main.command("warmup")
 @_model
 @click.option("--dtype", type=click.Choice(list(ITEMSIZE)), default="bfloat16", show_default=True)
-def _warmup(model: str, dtype: str) -> None:
+@click.option("--compressed", is_flag=True, help="The kernels for weights in 12 bits; bfloat16 only.")
+def _warmup(model: str, dtype: str, compressed: bool) -> None:
     """Compile every kernel of a model's dims into CuPy's disk cache."""
     chosen, console = MODELS[model], Console()
     try:
         with console.status(f"compiling for {chosen.name}"):
-            report = ffn.warmup(chosen.d_model, chosen.d_ff, dtype=dtype)
+            report = ffn.warmup(chosen.d_model, chosen.d_ff, dtype=dtype, compressed=compressed)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     except (ImportError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
     table = Table(title=f"{chosen.name}, {dtype}, sm_{report[0].capability}", title_justify="left")

@@ -20,6 +20,10 @@ def on_numpy(x: Floats, w: Floats, gate: Floats) -> None:
     assert_type(psc.sparse_ffn(x, w, w, w), Floats)
     assert_type(psc.SparseFFN(w, w, w)(x), Floats)
     assert_type(psc.reference.active(gate), npt.NDArray[np.bool_])
+    assert_type(psc.compress(w), psc.CompressedWeight[Floats])
+    assert_type(psc.compress(w).decompress(), Floats)
+    assert_type(psc.ffn_1(x, psc.compress(w)), Floats)
+    assert_type(psc.SparseFFN(psc.compress(w), w, psc.compress(w, layout="slices"))(x), Floats)
 
 
 def on_torch(x: torch.Tensor, linear: torch.nn.Linear, model: torch.nn.Module) -> None:
@@ -42,6 +46,9 @@ def facts() -> None:
 
 def mistakes(x: Floats, w: Floats, t: torch.Tensor) -> None:
     psc.ffn_1("x", w)  # error
+    psc.ffn_1(x, psc.compress(t))  # error
+    psc.compress(w, layout="columns")  # error
+    psc.compress("w")  # error
     psc.ffn_1(x, "w")  # error
     psc.ffn_1(3, w)  # error
     psc.ffn_4(x, w, out="y")  # error

@@ -1,0 +1,197 @@
+"""Compressed weights: bfloat16 in 12 bits without loss, in arrays of the caller's library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Generic, Literal, TypeAlias
+
+import numpy as np
+
+from . import bf12
+from .formats import BF12_ROWS, BF12_SLICES, Format
+from .libraries import A, Family, family_of
+
+Layout = Literal["rows", "slices"]
+
+_FORMATS: Mapping[str, tuple[Format, bf12.Layout]] = MappingProxyType(
+    {"rows": (BF12_ROWS, bf12.ROWS), "slices": (BF12_SLICES, bf12.SLICES)}
+)
+_LARGEST_D_MODEL = 2**20
+
+
+class CompressedWeight(Generic[A]):
+    """A (d_ff, d_model) bfloat16 weight in 12 bits, as `compress` makes it. Every operator takes it in place of the array.
+
+    It holds ordinary arrays of the library that it was made from, so it pickles and copies as they do. They are not to be
+    written to.
+    """
+
+    def __init__(self, shape: tuple[int, int], layout: Layout, packed: bf12.Packed, escapes: int) -> None:
+        self._shape, self._packed, self._escapes = shape, packed, escapes
+        self._layout: Layout = layout
+        self._nbytes: int = sum(_size(a) for a in self.arrays)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_ff, d_model)"""
+        return self._shape
+
+    @property
+    def dtype(self) -> Any:
+        """The library's bfloat16."""
+        return self._packed.escapes.dtype
+
+    @property
+    def layout(self) -> Layout:
+        """Whether it is laid out for kernels that read rows, or for `ffn_4`."""
+        return self._layout
+
+    @property
+    def arrays(self) -> tuple[A, ...]:
+        """What it consists of."""
+        return (*self._packed.words, self._packed.escapes, self._packed.starts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return self._nbytes
+
+    @property
+    def ratio(self) -> float:
+        """Its bytes as a share of the plain weight's: 0.75 and what escapes."""
+        return self._nbytes / (2 * self._shape[0] * self._shape[1])
+
+    @property
+    def escapes(self) -> int:
+        """Chunks of 8 weights that are kept as they are, since an exponent lies outside the window."""
+        return self._escapes
+
+    def decompress(self, *, out: A | None = None) -> A:
+        """The weight, bit for bit, in `out` or a new array.
+
+        Raises
+        ------
+        ValueError, TypeError
+            `out` is of another library, shape, dtype or device, or not C-contiguous.
+        """
+        kind: type = type(self._packed.escapes)
+        family = family_of(kind)
+        _, dtype, device, _ = family.describe(self._packed.escapes)
+        if out is not None:
+            _check_out(family, out, (self._shape, dtype, device, True))
+        result: A = family.empty_bfloat16(self._shape, self._packed.escapes) if out is None else out
+        with family.numerics(self._packed.escapes) as (xp, view):
+            words = tuple(view(a).view(np.uint32) for a in self._packed.words)
+            escapes, starts = view(self._packed.escapes).view(np.uint16), view(self._packed.starts).view(np.uint32)
+            packed = bf12.Packed(words, escapes, starts, self._packed.base)
+            bf12.unpack(xp, packed, _FORMATS[self._layout][1], view(result).view(np.uint16))
+        return result
+
+    def __repr__(self) -> str:
+        return (
+            f"CompressedWeight({self._shape[0]} x {self._shape[1]}, {self._layout}, {self.nbytes} bytes, {self.ratio:.4f} of "
+            f"plain, {self._escapes} escapes)"
+        )
+
+    # What the operators ask.
+
+    @property
+    def format(self) -> Format:
+        """As the kernels know it."""
+        return _FORMATS[self._layout][0]
+
+    @property
+    def number(self) -> int:
+        """What kernels get beside the addresses of the arrays. It is never 0, as no address is."""
+        return self._packed.base | 1 << 32
+
+
+Weight: TypeAlias = "A | CompressedWeight[A]"
+"""What an operator takes as a weight."""
+
+
+def compress(w: A, *, layout: Layout = "rows") -> CompressedWeight[A]:
+    """A bfloat16 weight in 12 bits, without loss: `decompress` gives the same bits back, whatever they are.
+
+    Weights whose exponents take many values stay larger, since every chunk of 8 with an exponent outside a window of 16 is kept
+    as it is beside its place: look at `ratio`.
+
+    Parameters
+    ----------
+    w : array, (d_ff, d_model)
+        ``gate_proj.weight`` or ``up_proj.weight`` as they are, or `pack_down` of ``down_proj.weight``; bfloat16, C-contiguous,
+        `d_model` a multiple of 8. It may be freed afterwards.
+    layout : {"rows", "slices"}
+        "rows" for `w_gate` and `w_up`, "slices" for `w_down_t`, which is where each is read fastest; the results are the same.
+
+    Returns
+    -------
+    CompressedWeight
+        In arrays of the library and on the device of `w`.
+
+    Raises
+    ------
+    TypeError
+        `w` is no array, or not bfloat16: float16 and float32 have too many mantissa bits for this to pay.
+    ValueError
+        `w` is no C-contiguous matrix, or its dims are not supported.
+    """
+    family = family_of_weight(w)
+    shape, dtype, _, contiguous = family.describe(w)
+    if dtype != "bfloat16":
+        raise TypeError(
+            f"compress: w must be bfloat16, got {dtype}: other dtypes keep more bits of mantissa, which do not compress "
+            "without loss"
+        )
+    if layout not in _FORMATS:
+        raise ValueError(f'compress: layout must be "rows" or "slices", got {layout!r}')
+    if len(shape) != 2 or 0 in shape or shape[1] % bf12.CHUNK or shape[1] > _LARGEST_D_MODEL:
+        raise ValueError(
+            f"compress: w must have shape (d_ff, d_model) with d_model a multiple of {bf12.CHUNK} up to {_LARGEST_D_MODEL}, "
+            f"got {tuple(shape)}"
+        )
+    if not contiguous:
+        raise ValueError("compress: w must be C-contiguous, got a strided view: call pack_down(w_down) for a down-projection")
+    with family.numerics(w) as (xp, view):
+        packed = bf12.pack(xp, view(w).view(np.uint16), _FORMATS[layout][1])
+        escapes = len(packed.escapes)
+        kept = packed.escapes if escapes else xp.zeros((1, bf12.CHUNK), np.uint16)  # an empty array has no address
+        words = tuple(family.own(a.view(np.int32), w) for a in packed.words)
+        own = bf12.Packed(words, family.own(kept, w), family.own(packed.starts.view(np.int32), w), packed.base)
+    return CompressedWeight((shape[0], shape[1]), layout, own, escapes)
+
+
+def family_of_weight(w: Any) -> Family:
+    """The family of an array to be compressed."""
+    try:
+        kind: type = type(w)
+        family = family_of(kind)
+    except TypeError as error:
+        raise TypeError(f"compress: w must be a NumPy or CuPy array or a torch tensor, got {error}") from None
+    if family.is_foreign:
+        raise TypeError(f"compress: w must be a NumPy or CuPy array or a torch tensor, got {family.name}: convert it first")
+    return family
+
+
+def plain(array: Any) -> Any:
+    """A NumPy weight as the reference takes it: decompressed if it is compressed."""
+    return array.decompress() if isinstance(array, CompressedWeight) else array
+
+
+def _size(array: Any) -> int:
+    return int(array.nbytes)
+
+
+def _check_out(family: Family, out: Any, expected: tuple[Any, ...]) -> None:
+    try:
+        kind: type = type(out)
+        same = family_of(kind) is family
+    except TypeError:
+        same = False
+    if not same:
+        raise TypeError(f"decompress: out must be a {family.name} array, as the compressed one is, got {type(out).__name__}")
+    shape, dtype, device, contiguous = family.describe(out)
+    found = (tuple(shape), dtype, device, contiguous)
+    if found != expected:
+        raise ValueError(f"decompress: out must have (shape, dtype, GPU, C-contiguous) {expected}, got {found}")
