@@ -8,7 +8,7 @@
 //   Row::load(c)        its chunk c, a multiple of 32, from there on: VEC weights, read once
 //   Row::load_with_neighbours()   its first chunk from there on, if neighbouring blocks read the chunks beside it
 //   Chunk{}             VEC weights whose product with zero is zero
-//   Row::plain(chunk)   the chunk's weights as 16 bytes of elements
+//   Row::plain(chunk)   the chunk's weights as 16 bytes of elements; all lanes of a warp ask together
 //   escapes(matrix, c, d)   what the chunks from c up to d of all rows keep elsewhere; `fetch()` brings it near
 
 #include "elements.cuh"
