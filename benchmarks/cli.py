@@ -46,6 +46,8 @@ _method = click.option(
 )
 _portable = click.option("--portable", "is_portable", is_flag=True, help="Kernels as an sm_80 GPU gets them.")
 
+_WEIGHTS = ("plain", "bf12")
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
@@ -73,13 +75,16 @@ def paper(**options) -> None:
 @click.option("--dtype", "dtypes", type=click.Choice(list(NUMPY_DTYPES)), multiple=True, help="Only these.  [default: all]")
 @click.option("--mask", "masks", type=click.Choice(["hot", "uniform", "contiguous"]), multiple=True, default=["hot"])
 @click.option("--at", "sparsities", type=click.FloatRange(0, 1), multiple=True, help="Only these sparsities.")
-def sweep(names, dtypes, masks, sparsities, **options) -> None:
+@click.option("--weights", type=click.Choice(_WEIGHTS), multiple=True, default=["plain"], help="bf12 is of bfloat16 alone.")
+def sweep(names, dtypes, masks, sparsities, weights, **options) -> None:
     """Every operator and the whole FFN over sparsities, models and dtypes."""
     wanted = sparsities or ((0.0, 0.9) if options["quick"] else SPARSITIES)
     settings = [
-        Setting(op, MODELS[name], name, dtype, mask, sparsity)
+        Setting(op, MODELS[name], name, dtype, mask, sparsity, format_)
         for name in names or MODELS
         for dtype in dtypes or NUMPY_DTYPES
+        for format_ in weights
+        if format_ == "plain" or dtype == "bfloat16"
         for mask in masks
         for sparsity in wanted
         for op in (*STEPS, "ffn_123", "SparseFFN")
@@ -93,8 +98,9 @@ def sweep(names, dtypes, masks, sparsities, **options) -> None:
 def ffn(**options) -> None:
     """The whole FFN at each model's own sparsity: its operators, and ways to call all of it."""
     settings = [
-        Setting(op, model, name, "bfloat16", "hot", model.sparsity, with_dense=op == "SparseFFN")
+        Setting(op, model, name, "bfloat16", "hot", model.sparsity, format_, with_dense=(op, format_) == ("SparseFFN", "plain"))
         for name, model in MODELS.items()
+        for format_ in _WEIGHTS
         for op in (*STEPS, "ffn_123", "three operators", "sparse_ffn", "SparseFFN")
         if not (options["quick"] and name == "13B")
     ]

@@ -16,6 +16,7 @@ from .results import Result
 
 # A grey with enough contrast on white and on GitHub's dark page, and colours of the Okabe-Ito palette.
 _INK = "#7d8590"
+_WHERE = ("ffn_1", "ffn_23", "ffn_4", "SparseFFN")
 _COLOURS = {"ffn_23": "#0072b2", "ffn_4": "#d55e00", "SparseFFN": "#009e73", "published": "#9aa4b2", "rest": "#d55e00"}
 _STYLE = {
     "figure.facecolor": "none",
@@ -45,7 +46,7 @@ def speedup(result: Result, model: str, dtype: str = "bfloat16") -> Any:
         figure, axes = plt.subplots(figsize=(7, 4))
         for op in ("ffn_23", "ffn_4", "SparseFFN"):
             wanted = (op, model, dtype, "hot", "prosparse")
-            rows = [r for r in result.rows if (r.op, r.model, r.dtype, r.mask, r.variant) == wanted]
+            rows = [r for r in result.rows if (r.op, r.model, r.dtype, r.mask, r.variant) == wanted and r.weights == "plain"]
             rows.sort(key=lambda r: r.sparsity)
             sparsity = [100 * r.sparsity for r in rows]
             axes.plot(sparsity, [r.speedup for r in rows], "o-", color=_COLOURS[op], label=op, ms=4)
@@ -64,7 +65,7 @@ def speedup(result: Result, model: str, dtype: str = "bfloat16") -> Any:
 def where_time_goes(result: Result) -> Any:
     """Each operator's time as bytes at the read peak, the launch, and the rest."""
     with plt.rc_context(_STYLE):
-        rows = [r for r in result.rows if r.op in ("ffn_1", "ffn_23", "ffn_4", "SparseFFN") and r.variant == "prosparse"]
+        rows = [r for r in result.rows if r.op in _WHERE and (r.variant, r.weights) == ("prosparse", "plain")]
         figure, axes = plt.subplots(figsize=(7, 0.32 * len(rows) + 1.4))
         launch = result.head.launch_us
         labels = [f"{r.op} {r.model}" for r in rows]

@@ -15,7 +15,7 @@ from prosparse_cupy.problem import Target
 from prosparse_cupy.testing import timing
 from prosparse_cupy.testing.dense import Dense
 from prosparse_cupy.testing.layers import Layers
-from prosparse_cupy.testing.measure import DENSE, Calls, all_right, errors, graph_times, variants
+from prosparse_cupy.testing.measure import DENSE, OURS, Calls, all_right, errors, graph_times, variants
 
 from .conditions import Yardsticks
 from .results import Row
@@ -34,6 +34,8 @@ class Setting:
     dtype: str
     mask: str
     sparsity: float
+    weights: str = "plain"
+    """Of the sparse side: `plain` or `bf12`."""
     with_dense: bool = False
     """Whether the dense path gets rows of its own: in a graph, and launched eagerly."""
 
@@ -48,7 +50,7 @@ def portable() -> Iterator[None]:
 
 def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, method: str, repeats: int) -> list[Row]:
     """A row of ours, and one of the first release where it is installed; `checked` after the timing, on every output timed."""
-    timed = layers.calls(setting.op, setting.mask, setting.sparsity)
+    timed = layers.calls(setting.op, setting.mask, setting.sparsity, setting.weights)
     if method == WALLCLOCK:
         timed = timed[:1]
     calls, outs = variants(timed)
@@ -59,7 +61,7 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
         outs[EAGER] = outs[DENSE]
     found = errors(timed, outs)
     active = round(setting.model.d_ff * (1 - setting.sparsity))
-    nbytes = layers.touched(setting.op, active)
+    nbytes = layers.touched(setting.op, active, setting.weights)
     epsilon = float(ml_dtypes.finfo(layers.dtype).eps)
     return [
         Row(
@@ -84,6 +86,7 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
             dense_error=max(found[DENSE]),
             checked=all_right(found, variant, epsilon),
             noisy=times[variant].is_noisy or times[DENSE].is_noisy,
+            weights=setting.weights if variant == OURS else "plain",
         )
         for variant in times
         if variant != DENSE or setting.with_dense

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class Row:
     checked: bool
     """Whether every output of the very arrays timed was within twice the dense path's error."""
     noisy: bool
+    weights: str = "plain"
+    """The format of the sparse side's weights, `plain` or `bf12`; the dense path's are plain."""
     ratio: float = field(init=False)
     speedup: float = field(init=False)
     achieved_GBps: float = field(init=False)
@@ -84,12 +86,13 @@ class Row:
     @property
     def key(self) -> tuple[object, ...]:
         """What makes two rows of two results the same measurement."""
-        return (self.op, self.variant, self.model, self.d_model, self.d_ff, self.dtype, self.batch, self.mask, self.sparsity)
+        shape = self.d_model, self.d_ff, self.dtype, self.weights, self.batch
+        return (self.op, self.variant, self.model, *shape, self.mask, self.sparsity)
 
     @property
     def setting(self) -> str:
         """What else tells rows of one operator, variant, model and sparsity apart."""
-        return self.mask
+        return self.mask if self.weights == "plain" else f"{self.mask}, {self.weights}"
 
 
 @dataclass(frozen=True)
@@ -192,14 +195,20 @@ def write_csv(result: Result, path: Path) -> None:
         table.writerows(asdict(row) for row in result.rows)
 
 
+def _value(row: dict[str, Any], of: Field[Any]) -> Any:
+    """A row's field; results that are older than a field have its default."""
+    value = row[of.name] if of.default is MISSING else row.get(of.name, of.default)
+    return math.nan if value is None else value
+
+
 def read_json(path: Path) -> Result:
     """A result of `write_json`; ValueError says what does not fit."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         head = Head(**{**data["head"], "disturbances": tuple(data["head"]["disturbances"])})
         made = _ROWS.get(head.command, Row)
-        given = [f.name for f in fields(made) if f.init]
-        rows = tuple(made(**{name: math.nan if row[name] is None else row[name] for name in given}) for row in data["rows"])
+        given = [f for f in fields(made) if f.init]
+        rows = tuple(made(**{f.name: _value(row, f) for f in given}) for row in data["rows"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result of these benchmarks: {type(error).__name__}: {error}") from error
     if head.version != VERSION:

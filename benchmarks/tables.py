@@ -25,12 +25,12 @@ def terminal(result: Result) -> Table:
         f"{head.read_peak_GBps / 1e3:.2f} TB/s · launch {head.launch_us:.2f} µs · dense: {head.dense}"
     )
     table = Table(title=head.command, caption=caption)
-    for name in ("op", "variant", "model", "dtype", "mask", "sparsity"):
+    for name in ("op", "variant", "model", "dtype", "weights", "mask", "sparsity"):
         table.add_column(name)
     for name in ("µs", "p10", "p90", "dense µs", "speed-up", "floor µs", "ratio", "GB/s", "error/dense", "check"):
         table.add_column(name, justify="right")
     for row in result.rows:
-        table.add_row(row.op, row.variant, row.model, row.dtype, row.mask, f"{row.sparsity:.2%}", *_numbers(row))
+        table.add_row(row.op, row.variant, row.model, row.dtype, row.weights, row.mask, f"{row.sparsity:.2%}", *_numbers(row))
     return table
 
 
@@ -113,7 +113,8 @@ def _name(row: Row) -> str:
     """The operator, or what stands in for it; `dense` is the dense path in a graph."""
     if row.variant != "prosparse":
         return row.variant if row.op == "SparseFFN" else f"`{row.op}`, {row.variant}"
-    return row.op if " " in row.op else f"`{row.op}`"
+    name = row.op if " " in row.op else f"`{row.op}`"
+    return name if row.weights == "plain" else f"{name}, {row.weights}"
 
 
 def ffn(result: Result) -> str:
@@ -155,7 +156,7 @@ def sweep(result: Result, dtype: str = "bfloat16") -> str:
     rows = []
     for sparsity in dict.fromkeys(r.sparsity for r in result.rows):
         found = [
-            result.find(op=op, model=m, dtype=dtype, mask="hot", sparsity=sparsity, variant="prosparse")
+            result.find(op=op, model=m, dtype=dtype, mask="hot", sparsity=sparsity, variant="prosparse", weights="plain")
             for m in models
             for op in ops
         ]
@@ -177,7 +178,7 @@ def summary(results: dict[str, Result]) -> str:
         pace = (f"{tokens:.1f} tokens/s" for tokens in (row.dense_tokens_per_s, row.tokens_per_s))
         rows.append([f"{model}, whole model", f"{row.sparsity:.2%}", *pace, f"{row.speedup:.2f}x"])
     for model in ("7B", "13B"):
-        row = results["ffn"].find(model=model, op="SparseFFN", variant="prosparse")
+        row = results["ffn"].find(model=model, op="SparseFFN", variant="prosparse", weights="plain")
         times = (f"{us:.1f} µs" for us in (row.dense_us, row.time_us))
         rows.append([f"{model}, one FFN", f"{row.sparsity:.2%}", *times, f"{row.speedup:.2f}x"])
     decode, ffn = results["decode"].head, results["ffn"].head

@@ -20,6 +20,7 @@ if not (ROOT / "benchmarks").is_dir():
 
 sys.path.append(str(ROOT))  # last: the installed package goes before the checkout's
 
+import prosparse_cupy as psc  # noqa: E402
 from benchmarks import cli, compare, conditions, tables  # noqa: E402
 from benchmarks.paper import PUBLISHED  # noqa: E402
 from benchmarks.results import DecodeRow, Head, Result, Row, read_json, write_csv, write_json  # noqa: E402
@@ -182,6 +183,18 @@ def test_a_file_that_is_no_result_is_said_to_be_none(tmp_path, text, message):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ValueError, match=rf"r\.json is not a result of these benchmarks: {message}"):
         read_json(tmp_path / "r.json")
+
+
+def test_rows_from_before_there_were_formats_are_of_plain_weights(tmp_path):
+    new = Result(HEAD, (_row(weights="bf12"), _row()))
+    write_json(new, tmp_path / "r.json")
+    assert read_json(tmp_path / "r.json") == new and len({row.key for row in new.rows}) == 2
+    assert [row.setting for row in new.rows] == ["hot, bf12", "hot"]
+    data = json.loads((tmp_path / "r.json").read_text())
+    for row in data["rows"]:
+        del row["weights"]
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    assert [row.weights for row in read_json(tmp_path / "r.json").rows] == ["plain", "plain"]
 
 
 def test_a_result_of_another_version_is_refused(tmp_path):
@@ -596,7 +609,8 @@ class _NumpyDense:
 
 @pytest.mark.parametrize("mask", ["hot", "uniform", "contiguous"])
 @pytest.mark.parametrize("op", ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "three operators", "sparse_ffn", "SparseFFN"])
-def test_layers_call_what_they_check(monkeypatch, op, mask):
+@pytest.mark.parametrize("weights", ["plain", "bf12"])
+def test_layers_call_what_they_check(monkeypatch, op, mask, weights):
     """On NumPy arrays, which run the reference: every timed call, ours and dense, leaves what `exact` says, and no NaN."""
     from prosparse_cupy.models import Model
     from prosparse_cupy.testing import layers, truth
@@ -609,16 +623,22 @@ def test_layers_call_what_they_check(monkeypatch, op, mask):
     monkeypatch.setattr(layers, "cupy", lambda: fake)
     monkeypatch.setattr(truth, "cupy", lambda: fake)
     monkeypatch.setattr(layers, "current_device", lambda: 0)
-    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8), "float32", _NumpyDense())
-    timed = made.calls(op, mask, 0.8)
+    dtype, tolerance = ("float32", 1e-4) if weights == "plain" else ("bfloat16", 3e-2)
+    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8), dtype, _NumpyDense())
+    compressed = []
+    monkeypatch.setattr(layers, "compress", lambda w, **layout: compressed.append(w) or psc.compress(w, **layout))
+    timed = made.calls(op, mask, 0.8, weights)
+    assert bool(compressed) == (weights == "bf12")
+    if weights == "bf12":
+        assert 0 < made.touched(op, 40, "bf12") < made.touched(op, 40)
     assert made.count == 16 and len(timed) % made.count == 0 and 0 < made.touched(op, 40) <= 4 * (3 * 64 * 200 + 1000)
     for t in timed[:: len(timed) // 4]:
-        assert np.isnan(t.out).all() and np.isnan(t.dense_out).all()
+        assert np.isnan(t.out.astype(np.float32)).all() and np.isnan(t.dense_out.astype(np.float32)).all()
         t.call()
         t.dense()
         exact = t.exact()
         for out in (t.out, t.dense_out):
-            np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+            np.testing.assert_allclose(out.astype(np.float64), exact, rtol=tolerance, atol=tolerance * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("wrong", [False, True])

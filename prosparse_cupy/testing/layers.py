@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import ffn, ops
+from ..compressed import compress
 from ..device import cupy, current_device
-from ..formats import PLAIN
+from ..formats import BF12_ROWS, PLAIN
 from ..formula import Formula
 from ..libraries import NUMPY_DTYPES
 from ..models import Model
@@ -69,6 +70,8 @@ class Layers:
         wanted = max(_LEAST_LAYERS, math.ceil(_TIMES_L2 * self._l2 / self._least_touched()))
         free = cp.cuda.runtime.memGetInfo()[0]
         self.count = max(1, min(wanted, _MOST_CALLS, int(free * 0.8 // (4 * weight_bytes))))
+        self._format = "plain"
+        self._compressed: dict[int, tuple[Any, Any]] = {}
         self.x = self._token()
         self._weights = [self._layer(i) for i in range(self.count)]
         self._packed = [ops.pack_down(w[2]) for w in self._weights]
@@ -88,8 +91,8 @@ class Layers:
     def _normal(self, shape: tuple[int, ...], scale: float) -> Any:
         return (self._random.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(self.dtype)
 
-    def touched(self, op: str, active: int) -> int:
-        """Bytes that one call must move: active rows once, and its vectors."""
+    def touched(self, op: str, active: int, weights: str = "plain") -> int:
+        """Bytes that one call must move: active rows once, in the format of the weights, and its vectors."""
         d_model, d_ff = self.model.d_model, self.model.d_ff
         rows, elements = {
             "ffn_1": (d_ff, d_model + d_ff),
@@ -98,15 +101,17 @@ class Layers:
             "ffn_123": (d_ff + active, d_model + d_ff),
             **dict.fromkeys(WHOLE, (d_ff + 2 * active, 2 * d_model)),
         }[op]
-        return int(rows * self._row_bytes + elements * self.dtype.itemsize)
+        row_bytes = self._row_bytes if weights == "plain" else BF12_ROWS.row_bytes(d_model, str(self.dtype))
+        return int(rows * row_bytes + elements * self.dtype.itemsize)
 
-    def calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
-        """Calls of an operator; as many masks a layer as touch several times the L2 cache.
+    def calls(self, op: str, mask: str, sparsity: float, weights: str = "plain") -> list[Timed]:
+        """Calls of an operator; as many masks a layer as touch several times the L2 cache. `weights` may also be bf12.
 
         Those of `ffn_123` and of whole FFNs steer the layers' own weights: use them up before others of these are made.
         """
         active = synthetic.active_count(self.model.d_ff, sparsity)
-        masks = self._masks(op, active)
+        masks = self._masks(op, active, weights)
+        self._format = weights
         rng = np.random.default_rng(1)
         steps = {"ffn_1": self._ffn_1, "ffn_123": self._ffn_123, "ffn_23": self._ffn_23, "ffn_4": self._ffn_4}
         make = steps.get(op, partial(self._ffn, op))
@@ -114,12 +119,26 @@ class Layers:
             make(layer, self._neurons(layer, mask, sparsity, rng), rng) for _ in range(masks) for layer in range(self.count)
         ]
 
-    def _masks(self, op: str, active: int) -> int:
+    def _masks(self, op: str, active: int, weights: str = "plain") -> int:
         """Masks a layer."""
         if op not in ("ffn_23", "ffn_4") or active == 0:
             return 1
-        wanted = math.ceil(_TIMES_L2 * self._l2 / self.touched(op, active) / self.count)
+        wanted = math.ceil(_TIMES_L2 * self._l2 / self.touched(op, active, weights) / self.count)
         return int(min(wanted, _MOST_CALLS // self.count))
+
+    def _sparse_gate(self, layer: int) -> Any:
+        """w_gate as the sparse side gets it, steered as it is now."""
+        w_gate = self._weights[layer][0]
+        return w_gate if self._format == "plain" else compress(w_gate)
+
+    def _sparse_others(self, layer: int) -> tuple[Any, Any]:
+        """w_up and w_down_t as the sparse side gets them."""
+        w_up, packed = self._weights[layer][1], self._packed[layer]
+        if self._format == "plain":
+            return w_up, packed
+        if layer not in self._compressed:
+            self._compressed[layer] = compress(w_up), compress(packed, layout="slices")
+        return self._compressed[layer]
 
     def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
         """The active neurons of a call."""
@@ -153,9 +172,10 @@ class Layers:
     def _ffn_1(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
         x, w = self.x, self._weights[layer][0]
         x_, w_ = map(self._dense.adopt, (x, w))
+        given = self._sparse_gate(layer)
         return self._timed(
             self.model.d_ff,
-            lambda out: ops.ffn_1(x, w, out=out),
+            lambda out: ops.ffn_1(x, given, out=out),
             lambda out: self._dense.mv(w_, x_, out),
             lambda: truth.dot(w, x),
         )
@@ -164,6 +184,7 @@ class Layers:
         (w_gate, w_up, _), x, threshold = self._weights[layer], self.x, self.model.threshold
         self._steer(layer, neurons, rng)
         x_, gate_, *w_ = map(self._dense.adopt, (x, self._poisoned(self.model.d_ff), w_gate, w_up))
+        given = self._sparse_gate(layer), self._sparse_others(layer)[0]
 
         def dense(out: Any) -> None:
             self._dense.mv(w_[0], x_, gate_)
@@ -171,7 +192,7 @@ class Layers:
 
         return self._timed(
             self.model.d_ff,
-            lambda out: ops.ffn_123(x, w_gate, w_up, threshold, out=out),
+            lambda out: ops.ffn_123(x, *given, threshold, out=out),
             dense,
             lambda: self._exact_x1(layer, neurons),
         )
@@ -187,9 +208,10 @@ class Layers:
         gate, x, w, threshold = self._gate(layer, neurons, rng), self.x, self._weights[layer][1], self.model.threshold
         gate_, x_, w_ = map(self._dense.adopt, (gate, x, w))
         first, dims = self._first, (self.model.d_model, self.model.d_ff)
+        given = self._sparse_others(layer)[0]
         return self._timed(
             self.model.d_ff,
-            lambda out: ops.ffn_23(gate, x, w, threshold, out=out),
+            lambda out: ops.ffn_23(gate, x, given, threshold, out=out),
             lambda out: self._dense.ffn_23(gate_, x_, w_, threshold, out),
             lambda: truth.up(gate, w, x, neurons),
             None if first is None else lambda out: first[0](gate_, x_, w_, out, *dims, threshold),
@@ -200,9 +222,10 @@ class Layers:
         x1, w, packed = cupy().asarray(values).astype(self.dtype), self._weights[layer][2], self._packed[layer]
         x1_, w_, packed_ = map(self._dense.adopt, (x1, w, packed))
         first, dims = self._first, (self.model.d_ff, self.model.d_model)
+        given = self._sparse_others(layer)[1]
         return self._timed(
             self.model.d_model,
-            lambda out: ops.ffn_4(x1, packed, out=out),
+            lambda out: ops.ffn_4(x1, given, out=out),
             lambda out: self._dense.mv(w_, x1_, out),
             lambda: truth.down(x1, packed),
             None if first is None else lambda out: first[1](packed_, x1_, out, *dims),
@@ -212,12 +235,13 @@ class Layers:
         (w_gate, w_up, w_down), packed, x, threshold = self._weights[layer], self._packed[layer], self.x, self.model.threshold
         self._steer(layer, neurons, rng)
         gate, x1 = self._poisoned(self.model.d_ff), self._poisoned(self.model.d_ff)
-        bound = ffn.SparseFFN(w_gate, w_up, packed, threshold)
+        gate_given, (up_given, down_given) = self._sparse_gate(layer), self._sparse_others(layer)
+        bound = ffn.SparseFFN(gate_given, up_given, down_given, threshold)
         sparse: dict[str, Callable[[Any], Any]] = {
             "SparseFFN": lambda out: bound(x, out=out),
-            "sparse_ffn": lambda out: ffn.sparse_ffn(x, w_gate, w_up, packed, threshold, out=out),
+            "sparse_ffn": lambda out: ffn.sparse_ffn(x, gate_given, up_given, down_given, threshold, out=out),
             "three operators": lambda out: ops.ffn_4(
-                ops.ffn_23(ops.ffn_1(x, w_gate, out=gate), x, w_up, threshold, out=x1), packed, out=out
+                ops.ffn_23(ops.ffn_1(x, gate_given, out=gate), x, up_given, threshold, out=x1), down_given, out=out
             ),
         }
         vectors = (x, self._poisoned(self.model.d_ff), self._poisoned(self.model.d_ff))
@@ -262,7 +286,7 @@ class GivenLayers(Layers):
     def _shift(self, index: int) -> int:
         return int(index * self.model.d_ff // self.count)
 
-    def _masks(self, op: str, active: int) -> int:
+    def _masks(self, op: str, active: int, weights: str = "plain") -> int:
         return 1
 
     def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
