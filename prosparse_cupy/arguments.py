@@ -259,8 +259,8 @@ class BoundWeights:
         """The call with this token."""
         family, arrays = self._family, (*self.arrays, x)
         views = arrays if given is None else (*arrays, given)
-        known = family_or_none(type(x)) is family and (given is None or family_or_none(type(given)) is family)
-        if self._is_checked_anew or not known:
+        same_library = family_or_none(type(x)) is family and (given is None or family_or_none(type(given)) is family)
+        if self._is_checked_anew or not same_library:
             call = check_call(self._signature, arrays, given)
             self._refuse_other(call.checked)
             return call

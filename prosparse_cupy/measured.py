@@ -125,9 +125,11 @@ def _measured(row: Any) -> Measured:
         kernel, dims = row["kernel"], (row["d_model"], row["d_ff"], row["tokens"])
         kind, formats = KINDS[kernel], tuple(FORMATS[name] for name in row["weights"])
         knobs = kind(**row["knobs"])
-        wrong = [f.name for f in fields(knobs) if type(getattr(knobs, f.name)).__name__ != f.type]
-        if wrong or any(type(dim) is not int for dim in dims):
-            raise TypeError(f"dims are whole numbers, and so are knobs or they are true or false: {', '.join(wrong)}")
+        for f in fields(knobs):
+            if type(getattr(knobs, f.name)).__name__ != f.type:
+                raise TypeError(f"{f.name} must be {f.type}, got {getattr(knobs, f.name)!r}")
+        if any(type(dim) is not int for dim in dims):
+            raise TypeError(f"d_model, d_ff and tokens must be int, got {dims}")
         problem = Problem(kernel, *dims[:2], str(row["dtype"]), True, dims[2], formats, str(row["activation"]))
         return Measured(problem, knobs, float(row["us"]), float(row["rule_us"]), str(row["commit"]))
     except (KeyError, TypeError) as error:

@@ -209,7 +209,6 @@ def pack_down(w_down: A, *, out: A | None = None, specialize: bool = True) -> A:
 def _launch(kernel: str, call: Call[A], specialize: bool, *arguments: int | float) -> None:
     """Launch a kernel on the caller's stream: its pointers, then the dims."""
     checked = call.checked
-    stream = call.family.stream(checked.device)
-    kernel_of(kernel, checked, specialize).launch(
-        stream, overlaps(stream), *call.inputs, call.output, *arguments, checked.d_ff, checked.d_model
-    )
+    stream, launched = call.family.stream(checked.device), kernel_of(kernel, checked, specialize)
+    overlapping = launched.plan.programmatic and overlaps(stream)
+    launched.launch(stream, overlapping, *call.inputs, call.output, *arguments, checked.d_ff, checked.d_model)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from . import driver
 from .device import cupy
 
-_LEGACY_ID = -1  # no stream's
+_LEGACY_ID = -1  # stands for the legacy stream's; the driver gives no stream this id
 _MOST_HOMES = 64  # streams and sizes with scratch of their own; the others record and ask for an event at every call
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 

@@ -135,6 +135,8 @@ def _run(host, kernel: str, shape: Shape, inputs: list, out: np.ndarray, **more)
 @formats
 @pytest.mark.parametrize(("d_model", "d_ff", "specialize", "kernels"), CASES)
 def test_kernels_give_the_bits_of_plain_weights(host, format_, d_model, d_ff, specialize, kernels):
+    if d_model == 2680 and format_ is not BF12_SLICES:
+        pytest.skip("no slices")
     rng = np.random.default_rng(d_model * d_ff)
     shape = Shape(d_model, d_ff, "bfloat16", specialize)
     x, g, w_gate, w_up = (

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 
 import pytest
 from plans import Shape, plan_of
 from test_launch import static_shared_bytes
 
-from prosparse_cupy import compiler, device, launch, models
+from prosparse_cupy import compiler, device, launch, measured, models
 from prosparse_cupy.compiler import compiler_options, kernel_folder, source
 from prosparse_cupy.formats import BF12_ROWS, BF12_SLICES, ITEMSIZE
-from prosparse_cupy.problem import KERNELS, Target
+from prosparse_cupy.problem import H100, KERNELS, Target
 
 nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
 
@@ -69,6 +70,18 @@ def test_weights_in_12_bits_do_not_spill_either(kernel, architecture):
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan
         assert _reported(r"(\d+) bytes stack frame", report) == 0
         assert "warning" not in report, report
+
+
+def test_launches_of_the_shipped_tables_do_not_spill():
+    """And have the registers that their blocks leave them on a multiprocessor."""
+    for file in measured._SHIPPED.glob("*.json"):
+        target = H100._replace(name=json.loads(file.read_text())["gpu"])
+        for row in measured.read(file, target):
+            plan = launch.plan(row.problem, target, row.knobs)
+            _, report = compile_for(plan, target.capability)
+            assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, row
+            threads = 32 * row.knobs.warps * row.knobs.min_blocks
+            assert _reported(r"Used (\d+) registers", report) <= min(255, 65536 // threads), row
 
 
 # Of models with exact zeros in their FFN: prosparse-llama-2 7B and 13B, MiniCPM-S, Mistral-sized TurboSparse, Minitron, AFM,

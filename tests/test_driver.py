@@ -16,7 +16,7 @@ from gpu_arrays import OnCupy
 from plans import Shape, plan_of
 
 import prosparse_cupy as psc
-from prosparse_cupy import compiler, driver
+from prosparse_cupy import compiler, driver, ffn, ops
 from prosparse_cupy.problem import Target
 from prosparse_cupy.testing import synthetic
 
@@ -109,6 +109,31 @@ def test_streams_that_may_be_destroyed_are_launched_on_plainly(noted):
     for overlaps in (False, True):
         launch_on(0x57, overlaps, *ARGUMENTS)
     assert [(stream, count) for _, _, stream, count, *_ in noted.calls] == [(0x57, 0), (0x57, 1)]
+
+
+STREAMS = {0: True, 1: True, 2: False, 0x57: True, 0x67: False, 0x77: True}
+"""Whether launches on a stream may overlap: of 0x57 because it is captured, of 0x77 because torch keeps it."""
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("programmatic", [True, False])
+def test_callers_tell_a_launch_whether_it_may_overlap(noted, monkeypatch, stream, programmatic):
+    driver.lasting_streams.add(0x77)
+    noted.captured.add(0x57)
+    told, taken = [], []
+    plan = SimpleNamespace(programmatic=programmatic)
+    kernel = SimpleNamespace(plan=plan, launch=lambda s, overlaps, *_: told.append((s, overlaps)))
+    checked = SimpleNamespace(d_ff=24, d_model=16, device=0, scratch_bytes=4096, down_pointers=1)
+    family = SimpleNamespace(stream=lambda device: stream)
+    call = SimpleNamespace(on_host=False, checked=checked, family=family, inputs=[1, 2, 3, 4], output=5, result=lambda: None)
+    for module in (ops, ffn):
+        monkeypatch.setattr(module, "kernel_of", lambda *_: kernel)
+    monkeypatch.setattr(ffn, "take", lambda *arguments: taken.append(arguments) or (9, []))
+    ops._launch("ffn_1", call, True)
+    assert told == [(stream, programmatic and STREAMS[stream])]
+    told.clear()
+    ffn._run(call, (), call.inputs, 0.0, True)
+    assert told == 2 * [(stream, STREAMS[stream])] and taken == [(stream, 0, 4096, stream == 0x57)]
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -83,7 +83,7 @@ def test_warps_of_ffn_23_share_rows_that_two_of_them_can_halve(shape):
 
 
 @given(kernels, shapes)
-def test_a_successor_comes_early_only_where_all_rows_have_a_warp(kernel, shape):
+def test_by_the_rule_a_successor_comes_early_only_where_all_rows_have_a_warp(kernel, shape):
     early = "EARLY_SUCCESSOR" in _defines(plan_of(kernel, shape))
     fits = shape.d_ff <= 32 * shape.target.multiprocessors
     assert early == (kernel == "ffn_123" and shape.specialize and shape.target.capability >= 90 and fits)

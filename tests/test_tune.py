@@ -113,6 +113,22 @@ def test_what_does_not_compile_is_passed_over(gpu):
     assert _tuned()["ffn_23"].knobs == knobs.rule(Problem("ffn_23", 64, 200, "bfloat16"), H100)
 
 
+def test_a_rule_that_does_not_compile_is_the_compilers_error(gpu):
+    gpu.broken = {knobs.rule(Problem("ffn_23", 64, 200, "bfloat16"), H100)}
+    with pytest.raises(KernelCompileError, match="too many registers"):
+        _tuned()
+
+
+def test_no_sparsity_is_timed_that_cannot_change_the_choice(gpu):
+    fast, asked = _others("ffn_4")[0], []
+    gpu.us = lambda kernel, chosen, sparsity: 9.0 if chosen == fast and sparsity == 0.8 else 11.0 if chosen == fast else 10.0
+    calls = gpu._calls
+    gpu._calls = lambda op, mask, sparsity: asked.append((op, sparsity)) or calls(op, mask, sparsity)
+    assert _tuned()["ffn_4"].knobs == knobs.rule(Problem("ffn_4", 64, 200, "bfloat16"), H100)
+    assert [s for op, s in asked if op == "ffn_4"] == [0.8, 0.0]
+    assert [s for op, s in asked if op == "ffn_1"] == [0.8]
+
+
 def test_other_bits_end_it(gpu):
     gpu.wrong = {_others("ffn_4")[0]}
     with pytest.raises(tune.TuningError, match=r"ffn_4: ColumnKnobs\(.*\) gives other bits than ColumnKnobs"):

@@ -112,7 +112,7 @@ def _demo(
     help="Write the table here.  [default: the user's own, which is used from then on]",
 )
 def _tune(model: str, d_model: int | None, d_ff: int | None, dtype: str, sparsity: float | None, output: Path | None) -> None:
-    """Time every legal launch of the kernels on this GPU and keep the fastest. Results do not change by a bit."""
+    """Time launches of the kernels on this GPU and keep the fastest that lose nowhere. Results do not change by a bit."""
     given = click.get_current_context().get_parameter_source("model")
     if (d_model is None) != (d_ff is None):
         raise click.UsageError("--d-model and --d-ff go together")
