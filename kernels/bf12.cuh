@@ -45,6 +45,16 @@ struct Bf12 {
             if (i < end) prefetch_into_l2(chunks + i);
         }
     };
+
+    template <class Matrix>
+    __device__ static __forceinline__ Bf12 of(const Matrix& matrix) {
+        return {matrix.escapes, (unsigned)matrix.base * 0x01010101u};
+    }
+
+    template <class Matrix>
+    __device__ static __forceinline__ Escapes escapes_of(const Matrix& matrix, int first, int end) {
+        return {matrix.escapes, (int)load_once(matrix.starts + first), (int)load_once(matrix.starts + end)};
+    }
 };
 
 // The low words of all chunks, row by row, and the high words of all.
@@ -79,11 +89,11 @@ struct Bf12Rows {
 
     __device__ static __forceinline__ Row row(const Matrix& matrix, int j, int n) {
         const long long first = (long long)j * n;
-        return {matrix.low + first, matrix.high + first, {matrix.escapes, (unsigned)matrix.base * 0x01010101u}};
+        return {matrix.low + first, matrix.high + first, Bf12::of(matrix)};
     }
 
     __device__ static __forceinline__ Bf12::Escapes escapes(const Matrix& matrix, int first, int end) {
-        return {matrix.escapes, (int)load_once(matrix.starts + first), (int)load_once(matrix.starts + end)};
+        return Bf12::escapes_of(matrix, first, end);
     }
 };
 
@@ -137,11 +147,11 @@ struct Bf12Slices {
     };
 
     __device__ static __forceinline__ Row row(const Matrix& matrix, int j, int n) {
-        return {matrix.units + (long long)j * ((n + 3) / 4 * 3), 0, {matrix.escapes, (unsigned)matrix.base * 0x01010101u}};
+        return {matrix.units + (long long)j * ((n + 3) / 4 * 3), 0, Bf12::of(matrix)};
     }
 
     __device__ static __forceinline__ Bf12::Escapes escapes(const Matrix& matrix, int first, int end) {
-        return {matrix.escapes, (int)load_once(matrix.starts + first), (int)load_once(matrix.starts + end)};
+        return Bf12::escapes_of(matrix, first, end);
     }
 };
 

@@ -1,4 +1,4 @@
-// memory: loads that keep L1 for what is read again, and prefetches into it.
+// memory: loads that keep L1 for what is read again, and prefetches.
 
 #include "elements.cuh"
 

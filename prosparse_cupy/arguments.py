@@ -18,11 +18,10 @@ import numpy.typing as npt
 from .compressed import CompressedWeight, plain
 from .formats import ITEMSIZE, PLAIN, VECTOR_BYTES, Format, vector_length
 from .libraries import HOST, NUMPY, A, Description, Family, family_of, family_of_all
+from .problem import LARGEST_DIMS
 from .workspace import size_class
 
 _MOST_TOKENS = 8
-# Rows are counted in 32 bits, past the last one by up to a tile; pack_down's grid ends at 65535 blocks of 32 columns.
-_LARGEST_DIMS = {"d_ff": 2**31 - 2**17, "d_model": 2**20}
 _TRANSPOSED = {
     "w_down_t": "this is nn.Linear's layout, call pack_down(w_down) once",
     "w_gate": "this is transposed, pass nn.Linear.weight as it is",
@@ -478,10 +477,8 @@ def _check_shape(
         for dim, size in zip(operand.dims, sizes, strict=True):
             if size == 0:
                 raise ValueError(f"{operator}: {operand.name} must not be empty, got shape {tuple(shape)}: its {dim} is 0")
-            if size > _LARGEST_DIMS[dim]:
-                raise ValueError(
-                    f"{operator}: {operand.name} must have {dim} <= {_LARGEST_DIMS[dim]}, got shape {tuple(shape)}"
-                )
+            if size > LARGEST_DIMS[dim]:
+                raise ValueError(f"{operator}: {operand.name} must have {dim} <= {LARGEST_DIMS[dim]}, got shape {tuple(shape)}")
             dims[dim] = size
             origins.setdefault(dim, operand.name)
         return

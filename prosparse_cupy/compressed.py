@@ -11,13 +11,13 @@ import numpy as np
 from . import bf12
 from .formats import BF12_ROWS, BF12_SLICES, Format
 from .libraries import A, Family, family_of
+from .problem import LARGEST_DIMS
 
 Layout = Literal["rows", "slices"]
 
 _FORMATS: Mapping[str, tuple[Format, bf12.Layout]] = MappingProxyType(
     {"rows": (BF12_ROWS, bf12.ROWS), "slices": (BF12_SLICES, bf12.SLICES)}
 )
-_LARGEST_D_MODEL = 2**20
 
 
 class CompressedWeight(Generic[A]):
@@ -137,7 +137,7 @@ def compress(w: A, *, layout: Layout = "rows") -> CompressedWeight[A]:
     ValueError
         `w` is no C-contiguous matrix, or its dims are not supported.
     """
-    family = family_of_weight(w)
+    family = _family_of_weight(w)
     shape, dtype, _, contiguous = family.describe(w)
     if dtype != "bfloat16":
         raise TypeError(
@@ -146,10 +146,11 @@ def compress(w: A, *, layout: Layout = "rows") -> CompressedWeight[A]:
         )
     if layout not in _FORMATS:
         raise ValueError(f'compress: layout must be "rows" or "slices", got {layout!r}')
-    if len(shape) != 2 or 0 in shape or shape[1] % bf12.CHUNK or shape[1] > _LARGEST_D_MODEL:
+    most = tuple(LARGEST_DIMS.values())
+    if len(shape) != 2 or 0 in shape or shape[1] % bf12.CHUNK or shape[0] > most[0] or shape[1] > most[1]:
         raise ValueError(
-            f"compress: w must have shape (d_ff, d_model) with d_model a multiple of {bf12.CHUNK} up to {_LARGEST_D_MODEL}, "
-            f"got {tuple(shape)}"
+            f"compress: w must have shape (d_ff, d_model), at most {most}, with d_model a multiple of {bf12.CHUNK}, got "
+            f"{tuple(shape)}"
         )
     if not contiguous:
         raise ValueError("compress: w must be C-contiguous, got a strided view: call pack_down(w_down) for a down-projection")
@@ -162,7 +163,7 @@ def compress(w: A, *, layout: Layout = "rows") -> CompressedWeight[A]:
     return CompressedWeight((shape[0], shape[1]), layout, own, escapes)
 
 
-def family_of_weight(w: Any) -> Family:
+def _family_of_weight(w: Any) -> Family:
     """The family of an array to be compressed."""
     try:
         kind: type = type(w)

@@ -11,6 +11,8 @@ from .formats import PLAIN, Format, vector_length
 from .formula import RELU
 
 WARP = 32
+LARGEST_DIMS: Mapping[str, int] = MappingProxyType({"d_ff": 2**31 - 2**17, "d_model": 2**20})
+"""Rows are counted in 32 bits, past the last one by up to a tile; pack_down's grid ends at 65535 blocks of 32 columns."""
 
 
 @dataclass(frozen=True)

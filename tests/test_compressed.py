@@ -80,8 +80,8 @@ def test_torch_tensors_stay_torch_tensors(torch):
     [
         (np.ones((4, 16), np.float16), TypeError, "w must be bfloat16, got float16: .* without loss"),
         (np.ones((4, 16), np.float32), TypeError, "w must be bfloat16, got float32"),
-        (np.ones(16, DTYPES["bfloat16"]), ValueError, r"must have shape \(d_ff, d_model\) .*, got \(16,\)"),
-        (np.ones((4, 12), DTYPES["bfloat16"]), ValueError, r"d_model a multiple of 8 .*, got \(4, 12\)"),
+        (np.ones(16, DTYPES["bfloat16"]), ValueError, r"must have shape \(d_ff, d_model\), at most .* got \(16,\)"),
+        (np.ones((4, 12), DTYPES["bfloat16"]), ValueError, r"d_model a multiple of 8, got \(4, 12\)"),
         (np.ones((0, 16), DTYPES["bfloat16"]), ValueError, r"got \(0, 16\)"),
         (np.ones((16, 16), DTYPES["bfloat16"]).T[:, :8], ValueError, "must be C-contiguous, got a strided view"),
         ([[1.0]], TypeError, "w must be a NumPy or CuPy array or a torch tensor, got builtins.list"),
