@@ -138,7 +138,12 @@ def compress(w: A, *, layout: Layout = "rows") -> CompressedWeight[A]:
         `w` is no C-contiguous matrix, or its dims are not supported.
     """
     family = _family_of_weight(w)
-    shape, dtype, _, contiguous = family.describe(w)
+    try:
+        (shape, dtype, _, contiguous), address = family.describe(w), family.address(w)
+    except (RuntimeError, NotImplementedError):  # torch's, of tensors without strides or memory
+        shape, dtype, contiguous, address = (), "", False, 0
+    if address == 0 and 0 not in shape:
+        raise TypeError(f"compress: w must be a plain array in memory, got {family.why_no_memory(w)}")
     if dtype != "bfloat16":
         raise TypeError(
             f"compress: w must be bfloat16, got {dtype}: other dtypes keep more bits of mantissa, which do not compress "

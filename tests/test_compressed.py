@@ -92,6 +92,13 @@ def test_what_cannot_be_compressed_is_refused(w, error, message):
         compress(w)
 
 
+def test_tensors_without_memory_are_refused(torch):
+    w = torch.ones((4, 16), dtype=torch.bfloat16)
+    for without, what in ((w.to("meta"), "a tensor without memory"), (w.to_sparse(), "a tensor of layout torch.sparse_coo")):
+        with pytest.raises(TypeError, match=f"compress: w must be a plain array in memory, got {what}"):
+            compress(without)
+
+
 def test_a_layout_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match='layout must be "rows" or "slices", got \'columns\''):
         compress(np.ones((4, 16), DTYPES["bfloat16"]), layout="columns")
