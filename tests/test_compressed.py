@@ -65,7 +65,8 @@ def test_copies_and_pickles(layout, duplicate):
     np.testing.assert_array_equal(bits(other.decompress()), bits(w))
 
 
-def test_torch_tensors_stay_torch_tensors(torch):
+def test_torch_tensors_stay_torch_tensors():
+    torch = pytest.importorskip("torch")
     w = torch.from_numpy(_weights(np.random.default_rng()).view(np.int16)).view(torch.bfloat16)
     packed = compress(w)
     assert all(type(a) is torch.Tensor for a in packed.arrays) and packed.dtype is torch.bfloat16
@@ -92,7 +93,8 @@ def test_what_cannot_be_compressed_is_refused(w, error, message):
         compress(w)
 
 
-def test_tensors_without_memory_are_refused(torch):
+def test_tensors_without_memory_are_refused():
+    torch = pytest.importorskip("torch")
     w = torch.ones((4, 16), dtype=torch.bfloat16)
     for without, what in ((w.to("meta"), "a tensor without memory"), (w.to_sparse(), "a tensor of layout torch.sparse_coo")):
         with pytest.raises(TypeError, match=f"compress: w must be a plain array in memory, got {what}"):
@@ -159,7 +161,8 @@ def test_what_does_not_fit_is_refused(call, error, message):
         call(compress(w), w, token(D_MODEL, "bfloat16", rng))
 
 
-def test_libraries_are_not_mixed(torch):
+def test_libraries_are_not_mixed():
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng()
     packed = compress(_weights(rng))
     with pytest.raises(TypeError, match="all arrays of a call must come from one library, got x is torch"):
