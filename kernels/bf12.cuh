@@ -10,7 +10,7 @@
 //
 // So a word of high, masked, is the upper bytes of four weights but for the base, which is added to four at a time: nine
 // instructions a chunk. A chunk with an exponent outside the window escapes: its high is ESCAPE, and its low0 the index of its
-// plain weights in `escapes`, which is sorted by the column of chunks; `starts` says where each column starts.
+// plain weights in `escapes`.
 
 #include "elements.cuh"
 #include "memory.cuh"
@@ -20,45 +20,32 @@
 
 // What both formats share: how words become weights.
 struct Bf12 {
+    static constexpr bool HAS_ESCAPES = true;
     static constexpr unsigned ESCAPE = 0x88888888u;  // 8 negative weights with the window's two smallest exponents
 
-    const uint4* chunks;  // that escape
-    unsigned bases;       // the base in each byte
-
-    __device__ __forceinline__ uint4 plain(unsigned low0, unsigned low1, unsigned high) const {
-        constexpr unsigned UPPER = 0x87878787u;
-        const unsigned first = (high & UPPER) + bases, second = (__funnelshift_l(high, high, 4) & UPPER) + bases;
-        uint4 v = {__byte_perm(low0, first, 0x5140), __byte_perm(low0, second, 0x5342), __byte_perm(low1, first, 0x7160),
-                   __byte_perm(low1, second, 0x7362)};
-        if (high == ESCAPE) v = load_once(chunks + low0);
-        return v;
-    }
-
-    // The escapes of some columns of chunks.
-    struct Escapes {
-        const uint4* chunks;
-        int first, end;
-
-        // Brings them near while the weights themselves are on their way.
-        __device__ __forceinline__ void fetch() const {
-            const int i = first + 2 * threadIdx.x;
-            if (i < end) prefetch_into_l2(chunks + i);
-        }
+    struct Words {
+        unsigned low0, low1, high;
+        __device__ __forceinline__ bool escaped() const { return high == ESCAPE; }
     };
+
+    const uint4* escapes;
+    unsigned bases;  // the base in each byte
+
+    __device__ __forceinline__ uint4 plain(const Words& w) const {
+        constexpr unsigned UPPER = 0x87878787u;
+        const unsigned first = (w.high & UPPER) + bases, second = (__funnelshift_l(w.high, w.high, 4) & UPPER) + bases;
+        return {__byte_perm(w.low0, first, 0x5140), __byte_perm(w.low0, second, 0x5342), __byte_perm(w.low1, first, 0x7160),
+                __byte_perm(w.low1, second, 0x7362)};
+    }
 
     template <class Matrix>
     __device__ static __forceinline__ Bf12 of(const Matrix& matrix) {
         return {matrix.escapes, (unsigned)matrix.base * 0x01010101u};
     }
-
-    template <class Matrix>
-    __device__ static __forceinline__ Escapes escapes_of(const Matrix& matrix, int first, int end) {
-        return {matrix.escapes, (int)load_once(matrix.starts + first), (int)load_once(matrix.starts + end)};
-    }
 };
 
 // The low words of all chunks, row by row, and the high words of all.
-struct Bf12Rows {
+struct Bf12Rows : Bf12 {
     struct Chunk {
         uint2 low;
         unsigned high;
@@ -68,9 +55,10 @@ struct Bf12Rows {
         const uint2* low;
         const unsigned* high;
         const uint4* escapes;
-        const unsigned* starts;
         unsigned long long base;
     };
+
+    __device__ static __forceinline__ Words words_of(const Chunk& chunk) { return {chunk.low.x, chunk.low.y, chunk.high}; }
 
     struct Row {
         const uint2* low;
@@ -79,12 +67,7 @@ struct Bf12Rows {
 
         __device__ __forceinline__ Row from(int c) const { return {low + c, high + c, code}; }
         __device__ __forceinline__ Chunk load(int c) const { return {load_once(low + c), load_once(high + c)}; }
-        __device__ __forceinline__ Chunk load_with_neighbours() const {
-            return {load_once_with_neighbours(low), load_once_with_neighbours(high)};
-        }
-        __device__ __forceinline__ uint4 plain(const Chunk& chunk) const {
-            return code.plain(chunk.low.x, chunk.low.y, chunk.high);
-        }
+        __device__ __forceinline__ Words words(const Chunk& chunk) const { return words_of(chunk); }
     };
 
     __device__ static __forceinline__ Row row(const Matrix& matrix, int j, int n) {
@@ -92,28 +75,41 @@ struct Bf12Rows {
         return {matrix.low + first, matrix.high + first, Bf12::of(matrix)};
     }
 
-    __device__ static __forceinline__ Bf12::Escapes escapes(const Matrix& matrix, int first, int end) {
-        return Bf12::escapes_of(matrix, first, end);
+    struct Column {
+        const uint2* low;
+        const unsigned* high;
+        unsigned pitch;
+        Bf12 code;
+
+        __device__ __forceinline__ Chunk load(unsigned j) const {
+            return {load_once_with_neighbours(advanced(low, j, 8 * pitch)),
+                    load_once_with_neighbours(advanced(high, j, 4 * pitch))};
+        }
+        __device__ __forceinline__ Words words(const Chunk& chunk) const { return words_of(chunk); }
+    };
+
+    __device__ static __forceinline__ Column column(const Matrix& matrix, int c, int n) {
+        return {in_registers(matrix.low + c), in_registers(matrix.high + c), (unsigned)n, Bf12::of(matrix)};
     }
 };
 
 // Four chunks are a unit of three vectors, and a row is whole units: vector r is the words of chunk r and word r of chunk 3. The
-// lanes of chunks 0 to 2 load a vector each, and the lane of chunk 3 gets its words from them. Lanes that lack such neighbours,
-// where a block's slice is half a unit, load alone.
-struct Bf12Slices {
-#if defined(LANES) && LANES < 4
-    static constexpr bool ALONE = true;
-#else
-    static constexpr bool ALONE = false;
-#endif
-    typedef uint4 Chunk;  // a vector; of chunk 3 its words, if it was loaded alone
+// lanes of chunks 0 to 2 load a vector each, and the lane of chunk 3 gets its words from them. So lanes come in fours.
+struct Bf12Slices : Bf12 {
+    typedef uint4 Chunk;  // a vector
 
     struct Matrix {
         const uint4* units;
         const uint4* escapes;
-        const unsigned* starts;
         unsigned long long base;
     };
+
+    __device__ static __forceinline__ Words words_of(const Chunk& chunk, int position) {
+        const unsigned word0 = __shfl_sync(ALL_LANES, chunk.w, 0, 4), word1 = __shfl_sync(ALL_LANES, chunk.w, 1, 4),
+                       word2 = __shfl_sync(ALL_LANES, chunk.w, 2, 4);
+        const bool last = position == 3;
+        return {last ? word0 : chunk.x, last ? word1 : chunk.y, last ? word2 : chunk.z};
+    }
 
     struct Row {
         const uint4* units;
@@ -121,37 +117,32 @@ struct Bf12Slices {
         Bf12 code;
 
         __device__ __forceinline__ Row from(int c) const { return {units + c / 4 * 3, c % 4, code}; }
-
         __device__ __forceinline__ Chunk load(int c) const {
-            const uint4* unit = units + c / 4 * 3;
-            if (position != 3) return load_once(unit + position);
-            if (ALONE) return {load_once(&unit[0].w), load_once(&unit[1].w), load_once(&unit[2].w), 0};
-            return {0, 0, 0, 0};
+            return position != 3 ? load_once(units + c / 4 * 3 + position) : Chunk{};
         }
-
-        __device__ __forceinline__ Chunk load_with_neighbours() const {
-            if (position != 3) return load_once_with_neighbours(units + position);
-            if (ALONE)
-                return {load_once_with_neighbours(&units[0].w), load_once_with_neighbours(&units[1].w),
-                        load_once_with_neighbours(&units[2].w), 0};
-            return {0, 0, 0, 0};
-        }
-
-        __device__ __forceinline__ uint4 plain(const Chunk& chunk) const {
-            if (ALONE) return code.plain(chunk.x, chunk.y, chunk.z);
-            const unsigned word0 = __shfl_sync(ALL_LANES, chunk.w, 0, 4), word1 = __shfl_sync(ALL_LANES, chunk.w, 1, 4),
-                           word2 = __shfl_sync(ALL_LANES, chunk.w, 2, 4);
-            const bool last = position == 3;
-            return code.plain(last ? word0 : chunk.x, last ? word1 : chunk.y, last ? word2 : chunk.z);
-        }
+        __device__ __forceinline__ Words words(const Chunk& chunk) const { return words_of(chunk, position); }
     };
 
+    __device__ static __forceinline__ int pitch(int n) { return (n + 3) / 4 * 3; }
+
     __device__ static __forceinline__ Row row(const Matrix& matrix, int j, int n) {
-        return {matrix.units + (long long)j * ((n + 3) / 4 * 3), 0, Bf12::of(matrix)};
+        return {matrix.units + (long long)j * pitch(n), 0, Bf12::of(matrix)};
     }
 
-    __device__ static __forceinline__ Bf12::Escapes escapes(const Matrix& matrix, int first, int end) {
-        return Bf12::escapes_of(matrix, first, end);
+    struct Column {
+        const uint4* vector;
+        int position;
+        unsigned pitch;
+        Bf12 code;
+
+        __device__ __forceinline__ Chunk load(unsigned j) const {
+            return position != 3 ? load_once_with_neighbours(advanced(vector, j, 16 * pitch)) : Chunk{};
+        }
+        __device__ __forceinline__ Words words(const Chunk& chunk) const { return words_of(chunk, position); }
+    };
+
+    __device__ static __forceinline__ Column column(const Matrix& matrix, int c, int n) {
+        return {in_registers(matrix.units + c / 4 * 3 + c % 4), c % 4, (unsigned)pitch(n), Bf12::of(matrix)};
     }
 };
 

@@ -18,6 +18,8 @@
 
 static_assert(TOKENS == 1, "one token so far");
 
+constexpr int EARLY = 2;  // chunks of x that a lane fetches with the weights: registers are few
+
 #ifndef ROWS
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
@@ -32,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     if (is_active(s, threshold)) {
         const int chunks = D_MODEL(d_model) / VEC;
         float dots[1];
-        row_dot<W_UP>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
+        row_dot<W_UP, EARLY>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
         product = activate(s) * dots[0];
     }
     if (threadIdx.x % 32 == 0) x1[row] = from_float(product);
@@ -66,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             const int i = __ffs(mine) - 1, row = first + i;
             const float s = __shfl_sync(ALL_LANES, gates, i);
             float dots[1];
-            row_dot<W_UP>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
+            row_dot<W_UP, EARLY>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
             if (lane == 0) x1[row] = from_float(activate(s) * dots[0]);
         }
         end_fetch();
@@ -78,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const unsigned mine = __ballot_sync(ALL_LANES, active && n == warp / 2);
     const int i = mine != 0 ? __ffs(mine) - 1 : 0, row = first + i, half = warp % 2;
     const float s = __shfl_sync(ALL_LANES, gates, i);
-    const float sum = mine != 0 ? half_row<W_UP>(W_UP::row(w_up, row, chunks), chunks_of(x), half, chunks) : 0.0f;
+    const float sum = mine != 0 ? half_row<W_UP, EARLY>(W_UP::row(w_up, row, chunks), chunks_of(x), half, chunks) : 0.0f;
     if (half == 0) even[warp / 2][lane] = sum;
     end_fetch();
     __syncthreads();

@@ -25,17 +25,22 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int GROUPS = 32 / LANES;          // of a warp, each reading its own row
 constexpr int SLICE = LANES * VEC;          // columns of a block
 constexpr int TILE = EACH * VEC * THREADS;  // rows of a tile
+#ifdef COL_OPT
+constexpr bool WHOLE_SLICES = COL_OPT % SLICE == 0;
+#else
+constexpr bool WHOLE_SLICES = false;
+#endif
 static_assert(32 % LANES == 0, "a row segment must not straddle warps");
-static_assert(32 % UNIT == 0, "a unit must not straddle warps");
+static_assert(32 % UNIT == 0, "a unit must not straddle warps, nor the vectors of a thread");
 static_assert(SLICE <= THREADS, "a thread writes one column");
 static_assert(EACH * VEC <= 32, "a thread keeps a bit per row");
 static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
 
 // First row of the thread's k-th vector in a tile. Units go round the warps, so that a mask with its active rows side by side
 // loads all warps alike.
-__device__ __forceinline__ int first_row(int k) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    return (((k * 32 + lane) / UNIT * WARPS + warp) * UNIT + lane % UNIT) * VEC;
+__device__ __forceinline__ unsigned first_row(unsigned k) {
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    return k * (THREADS * VEC) + ((lane / UNIT * WARPS + warp) * UNIT + lane % UNIT) * VEC;
 }
 
 // Bit k * VEC + e: whether x1[first_row(k) + e] is not zero.
@@ -63,18 +68,18 @@ __device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows) {
 // Writes the rows behind the warp's bits to its `list`, in an order that only the bits decide, and returns how many there are.
 // The first barrier keeps the list of one tile from overwriting that of another, which may still be read.
 __device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
-    const int lane = threadIdx.x % 32, count = __popc(bits);
-    int upto = count;  // inclusive sum of the counts over the lanes
+    const unsigned before = (1u << threadIdx.x % 32) - 1, count = __popc(bits);
+    unsigned position = 0;  // active rows of the lanes before
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int lower = __shfl_up_sync(ALL_LANES, upto, step);
-        if (lane >= step) upto += lower;
+    for (int b = 0; b < 6; ++b) {  // a count is at most 32
+        position += __popc(__ballot_sync(ALL_LANES, count >> b & 1) & before) << b;
     }
-    const int total = __shfl_sync(ALL_LANES, upto, 31);
+    const int total = __shfl_sync(ALL_LANES, position + count, 31);
     __syncwarp();
-    for (int position = upto - count; bits != 0; bits &= bits - 1) {
-        const int bit = __ffs(bits) - 1;
-        list[position++] = first_row(bit / VEC) + bit % VEC;
+    const unsigned base = first_row(0);
+    for (; bits != 0; bits &= bits - 1) {
+        const unsigned bit = __ffs(bits) - 1;
+        list[position++] = base + bit / VEC * (THREADS * VEC) + bit % VEC;
     }
     __syncwarp();
     return total;
@@ -88,34 +93,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model), chunks = columns / VEC;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-    const int first_chunk = blockIdx.x * LANES;
-    const int chunk = first_chunk + threadIdx.x % LANES;
-    const auto escapes = W_DOWN::escapes(w_down_t, first_chunk, min(first_chunk + LANES, chunks));
+    const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
+    const bool is_column = WHOLE_SLICES || chunk < chunks;
+    const W_DOWN::Column mine = W_DOWN::column(w_down_t, chunk, chunks);
     wait_for_predecessor();
     unsigned short* list = lists[warp];
     float sum[VEC] = {};
     for (int tile = 0; tile < rows; tile += TILE) {
         const int active = list_rows(active_bits(x1 + tile, rows - tile), list);
-        if (tile == 0) escapes.fetch();
         for (int begin = 0; begin < active; begin += GROUPS * LOADS) {  // all lanes stay together
             const int first = begin + lane / LANES;
-            W_DOWN::Row from[LOADS];
             W_DOWN::Chunk w[LOADS];
             float s[LOADS];
 #pragma unroll
             for (int i = 0; i < LOADS; ++i) {
-                const bool valid = first + i * GROUPS < active && chunk < chunks;
-                const int row = tile + (valid ? list[first + i * GROUPS] : 0);
-                from[i] = W_DOWN::row(w_down_t, row, chunks).from(chunk);
-                w[i] = valid ? from[i].load_with_neighbours() : W_DOWN::Chunk{};
-                s[i] = valid ? to_float(x1[row]) : 0.0f;
+                const bool valid = first + i * GROUPS < active && is_column;
+                const unsigned row = tile + (valid ? list[first + i * GROUPS] : 0u);
+                w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
+                s[i] = valid ? to_float(*advanced(x1, row, sizeof(scalar))) : 0.0f;
             }
+            W_DOWN::Words words[LOADS];
 #pragma unroll
-            for (int i = 0; i < LOADS; ++i) {
-                const uint4 weights = from[i].plain(w[i]);
+            for (int i = 0; i < LOADS; ++i) words[i] = mine.words(w[i]);
+            for_each_chunk<W_DOWN>(words, mine.code, [&](int i, const uint4& weights) {
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) sum[e] = fmaf(s[i], element(weights, e), sum[e]);
-            }
+            });
         }
     }
 

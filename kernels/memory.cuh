@@ -48,9 +48,11 @@ __device__ __forceinline__ unsigned load_once_with_neighbours(const unsigned* ad
     return v;
 }
 
-// Brings the 64 bytes at an address into L2.
-__device__ __forceinline__ void prefetch_into_l2(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+// The pointer, in registers: the compiler neither reloads it nor takes its computation apart to put it elsewhere.
+template <class T>
+__device__ __forceinline__ const T* in_registers(const T* pointer) {
+    asm volatile("" : "+l"(pointer));
+    return pointer;
 }
 
 // Prefetches a vector of `length` elements into L1: each of the block's THREADS threads issues a 4-byte cp.async per 32-byte
@@ -83,7 +85,10 @@ __device__ __forceinline__ T load_once_with_neighbours(const T* address) {
     return *address;
 }
 
-__device__ __forceinline__ void prefetch_into_l2(const void*) {}
+template <class T>
+__device__ __forceinline__ const T* in_registers(const T* pointer) {
+    return pointer;
+}
 
 template <int THREADS>
 __device__ __forceinline__ void fetch_into_l1(const scalar*, int) {}
@@ -91,6 +96,12 @@ __device__ __forceinline__ void fetch_into_l1(const scalar*, int) {}
 __device__ __forceinline__ void end_fetch() {}
 
 #endif
+
+// `pointer` and j times `bytes`: one instruction.
+template <class T>
+__device__ __forceinline__ const T* advanced(const T* pointer, unsigned j, unsigned bytes) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(pointer) + (unsigned long long)j * bytes);
+}
 
 // A vector of elements as its 16-byte vectors.
 __device__ __forceinline__ const uint4* chunks_of(const scalar* vector) { return reinterpret_cast<const uint4*>(vector); }

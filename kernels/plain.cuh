@@ -3,39 +3,61 @@
 // A format is a struct, and its header the only place that knows how weights lie in memory. The kernels use
 //
 //   Matrix              a weight argument
-//   row(matrix, j, n)   where row j is, n chunks long
+//   row(matrix, j, n)   row j, n chunks long
 //   Row::from(c)        the row from its chunk c on
 //   Row::load(c)        its chunk c, a multiple of 32, from there on: VEC weights, read once
-//   Row::load_with_neighbours()   its first chunk from there on, if neighbouring blocks read the chunks beside it
+//   column(matrix, c, n)   chunk c of every row
+//   Column::load(j)     that of row j, where neighbouring blocks read the chunks beside it
+//   words(chunk)        of a row or a column: the chunk's own words; all lanes of a warp ask together, in ffn_4 those of four
+//                       neighbouring chunks side by side
 //   Chunk{}             VEC weights whose product with zero is zero
-//   Row::plain(chunk)   the chunk's weights as 16 bytes of elements; all lanes of a warp ask together
-//   escapes(matrix, c, d)   what the chunks from c up to d of all rows keep elsewhere; `fetch()` brings it near
+//   code.plain(words)   of a row or a column: 16 bytes of elements; words that have `escaped` are code.escapes[words.low0] instead
+//   HAS_ESCAPES         whether any can have
 
 #include "elements.cuh"
 #include "memory.cuh"
 
 struct Plain {
+    static constexpr bool HAS_ESCAPES = false;
     typedef uint4 Chunk;
 
     struct Matrix {
         const scalar* weights;
     };
 
+    struct Words {
+        uint4 elements;
+    };
+
+    struct Code {
+        __device__ __forceinline__ uint4 plain(const Words& w) const { return w.elements; }
+    };
+
     struct Row {
         const uint4* chunks;
+        static constexpr Code code = {};
+
         __device__ __forceinline__ Row from(int c) const { return {chunks + c}; }
         __device__ __forceinline__ Chunk load(int c) const { return load_once(chunks + c); }
-        __device__ __forceinline__ Chunk load_with_neighbours() const { return load_once_with_neighbours(chunks); }
-        __device__ __forceinline__ uint4 plain(const Chunk& chunk) const { return chunk; }
+        __device__ __forceinline__ Words words(const Chunk& chunk) const { return {chunk}; }
     };
-
-    struct Escapes {
-        __device__ __forceinline__ void fetch() const {}
-    };
-
-    __device__ static __forceinline__ Escapes escapes(const Matrix&, int, int) { return {}; }
 
     __device__ static __forceinline__ Row row(const Matrix& matrix, int j, int n) {
         return {chunks_of(matrix.weights) + (long long)j * n};
+    }
+
+    struct Column {
+        const uint4* chunk;
+        unsigned pitch;
+        static constexpr Code code = {};
+
+        __device__ __forceinline__ Chunk load(unsigned j) const {
+            return load_once_with_neighbours(advanced(chunk, j, 16 * pitch));
+        }
+        __device__ __forceinline__ Words words(const Chunk& chunk) const { return {chunk}; }
+    };
+
+    __device__ static __forceinline__ Column column(const Matrix& matrix, int c, int n) {
+        return {in_registers(chunks_of(matrix.weights) + c), (unsigned)n};
     }
 };

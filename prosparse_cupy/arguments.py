@@ -193,7 +193,7 @@ def _see_through(signature: Signature, arrays: tuple[Any, ...], given: Any) -> _
     described, addresses, views, parts = list[Description](), list[int](), list[Any](), list[Part | None]()
     for array in everything:
         if type(array) is CompressedWeight:
-            *_, escapes, _ = array.arrays
+            *_, escapes = array.arrays
             described.append((array.shape, *family.describe(escapes)[1:3], True))
             addresses += [*family.addresses(array.arrays), array.number]
             views.append(escapes)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .formats import SLICE_UNIT
+
 CHUNK = 8
 """Weights that are read and escape together."""
 WINDOW = 16
@@ -34,9 +36,7 @@ class Packed(NamedTuple):
     words: tuple[Any, ...]
     """Arrays of uint32, as the layout has them."""
     escapes: Any
-    """(n, 8) uint16: the chunks that escape, column by column of chunks, so that a slice of every row has its own together."""
-    starts: Any
-    """(d_model / 8 + 1,) uint32: where each column of chunks starts in `escapes`."""
+    """(n, 8) uint16: the chunks that escape, row by row."""
     base: int
     """Half of the window's smallest exponent."""
 
@@ -57,8 +57,8 @@ class Layout(ABC):
         """The words of some rows."""
 
     @abstractmethod
-    def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any, numbers: Any) -> None:
-        """Store the first words of some chunks."""
+    def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any) -> None:
+        """Number the chunks at these places, in their order."""
 
 
 class Rows(Layout):
@@ -73,8 +73,8 @@ class Rows(Layout):
     def get(self, xp: ModuleType, arrays: tuple[Any, ...], part: slice, chunks: int) -> Any:
         return xp.concatenate([arrays[0][part], arrays[1][part][..., None]], axis=2)
 
-    def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any, numbers: Any) -> None:
-        arrays[0][rows, columns, 0] = numbers
+    def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any) -> None:
+        arrays[0][rows, columns, 0] = xp.arange(len(rows), dtype=np.uint32)
 
 
 class Slices(Layout):
@@ -83,7 +83,7 @@ class Slices(Layout):
     Vector r is the words of chunk r and word r of chunk 3. The last unit of a row is filled with zeros.
     """
 
-    UNIT = 4
+    UNIT = SLICE_UNIT
 
     def empty(self, xp: ModuleType, rows: int, chunks: int) -> tuple[Any, ...]:
         return (xp.empty((rows, -(-chunks // self.UNIT), 3, self.UNIT), np.uint32),)
@@ -104,10 +104,11 @@ class Slices(Layout):
         by_chunk = xp.concatenate([units[..., :3], units[:, :, None, :, 3]], axis=2)
         return by_chunk.reshape(len(units), -1, 3)[:, :chunks]
 
-    def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any, numbers: Any) -> None:
+    def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any) -> None:
         chunk = columns % self.UNIT
         last = chunk == self.UNIT - 1
-        arrays[0][rows, columns // self.UNIT, xp.where(last, 0, chunk), xp.where(last, 3, 0)] = numbers
+        vector, word = xp.where(last, 0, chunk), xp.where(last, 3, 0)
+        arrays[0][rows, columns // self.UNIT, vector, word] = xp.arange(len(rows), dtype=np.uint32)
 
 
 ROWS, SLICES = Rows(), Slices()
@@ -124,11 +125,9 @@ def pack(xp: ModuleType, bits: Any, layout: Layout) -> Packed:
         layout.put(arrays, part, words)
         row, column = xp.nonzero(words[..., 2] == np.uint32(ESCAPE))
         found.append(xp.stack([row + part.start, column]))
-    places = xp.concatenate(found, axis=1)
-    rows, columns = places[:, xp.lexsort(places)]
-    layout.number(xp, arrays, rows, columns, xp.arange(len(rows), dtype=np.uint32))
-    starts = xp.searchsorted(columns, xp.arange(chunks + 1)).astype(np.uint32)
-    return Packed(arrays, bits.reshape(d_ff, chunks, CHUNK)[rows, columns], starts, base)
+    rows, columns = xp.concatenate(found, axis=1)
+    layout.number(xp, arrays, rows, columns)
+    return Packed(arrays, bits.reshape(d_ff, chunks, CHUNK)[rows, columns], base)
 
 
 def unpack(xp: ModuleType, packed: Packed, layout: Layout, out: Any) -> None:

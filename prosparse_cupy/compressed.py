@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeAlias
 
@@ -10,14 +11,14 @@ import numpy as np
 
 from . import bf12
 from .formats import BF12_ROWS, BF12_SLICES, Format
+from .knobs import compressed_format
 from .libraries import A, Family, family_of
 from .problem import LARGEST_DIMS
 
 Layout = Literal["rows", "slices"]
 
-_FORMATS: Mapping[str, tuple[Format, bf12.Layout]] = MappingProxyType(
-    {"rows": (BF12_ROWS, bf12.ROWS), "slices": (BF12_SLICES, bf12.SLICES)}
-)
+_WEIGHTS: Mapping[str, str] = MappingProxyType({"rows": "W_GATE", "slices": "W_DOWN"})  # one that is read so
+_LAYOUTS: Mapping[Format, bf12.Layout] = MappingProxyType({BF12_ROWS: bf12.ROWS, BF12_SLICES: bf12.SLICES})
 
 
 class CompressedWeight(Generic[A]):
@@ -50,7 +51,7 @@ class CompressedWeight(Generic[A]):
     @property
     def arrays(self) -> tuple[A, ...]:
         """What it consists of."""
-        return (*self._packed.words, self._packed.escapes, self._packed.starts)
+        return (*self._packed.words, self._packed.escapes)
 
     @property
     def nbytes(self) -> int:
@@ -83,15 +84,14 @@ class CompressedWeight(Generic[A]):
         result: A = family.empty_bfloat16(self._shape, self._packed.escapes) if out is None else out
         with family.numerics(self._packed.escapes) as (xp, view):
             words = tuple(view(a).view(np.uint32) for a in self._packed.words)
-            escapes, starts = view(self._packed.escapes).view(np.uint16), view(self._packed.starts).view(np.uint32)
-            packed = bf12.Packed(words, escapes, starts, self._packed.base)
-            bf12.unpack(xp, packed, _FORMATS[self._layout][1], view(result).view(np.uint16))
+            packed = self._packed._replace(words=words, escapes=view(self._packed.escapes).view(np.uint16))
+            bf12.unpack(xp, packed, _LAYOUTS[self.format], view(result).view(np.uint16))
         return result
 
     def __repr__(self) -> str:
         return (
             f"CompressedWeight({self._shape[0]} x {self._shape[1]}, {self._layout}, {self.nbytes} bytes, {self.ratio:.4f} of "
-            f"plain, {self._escapes} escapes)"
+            f"plain, {self.escapes} escapes)"
         )
 
     # What the operators ask.
@@ -99,12 +99,18 @@ class CompressedWeight(Generic[A]):
     @property
     def format(self) -> Format:
         """As the kernels know it."""
-        return _FORMATS[self._layout][0]
+        return _format_of(self._layout, self._shape)
 
     @property
     def number(self) -> int:
         """What kernels get beside the addresses of the arrays. It is never 0, as no address is."""
         return self._packed.base | 1 << 32
+
+
+@lru_cache(maxsize=256)
+def _format_of(layout: Layout, shape: tuple[int, ...]) -> Format:
+    d_ff, d_model = shape
+    return compressed_format(_WEIGHTS[layout], d_model, d_ff)
 
 
 Weight: TypeAlias = "A | CompressedWeight[A]"
@@ -149,7 +155,7 @@ def compress(w: A, *, layout: Layout = "rows") -> CompressedWeight[A]:
             f"compress: w must be bfloat16, got {dtype}: other dtypes keep more bits of mantissa, which do not compress "
             "without loss"
         )
-    if layout not in _FORMATS:
+    if layout not in _WEIGHTS:
         raise ValueError(f'compress: layout must be "rows" or "slices", got {layout!r}')
     most = tuple(LARGEST_DIMS.values())
     if len(shape) != 2 or 0 in shape or shape[1] % bf12.CHUNK or shape[0] > most[0] or shape[1] > most[1]:
@@ -160,11 +166,11 @@ def compress(w: A, *, layout: Layout = "rows") -> CompressedWeight[A]:
     if not contiguous:
         raise ValueError("compress: w must be C-contiguous, got a strided view: call pack_down(w_down) for a down-projection")
     with family.numerics(w) as (xp, view):
-        packed = bf12.pack(xp, view(w).view(np.uint16), _FORMATS[layout][1])
+        packed = bf12.pack(xp, view(w).view(np.uint16), _LAYOUTS[_format_of(layout, shape)])
         escapes = len(packed.escapes)
         kept = packed.escapes if escapes else xp.zeros((1, bf12.CHUNK), np.uint16)  # an empty array has no address
         words = tuple(family.own(a.view(np.int32), w) for a in packed.words)
-        own = bf12.Packed(words, family.own(kept, w), family.own(packed.starts.view(np.int32), w), packed.base)
+        own = packed._replace(words=words, escapes=family.own(kept, w))
     return CompressedWeight((shape[0], shape[1]), layout, own, escapes)
 
 

@@ -47,10 +47,10 @@ class _InTwelveBits(Format):
 
 PLAIN = Format("plain", "Plain")
 """Row-major, as `torch.nn.Linear` has it."""
-BF12_ROWS = _InTwelveBits("bf12-rows", "Bf12Rows", pointers=5, dtypes=("bfloat16",))
+BF12_ROWS = _InTwelveBits("bf12-rows", "Bf12Rows", pointers=4, dtypes=("bfloat16",))
 """bfloat16 without loss in 12 bits (`bf12`), for kernels that read whole rows."""
-BF12_SLICES = _InTwelveBits("bf12-slices", "Bf12Slices", pointers=4, dtypes=("bfloat16",))
+BF12_SLICES = _InTwelveBits("bf12-slices", "Bf12Slices", pointers=3, dtypes=("bfloat16",))
 """The same for `ffn_4`, whose blocks read a slice of every row."""
+SLICE_UNIT = 4
+"""Chunks of 8 weights of a slice that lie together: `ffn_4` with narrower slices reads `BF12_ROWS`."""
 FORMATS: Mapping[str, Format] = MappingProxyType({f.name: f for f in (PLAIN, BF12_ROWS, BF12_SLICES)})
-COMPRESSED: Mapping[str, Format] = MappingProxyType({"W_GATE": BF12_ROWS, "W_UP": BF12_ROWS, "W_DOWN": BF12_SLICES})
-"""The compressed format that each weight is read fastest in, by its define."""

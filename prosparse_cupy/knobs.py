@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
-from .formats import vector_length
+from .formats import BF12_ROWS, BF12_SLICES, SLICE_UNIT, Format, vector_length
 from .problem import H100, WARP, Problem, Target, ceil_div
 
 _MOST_WARPS = 32
@@ -203,6 +203,8 @@ class ColumnKnobs(Knobs):
             return f"{self.warps} warps would change the order of sums: {self.WARPS} have"
         if self.loads < 1:
             return f"{self.loads} loads"
+        if BF12_SLICES in problem.formats and order_of_ffn_4(problem).lanes < SLICE_UNIT:
+            return f"slices are narrower than the {SLICE_UNIT} chunks that {BF12_SLICES.name} keeps together"
         return super().legal(problem, target)
 
     def defines(self, problem: Problem) -> tuple[Define, ...]:
@@ -244,6 +246,12 @@ def _unit(problem: Problem) -> int:
     vectors = problem.d_ff / vector_length(problem.dtype)
     shares = {unit: math.ceil(vectors / unit / ColumnKnobs.WARPS) * unit for unit in (16, 8)}
     return 16 if shares[16] <= shares[8] else 8
+
+
+def compressed_format(weight: str, d_model: int, d_ff: int) -> Format:
+    """The compressed format that a weight, given by its define, is read fastest in."""
+    wide = order_of_ffn_4(Problem("ffn_4", d_model, d_ff, "bfloat16")).lanes >= SLICE_UNIT
+    return BF12_SLICES if weight == "W_DOWN" and wide else BF12_ROWS
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     for (unsigned lane = 0; lane < 32; ++lane) result |= unsigned(received[lane]) << lane;
     return result;
 }
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 inline void __threadfence() {}
 template <class T>
