@@ -46,6 +46,8 @@ struct Bf12 {
 
 // The low words of all chunks, row by row, and the high words of all.
 struct Bf12Rows : Bf12 {
+    static constexpr int TOGETHER = 1;
+
     struct Chunk {
         uint2 low;
         unsigned high;
@@ -93,9 +95,16 @@ struct Bf12Rows : Bf12 {
     }
 };
 
-// Four chunks are a unit of three vectors, and a row is whole units: vector r is the words of chunk r and word r of chunk 3. The
-// lanes of chunks 0 to 2 load a vector each, and the lane of chunk 3 gets its words from them. So lanes come in fours.
+// Four chunks are a unit of three vectors, and a row is whole units:
+//
+//   vector 0   low0, low1, high of chunk 0, high of chunk 1
+//   vector 1   low0, low1 of chunk 1, low0, low1 of chunk 2
+//   vector 2   low0, low1, high of chunk 3, high of chunk 2
+//
+// So four lanes load the vectors 0, 1, 1, 2, and those of chunks 1 and 2 get a word from a neighbour.
 struct Bf12Slices : Bf12 {
+    static constexpr int TOGETHER = 4;
+
     typedef uint4 Chunk;  // a vector
 
     struct Matrix {
@@ -104,45 +113,48 @@ struct Bf12Slices : Bf12 {
         unsigned long long base;
     };
 
-    __device__ static __forceinline__ Words words_of(const Chunk& chunk, int position) {
-        const unsigned word0 = __shfl_sync(ALL_LANES, chunk.w, 0, 4), word1 = __shfl_sync(ALL_LANES, chunk.w, 1, 4),
-                       word2 = __shfl_sync(ALL_LANES, chunk.w, 2, 4);
-        const bool last = position == 3;
-        return {last ? word0 : chunk.x, last ? word1 : chunk.y, last ? word2 : chunk.z};
-    }
+    __device__ static __forceinline__ int pitch(int n) { return (n + 3) / 4 * 3; }
+
+    // The place of a lane's chunk in its unit.
+    struct Position {
+        int c;
+
+        __device__ __forceinline__ int vector() const { return (c + 1) / 2; }
+        __device__ __forceinline__ Words words(const Chunk& v) const {
+            const unsigned high = __shfl_sync(ALL_LANES, v.w, c == 1 ? 0 : 3, 4);
+            return {c == 2 ? v.z : v.x, c == 2 ? v.w : v.y, c == 1 || c == 2 ? high : v.z};
+        }
+    };
 
     struct Row {
         const uint4* units;
-        int position;  // of the lane's chunk in its unit
+        Position position;
         Bf12 code;
 
-        __device__ __forceinline__ Row from(int c) const { return {units + c / 4 * 3, c % 4, code}; }
-        __device__ __forceinline__ Chunk load(int c) const {
-            return position != 3 ? load_once(units + c / 4 * 3 + position) : Chunk{};
-        }
-        __device__ __forceinline__ Words words(const Chunk& chunk) const { return words_of(chunk, position); }
+        __device__ __forceinline__ Row from(int c) const { return {units + c / 4 * 3 + Position{c % 4}.vector(), {c % 4}, code}; }
+        __device__ __forceinline__ Chunk load(int c) const { return load_once(units + c / 4 * 3); }
+        __device__ __forceinline__ Words words(const Chunk& chunk) const { return position.words(chunk); }
     };
 
-    __device__ static __forceinline__ int pitch(int n) { return (n + 3) / 4 * 3; }
-
     __device__ static __forceinline__ Row row(const Matrix& matrix, int j, int n) {
-        return {matrix.units + (long long)j * pitch(n), 0, Bf12::of(matrix)};
+        return {matrix.units + (long long)j * pitch(n), {0}, Bf12::of(matrix)};
     }
 
     struct Column {
         const uint4* vector;
-        int position;
+        Position position;
         unsigned pitch;
         Bf12 code;
 
         __device__ __forceinline__ Chunk load(unsigned j) const {
-            return position != 3 ? load_once_with_neighbours(advanced(vector, j, 16 * pitch)) : Chunk{};
+            return load_once_with_neighbours(advanced(vector, j, 16 * pitch));
         }
-        __device__ __forceinline__ Words words(const Chunk& chunk) const { return words_of(chunk, position); }
+        __device__ __forceinline__ Words words(const Chunk& chunk) const { return position.words(chunk); }
     };
 
     __device__ static __forceinline__ Column column(const Matrix& matrix, int c, int n) {
-        return {in_registers(matrix.units + c / 4 * 3 + c % 4), c % 4, (unsigned)pitch(n), Bf12::of(matrix)};
+        const Position position = {c % 4};
+        return {in_registers(matrix.units + c / 4 * 3 + position.vector()), position, (unsigned)pitch(n), Bf12::of(matrix)};
     }
 };
 

@@ -18,7 +18,7 @@
 
 static_assert(TOKENS == 1, "one token so far");
 
-constexpr int EARLY = 2;  // chunks of x that a lane fetches with the weights: registers are few
+constexpr int EARLY = LOADS <= 8 ? 2 : 0;  // chunks of x that a lane fetches with the weights: registers are few
 
 #ifndef ROWS
 

@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
     const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
-    const bool is_column = WHOLE_SLICES || chunk < chunks;
+    const bool is_column = WHOLE_SLICES || chunk < stored<W_DOWN>(chunks);
     const W_DOWN::Column mine = W_DOWN::column(w_down_t, chunk, chunks);
     wait_for_predecessor();
     unsigned short* list = lists[warp];
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 const bool valid = first + i * GROUPS < active && is_column;
                 const unsigned row = tile + (valid ? list[first + i * GROUPS] : 0u);
                 w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
-                s[i] = valid ? to_float(*advanced(x1, row, sizeof(scalar))) : 0.0f;
+                s[i] = valid ? to_float(x1[row]) : 0.0f;
             }
             W_DOWN::Words words[LOADS];
 #pragma unroll

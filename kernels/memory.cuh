@@ -97,7 +97,7 @@ __device__ __forceinline__ void end_fetch() {}
 
 #endif
 
-// `pointer` and j times `bytes`: one instruction.
+// `pointer` and j times `bytes`.
 template <class T>
 __device__ __forceinline__ const T* advanced(const T* pointer, unsigned j, unsigned bytes) {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(pointer) + (unsigned long long)j * bytes);

@@ -8,8 +8,8 @@
 //   Row::load(c)        its chunk c, a multiple of 32, from there on: VEC weights, read once
 //   column(matrix, c, n)   chunk c of every row
 //   Column::load(j)     that of row j, where neighbouring blocks read the chunks beside it
-//   words(chunk)        of a row or a column: the chunk's own words; all lanes of a warp ask together, in ffn_4 those of four
-//                       neighbouring chunks side by side
+//   words(chunk)        of a row or a column: the chunk's own words; all lanes of a warp ask together
+//   TOGETHER            neighbouring chunks whose lanes must all have loaded before: rows are stored as a multiple of them
 //   Chunk{}             VEC weights whose product with zero is zero
 //   code.plain(words)   of a row or a column: 16 bytes of elements; words that have `escaped` are code.escapes[words.low0] instead
 //   HAS_ESCAPES         whether any can have
@@ -19,6 +19,7 @@
 
 struct Plain {
     static constexpr bool HAS_ESCAPES = false;
+    static constexpr int TOGETHER = 1;
     typedef uint4 Chunk;
 
     struct Matrix {

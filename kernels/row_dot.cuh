@@ -45,7 +45,7 @@ __device__ __forceinline__ void add_batch(Sums (&sums)[TOKENS], const typename F
     typename Format::Chunk w[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; ++i)
-        w[i] = exists<STEP>(own + 32 * STEP * i, chunks) ? mine.load(32 * STEP * i) : typename Format::Chunk{};
+        w[i] = exists<STEP>(own + 32 * STEP * i, stored<Format>(chunks)) ? mine.load(32 * STEP * i) : typename Format::Chunk{};
     constexpr int KEPT = Format::HAS_ESCAPES ? (EARLY < LOADS ? EARLY : LOADS) : 0;
     uint4 early[KEPT + 1];
 #pragma unroll

@@ -5,6 +5,12 @@
 #include "plain.cuh"
 #include "warp.cuh"
 
+// The chunks of a row as the format stores it.
+template <class Format>
+__device__ __forceinline__ int stored(int chunks) {
+    return (chunks + Format::TOGETHER - 1) / Format::TOGETHER * Format::TOGETHER;
+}
+
 // Calls use(i, elements) for each of a lane's chunks. A warp that holds no escape, which is the rule, does not branch between
 // them; for one that does, there is the same again with branches. All lanes of a warp call together.
 template <class Format, int N, class Code, class Use>

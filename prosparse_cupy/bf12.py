@@ -78,37 +78,32 @@ class Rows(Layout):
 
 
 class Slices(Layout):
-    """For kernels that read a slice of every row: units of four chunks, three vectors of four words.
+    """For kernels that read a slice of every row: units of four chunks, twelve words, in the order that four lanes read them in.
 
-    Vector r is the words of chunk r and word r of chunk 3. The last unit of a row is filled with zeros.
+    The last unit of a row is filled with zeros.
     """
 
     UNIT = SLICE_UNIT
+    ORDER = np.array([0, 1, 2, 5, 3, 4, 6, 7, 9, 10, 11, 8])
+    """Word by word, which of the unit's words lies there: word w of chunk c is 3 c + w."""
 
     def empty(self, xp: ModuleType, rows: int, chunks: int) -> tuple[Any, ...]:
-        return (xp.empty((rows, -(-chunks // self.UNIT), 3, self.UNIT), np.uint32),)
+        return (xp.empty((rows, -(-chunks // self.UNIT), 3 * self.UNIT), np.uint32),)
 
     def put(self, arrays: tuple[Any, ...], part: slice, words: Any) -> None:
         (units,) = arrays
         units[part] = 0
-        for chunk in range(self.UNIT):
-            of_unit = words[:, chunk :: self.UNIT]
-            place = units[part, : of_unit.shape[1]]
-            if chunk < 3:
-                place[:, :, chunk, :3] = of_unit
-            else:
-                place[..., 3] = of_unit
+        for place, word in enumerate(self.ORDER.tolist()):
+            of_units = words[:, word // 3 :: self.UNIT, word % 3]
+            units[part, : of_units.shape[1], place] = of_units
 
     def get(self, xp: ModuleType, arrays: tuple[Any, ...], part: slice, chunks: int) -> Any:
         units = arrays[0][part]
-        by_chunk = xp.concatenate([units[..., :3], units[:, :, None, :, 3]], axis=2)
-        return by_chunk.reshape(len(units), -1, 3)[:, :chunks]
+        return units[..., self.ORDER.argsort()].reshape(len(units), -1, 3)[:, :chunks]
 
     def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any) -> None:
-        chunk = columns % self.UNIT
-        last = chunk == self.UNIT - 1
-        vector, word = xp.where(last, 0, chunk), xp.where(last, 3, 0)
-        arrays[0][rows, columns // self.UNIT, vector, word] = xp.arange(len(rows), dtype=np.uint32)
+        place = xp.asarray(self.ORDER.argsort()[::3])[columns % self.UNIT]
+        arrays[0][rows, columns // self.UNIT, place] = xp.arange(len(rows), dtype=np.uint32)
 
 
 ROWS, SLICES = Rows(), Slices()

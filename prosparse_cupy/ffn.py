@@ -16,7 +16,7 @@ from .compressed import Weight
 from .device import current_device, gpu
 from .formats import ITEMSIZE, vector_length
 from .formula import check_threshold
-from .knobs import compressed_format
+from .knobs import compressed_formats
 from .libraries import A
 from .problem import KERNELS, Problem
 from .workspace import take
@@ -204,7 +204,7 @@ def warmup(
     report = []
     for kernel in KERNELS:
         start = time.perf_counter()
-        formats = tuple(compressed_format(w, d_model, d_ff) for w in KERNELS[kernel].weights) if compressed else ()
+        formats = compressed_formats(kernel, d_model, d_ff) if compressed else ()
         plan = load(Problem(kernel, d_model, d_ff, name, specialize, formats=formats), index).plan
         seconds = time.perf_counter() - start
         defines = " ".join(key if value is None else f"{key}={value}" for key, value in plan.defines)

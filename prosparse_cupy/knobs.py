@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from .formats import BF12_ROWS, BF12_SLICES, SLICE_UNIT, Format, vector_length
-from .problem import H100, WARP, Problem, Target, ceil_div
+from .problem import H100, KERNELS, WARP, Problem, Target, ceil_div
 
 _MOST_WARPS = 32
 _REGISTERS = 65536  # of a multiprocessor
@@ -86,7 +86,7 @@ class RowKnobs(Knobs):
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[RowKnobs]:
         for most in (8, 10, 16, 20):
-            for warps, min_blocks in ((1, 8), (2, 8), (2, 4), (4, 4), (4, 5), (8, 2), (8, 3)):
+            for warps, min_blocks in ((1, 8), (1, 16), (2, 8), (2, 10), (2, 4), (4, 4), (4, 5), (8, 2), (8, 3)):
                 yield RowKnobs(warps, min_blocks, _loads(problem, most))
 
     def shape(self, problem: Problem) -> Shape:
@@ -136,6 +136,8 @@ class SharedRowKnobs(RowKnobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> SharedRowKnobs:
+        if not problem.is_plain and BF12_SLICES in problem.formats:  # their words take registers
+            return SharedRowKnobs(warps=8, min_blocks=2, loads=_loads(problem, most=10), rows=8)
         # Eight warps share eight rows: larger blocks finish sooner when almost nothing is active, but hold their registers
         # until their slowest row. A row that is one batch gains nothing from two warps.
         if problem.specialize and problem.lane_loads <= 8:
@@ -250,8 +252,13 @@ def _unit(problem: Problem) -> int:
 
 def compressed_format(weight: str, d_model: int, d_ff: int) -> Format:
     """The compressed format that a weight, given by its define, is read fastest in."""
-    wide = order_of_ffn_4(Problem("ffn_4", d_model, d_ff, "bfloat16")).lanes >= SLICE_UNIT
-    return BF12_SLICES if weight == "W_DOWN" and wide else BF12_ROWS
+    lanes = order_of_ffn_4(Problem("ffn_4", d_model, d_ff, "bfloat16")).lanes
+    return BF12_SLICES if weight == "W_DOWN" and lanes >= SLICE_UNIT else BF12_ROWS
+
+
+def compressed_formats(kernel: str, d_model: int, d_ff: int) -> tuple[Format, ...]:
+    """Those of all weights of a kernel."""
+    return tuple(compressed_format(weight, d_model, d_ff) for weight in KERNELS[kernel].weights)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,16 @@ def test_nothing_that_escapes(layout):
 def test_copies_and_pickles(layout, duplicate):
     w = _weights(np.random.default_rng())
     other = duplicate(compress(w, layout=layout))
-    assert other.layout == layout and other.format is (BF12_ROWS if layout == "rows" else BF12_SLICES)
+    assert other.layout == layout and other.format is BF12_ROWS, "whose slices are narrower than a unit"
     np.testing.assert_array_equal(bits(other.decompress()), bits(w))
+
+
+def test_slices_of_wide_matrices_lie_in_units():
+    w = weights(20, 2680, "bfloat16")
+    packed = {layout: compress(w, layout=layout) for layout in ("rows", "slices")}
+    assert [p.format for p in packed.values()] == [BF12_ROWS, BF12_SLICES]
+    for p in packed.values():
+        np.testing.assert_array_equal(bits(pickle.loads(pickle.dumps(p)).decompress()), bits(w))
 
 
 def test_torch_tensors_stay_torch_tensors():
@@ -203,29 +211,29 @@ def _on_gpu(first: int, layout: str) -> CompressedWeight:
     count = 2 if layout == "rows" else 1
     arrays = [_Array(first + 0x1000 * i, 16, dtype="int32", nbytes=0x800) for i in range(count + 1)]
     arrays[-1].dtype = "bfloat16"
-    return CompressedWeight((24, 16), layout, Packed(tuple(arrays[:count]), arrays[count], base=7), 3)
+    return CompressedWeight((24, 4096), layout, Packed(tuple(arrays[:count]), arrays[count], base=7), 3)
 
 
 def test_a_kernel_gets_the_addresses_of_a_weight_and_its_number(family):
     gate_, down = _on_gpu(0x10000, "rows"), _on_gpu(0x30000, "slices")
-    up = _Array(0x20000, 24, 16)
-    call = check_call(psc.ffn.SPARSE_FFN, (_Array(0x5000, 16), gate_, up, down), None)
+    up = _Array(0x20000, 24, 4096)
+    call = check_call(psc.ffn.SPARSE_FFN, (_Array(0x5000, 4096), gate_, up, down), None)
     number = 7 | 1 << 32
     gates, downs = [0x10000, 0x11000, 0x12000, number], [0x30000, 0x31000, number]
     assert call.inputs == [0x5000, *gates, 0x20000, *downs] and call.output == 0x900000
     assert dict(call.checked.formats) == {"W_GATE": BF12_ROWS, "W_UP": PLAIN, "W_DOWN": BF12_SLICES}
     assert call.checked.down_pointers == len(downs)
-    bound = arguments.BoundWeights(BOUND_FFN, (gate_, up, down)).call(_Array(0x5000, 16), None)
+    bound = arguments.BoundWeights(BOUND_FFN, (gate_, up, down)).call(_Array(0x5000, 4096), None)
     assert bound.inputs == [*gates, 0x20000, *downs, 0x5000] and bound.checked.formats == call.checked.formats
-    plain = check_call(psc.ffn.SPARSE_FFN, (_Array(0x5000, 16), *3 * [up]), None)
+    plain = check_call(psc.ffn.SPARSE_FFN, (_Array(0x5000, 4096), *3 * [up]), None)
     assert plain.checked.down_pointers == 1 and {f for _, f in plain.checked.formats} == {PLAIN}
 
 
 def test_out_may_not_share_memory_with_any_part(family):
     for offset in (0, 0x1000, 0x2000):
         with pytest.raises(ValueError, match="out must not share memory with w_gate"):
-            check_call(ops.FFN_1, (_Array(0x5000, 16), _on_gpu(0x10000, "rows")), _Array(0x10000 + offset, 24))
-    check_call(ops.FFN_1, (_Array(0x5000, 16), _on_gpu(0x10000, "rows")), _Array(0x20000, 24))
+            check_call(ops.FFN_1, (_Array(0x5000, 4096), _on_gpu(0x10000, "rows")), _Array(0x10000 + offset, 24))
+    check_call(ops.FFN_1, (_Array(0x5000, 4096), _on_gpu(0x10000, "rows")), _Array(0x20000, 24))
 
 
 # On a GPU

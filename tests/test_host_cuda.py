@@ -70,11 +70,11 @@ OFF_BY_ONE = [
     ("ffn_1", "return c < chunks;", "return c <= chunks;"),
     ("ffn_1", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
     ("ffn_123", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
-    ("ffn_1", "if (!exists<STEP>(own + 32 * STEP * i, chunks)) continue;", ""),
+    ("ffn_1", "if (!exists<STEP>(own + 32 * STEP * i, chunks)) return;", ""),
     ("ffn_23", "first + lane < D_FF(d_ff)", "first + lane <= D_FF(d_ff)"),
     ("ffn_4", "row + VEC <= rows ?", "row <= rows ?"),
     ("ffn_4", "row + e < rows) value", "row + e <= rows) value"),
-    ("ffn_4", "&& chunk < chunks", ""),
+    ("ffn_4", "WHOLE_SLICES || chunk < stored<W_DOWN>(chunks)", "true"),
     ("ffn_4", "c >= columns", "c > columns"),
     ("pack_down", "j0 + threadIdx.x < rows", "j0 + threadIdx.x <= rows"),
 ]

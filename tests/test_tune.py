@@ -36,7 +36,8 @@ class _Gpu:
         monkeypatch.setattr(tune.timing, "capture", self._capture)
         monkeypatch.setattr(tune.timing, "graph_clock", lambda replay: replay.us())
 
-    def _calls(self, op: str, mask: str, sparsity: float) -> list[Timed]:
+    def _calls(self, op: str, mask: str, sparsity: float, weights: str) -> list[Timed]:
+        self.weights = weights
         self.steered = sparsity
 
         def timed() -> Timed:
@@ -123,7 +124,7 @@ def test_no_sparsity_is_timed_that_cannot_change_the_choice(gpu):
     fast, asked = _others("ffn_4")[0], []
     gpu.us = lambda kernel, chosen, sparsity: 9.0 if chosen == fast and sparsity == 0.8 else 11.0 if chosen == fast else 10.0
     calls = gpu._calls
-    gpu._calls = lambda op, mask, sparsity: asked.append((op, sparsity)) or calls(op, mask, sparsity)
+    gpu._calls = lambda op, mask, sparsity, weights: asked.append((op, sparsity)) or calls(op, mask, sparsity, weights)
     assert _tuned()["ffn_4"].knobs == knobs.rule(Problem("ffn_4", 64, 200, "bfloat16"), H100)
     assert [s for op, s in asked if op == "ffn_4"] == [0.8, 0.0]
     assert [s for op, s in asked if op == "ffn_1"] == [0.8]
@@ -140,7 +141,7 @@ def test_other_bits_at_another_sparsity_end_it_too(gpu):
     gpu.us = lambda kernel, chosen, sparsity: 9.0 if chosen == fast else 10.0
     calls = gpu._calls
 
-    def wrong_without_sparsity(op, mask, sparsity):
+    def wrong_without_sparsity(op, mask, sparsity, weights):
         gpu.wrong = {fast} if sparsity == 0.0 else set()
         return calls(op, mask, sparsity)
 

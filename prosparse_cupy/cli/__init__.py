@@ -105,19 +105,24 @@ def _demo(
 @click.option("--d-model", type=click.IntRange(1), help="Dims of another model, with --d-ff.")
 @click.option("--d-ff", type=click.IntRange(1), help="Dims of another model, with --d-model.")
 @click.option("--dtype", type=click.Choice(list(ITEMSIZE)), default="bfloat16", show_default=True)
+@click.option("--weights", type=click.Choice(["plain", "bf12"]), default="plain", show_default=True, help="bf12: compressed ones.")
 @click.option("--sparsity", type=_Number(0, 1), help="Share of inactive neurons.  [default: the model's average]")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the table here.  [default: the user's own, which is used from then on]",
 )
-def _tune(model: str, d_model: int | None, d_ff: int | None, dtype: str, sparsity: float | None, output: Path | None) -> None:
+def _tune(
+    model: str, d_model: int | None, d_ff: int | None, dtype: str, weights: str, sparsity: float | None, output: Path | None
+) -> None:
     """Time launches of the kernels on this GPU and keep the fastest that lose nowhere. Results do not change by a bit."""
     given = click.get_current_context().get_parameter_source("model")
     if (d_model is None) != (d_ff is None):
         raise click.UsageError("--d-model and --d-ff go together")
     if d_model is not None and given is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--model brings its own dims: leave out --d-model and --d-ff")
+    if weights == "bf12" and dtype != "bfloat16":
+        raise click.UsageError(f"--weights bf12 is of bfloat16 alone, not of {dtype}")
     chosen = MODELS[model]
     if d_model is not None and d_ff is not None:
         chosen = models.Model(f"{d_model} x {d_ff}", d_model, d_ff, 1, 0.01, 0.9)
@@ -130,11 +135,11 @@ def _tune(model: str, d_model: int | None, d_ff: int | None, dtype: str, sparsit
         target = compiler.target_of(current_device())
         file = output or measured.user_folder() / measured.file_name(target)
         with _bar(Console(stderr=True)) as tell:
-            found = tune.tune(chosen, dtype, best_dense(NUMPY_DTYPES[dtype]), commit, tell)
+            found = tune.tune(chosen, dtype, best_dense(NUMPY_DTYPES[dtype]), commit, tell, weights)
         measured.write(file, target, found)
     except (ImportError, RuntimeError, OSError, MemoryError) as error:  # CuPy's OutOfMemoryError is a MemoryError
         raise click.ClickException(str(error)) from None
-    table = Table(title=f"{target.name}: {chosen.name}, {dtype}, {chosen.sparsity:.2%} sparse", title_justify="left")
+    table = Table(title=f"{target.name}: {chosen.name}, {dtype}, {weights} weights, {chosen.sparsity:.2%} sparse", title_justify="left")
     for column in ("kernel", "rule µs", "fastest µs", "knobs"):
         table.add_column(column, justify="left" if column in ("kernel", "knobs") else "right", overflow="fold")
     for row in found:

@@ -11,7 +11,7 @@ import numpy as np
 from .. import compiler
 from ..compiler import KernelCompileError
 from ..device import current_device
-from ..knobs import Knobs, candidates
+from ..knobs import Knobs, candidates, compressed_formats
 from ..measured import Measured
 from ..models import Model
 from ..problem import Problem
@@ -44,19 +44,27 @@ class _Candidate:
     replay: timing.Call
 
 
-def tune(model: Model, dtype: str, dense: Dense, commit: str, tell: Tell) -> list[Measured]:
-    """The fastest knobs of every kernel for a model's dims on CuPy's current GPU."""
+def tune(model: Model, dtype: str, dense: Dense, commit: str, tell: Tell, weights: str = "plain") -> list[Measured]:
+    """The fastest knobs of every kernel for a model's dims on CuPy's current GPU; `weights` may also be bf12."""
     layers, found = Layers(model, dtype, dense), []
     for kernel in TIMED_IN:
-        problem = Problem(kernel, model.d_model, model.d_ff, dtype)
-        found.append(_tune_kernel(problem, layers, model.sparsity, commit, tell))
+        found.append(_tune_kernel(_problem(kernel, model.d_model, model.d_ff, dtype, weights), layers, model.sparsity, commit, tell))
     return found
+
+
+def _problem(kernel: str, d_model: int, d_ff: int, dtype: str, weights: str) -> Problem:
+    formats = () if weights == "plain" else compressed_formats(kernel, d_model, d_ff)
+    return Problem(kernel, d_model, d_ff, dtype, formats=formats)
+
+
+def _weights(problem: Problem) -> str:
+    return "plain" if problem.is_plain else "bf12"
 
 
 def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str, tell: Tell) -> Measured:
     """The knobs that are fastest at this sparsity among those that are no slower than the rule's elsewhere."""
     every = list(candidates(problem, compiler.target_of(current_device())))
-    timed = layers.calls(TIMED_IN[problem.kernel], "hot", sparsity)
+    timed = layers.calls(TIMED_IN[problem.kernel], "hot", sparsity, _weights(problem))
     tried = _tried(problem, every, timed, lambda done: tell(problem.kernel, done, len(every)))
     quick = _times(tried, _repeated(timed), repeats=8)
     finalists = [tried[0], *sorted(tried[1:], key=lambda c: quick[c.knobs])[:_FINALISTS]]
@@ -66,7 +74,7 @@ def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str,
     for share in _ELSEWHERE if problem.kernel != "ffn_1" else ():  # the gate does not know what will be active
         if len(left) == 1:
             break
-        timed = layers.calls(TIMED_IN[problem.kernel], "hot", share)
+        timed = layers.calls(TIMED_IN[problem.kernel], "hot", share, _weights(problem))
         there = _times(_tried(problem, left, timed), _repeated(timed), repeats=24)
         left = [knobs for knobs in left if there[knobs] <= (1 + _MOST_LOSS) * there[every[0]]]
     best = min(left, key=lambda knobs: times[knobs])
@@ -97,7 +105,8 @@ def _try(problem: Problem, knobs: Knobs, timed: Sequence[Timed]) -> tuple[_Candi
     """A graph of the calls with these knobs, and the bits that they leave."""
     with compiler.trying(problem, knobs):
         names = _KERNELS.get(TIMED_IN[problem.kernel], (problem.kernel,))
-        problems = (Problem(name, problem.d_model, problem.d_ff, problem.dtype) for name in names)
+        dims = problem.d_model, problem.d_ff, problem.dtype, _weights(problem)
+        problems = (_problem(name, *dims) for name in names)
         kernels = tuple(compiler.load(p, current_device()) for p in problems)
         for t in timed:
             t.out.view(np.uint8).fill(0xFF)
