@@ -102,15 +102,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     for (int tile = 0; tile < rows; tile += TILE) {
         const int active = list_rows(active_bits(x1 + tile, rows - tile), list);
         for (int begin = 0; begin < active; begin += GROUPS * LOADS) {  // all lanes stay together
-            const int first = begin + lane / LANES;
+            const int first = begin + lane / LANES, left = active - first;
             W_DOWN::Chunk w[LOADS];
             float s[LOADS];
 #pragma unroll
             for (int i = 0; i < LOADS; ++i) {
-                const bool valid = first + i * GROUPS < active && is_column;
+                const bool valid = left > i * GROUPS && is_column;
                 const unsigned row = tile + (valid ? list[first + i * GROUPS] : 0u);
                 w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
-                s[i] = valid ? to_float(x1[row]) : 0.0f;
+                s[i] = valid ? to_float(*advanced(x1, row, sizeof(scalar))) : 0.0f;
             }
             W_DOWN::Words words[LOADS];
 #pragma unroll

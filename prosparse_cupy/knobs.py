@@ -189,7 +189,15 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> ColumnKnobs:
-        return ColumnKnobs(warps=ColumnKnobs.WARPS, min_blocks=2, loads=4 if problem.is_plain else 3)
+        # Rows that lie a power of two apart share memory channels, and four by four they meet there; those in 12 bits do not.
+        # Where some multiprocessors hold two blocks, these have enough in flight with three.
+        apart = problem.formats[0].row_bytes(problem.d_model, problem.dtype)
+        alone = ceil_div(problem.vectors, order_of_ffn_4(problem).lanes) <= H100.multiprocessors
+        if problem.is_plain:
+            loads = 5 if problem.dtype != "float32" and apart & (apart - 1) == 0 else 4
+        else:
+            loads = 4 if alone and BF12_SLICES in problem.formats else 3
+        return ColumnKnobs(warps=ColumnKnobs.WARPS, min_blocks=2, loads=loads)
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:

@@ -143,7 +143,7 @@ def test_other_bits_at_another_sparsity_end_it_too(gpu):
 
     def wrong_without_sparsity(op, mask, sparsity, weights):
         gpu.wrong = {fast} if sparsity == 0.0 else set()
-        return calls(op, mask, sparsity)
+        return calls(op, mask, sparsity, weights)
 
     gpu._calls = wrong_without_sparsity
     with pytest.raises(tune.TuningError, match="gives other bits"):
