@@ -131,7 +131,9 @@ struct Bf12Slices : Bf12 {
         Position position;
         Bf12 code;
 
-        __device__ __forceinline__ Row from(int c) const { return {units + c / 4 * 3 + Position{c % 4}.vector(), {c % 4}, code}; }
+        __device__ __forceinline__ Row from(int c) const {
+            return {units + c / 4 * 3 + Position{c % 4}.vector(), {c % 4}, code};
+        }
         __device__ __forceinline__ Chunk load(int c) const { return load_once(units + c / 4 * 3); }
         __device__ __forceinline__ Words words(const Chunk& chunk) const { return position.words(chunk); }
     };

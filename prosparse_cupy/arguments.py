@@ -189,15 +189,14 @@ def _see_through(signature: Signature, arrays: tuple[Any, ...], given: Any) -> _
             raise TypeError(
                 f"{signature.operator}: {operand.name} must be an array, got a CompressedWeight: decompress() it first"
             )
-    family = _common_family(signature, tuple(type(a.arrays[0] if type(a) is CompressedWeight else a) for a in everything))
+    family = _common_family(signature, tuple(type(a.arrays[-1] if type(a) is CompressedWeight else a) for a in everything))
     described, addresses, views, parts = list[Description](), list[int](), list[Any](), list[Part | None]()
     for array in everything:
         if type(array) is CompressedWeight:
-            *_, escapes = array.arrays
-            described.append((array.shape, *family.describe(escapes)[1:3], True))
-            addresses += [*family.addresses(array.arrays), array.number]
-            views.append(escapes)
-            parts.append((array.format, (*(int(a.nbytes) for a in array.arrays), 0)))
+            described.append(array.description)
+            addresses += array.addresses
+            views.append(array.arrays[-1])
+            parts.append(array.parts)
             continue
         views.append(_brought_in(signature, family, (), array)[0] if array is given else family.bring_in(array))
         parts.append(None)
@@ -235,8 +234,8 @@ def _call(
 class BoundWeights:
     """The weights of an FFN, checked once. A call only sees whether they are still what was checked.
 
-    Weights of another shape, dtype, GPU or layout are refused; other memory is taken. NumPy arrays, those that are seen through
-    DLPack, and all beside a compressed weight are checked at every call.
+    Weights of another shape, dtype, GPU or layout are refused; other memory is taken. NumPy arrays, and those that are seen
+    through DLPack, are checked at every call.
     """
 
     def __init__(self, signature: Signature, arrays: tuple[Any, ...]) -> None:
@@ -245,9 +244,10 @@ class BoundWeights:
         self._of_weights = _weights_of(signature)
         self._known: dict[tuple[Description, ...], Checked] = {}
         """What is checked of a call, by the description of its arrays: of weights that are as they were bound."""
-        self._is_checked_anew = any(type(a) is CompressedWeight for a in arrays)
+        self._has_compressed = any(type(a) is CompressedWeight for a in arrays)
         self._family, described, addresses, views, parts = _see_through(self._of_weights, arrays, None)
-        self._is_checked_anew |= self._family is NUMPY or self._family.is_foreign
+        self._views = tuple(a.arrays[-1] if type(a) is CompressedWeight else a for a in arrays)  # which stand for the weights
+        self._is_checked_anew = self._family is NUMPY or self._family.is_foreign
         checked = _checked(self._of_weights, self._family, described, False, parts)
         if 0 in addresses:
             _refuse_without_memory(self._of_weights, self._family, views)
@@ -257,12 +257,12 @@ class BoundWeights:
     def call(self, x: A, given: A | None) -> Call[A]:
         """The call with this token."""
         family, arrays = self._family, (*self.arrays, x)
-        views = arrays if given is None else (*arrays, given)
         same_library = family_or_none(type(x)) is family and (given is None or family_or_none(type(given)) is family)
         if self._is_checked_anew or not same_library:
             call = check_call(self._signature, arrays, given)
             self._refuse_other(call.checked)
             return call
+        views = (*self._views, x) if given is None else (*self._views, x, given)
         try:
             described, addresses = family.describe_all(views), family.addresses(views)
         except _NO_MEMORY:
@@ -270,10 +270,26 @@ class BoundWeights:
             raise
         checked = self._known.get(described)
         if checked is None:
-            self._refuse_other(_checked(self._of_weights, family, described[: len(self.arrays)], False))
-            checked = _checked(self._signature, family, described, given is not None)
-            self._known[described] = checked
+            checked = self._known[described] = self._check(described, arrays, given)
+        if self._has_compressed:
+            addresses = self._all_addresses(addresses)
         return _call(self._signature, family, checked, addresses, given, arrays, views)
+
+    def _check(self, described: tuple[Description, ...], arrays: tuple[Any, ...], given: Any) -> Checked:
+        """What is checked of a call of arrays that were not seen so before."""
+        if self._has_compressed:
+            seen = _see_through(self._signature, arrays, given)
+            checked = _checked(self._signature, seen.family, seen.described, given is not None, seen.parts)
+            self._refuse_other(checked)
+            return checked
+        self._refuse_other(_checked(self._of_weights, self._family, described[: len(self.arrays)], False))
+        return _checked(self._signature, self._family, described, given is not None)
+
+    def _all_addresses(self, addresses: list[int]) -> list[int]:
+        """With a compressed weight's own in the place of the one of its view."""
+        own = zip(self.arrays, addresses, strict=False)
+        weights = [at for a, address in own for at in (a.addresses if type(a) is CompressedWeight else (address,))]
+        return weights + addresses[len(self.arrays) :]
 
     def _refuse_other(self, now: Checked) -> None:
         if _facts(now) != self.facts:

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .formats import SLICE_UNIT
-
 CHUNK = 8
 """Weights that are read and escape together."""
 WINDOW = 16
@@ -78,12 +76,12 @@ class Rows(Layout):
 
 
 class Slices(Layout):
-    """For kernels that read a slice of every row: units of four chunks, twelve words, in the order that four lanes read them in.
+    """For kernels that read a slice of every row: units of four chunks, twelve words, in the order in which lanes read them.
 
     The last unit of a row is filled with zeros.
     """
 
-    UNIT = SLICE_UNIT
+    UNIT = 4
     ORDER = np.array([0, 1, 2, 5, 3, 4, 6, 7, 9, 10, 11, 8])
     """Word by word, which of the unit's words lies there: word w of chunk c is 3 c + w."""
 

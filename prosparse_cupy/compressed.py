@@ -10,10 +10,11 @@ from typing import Any, Generic, Literal, TypeAlias
 import numpy as np
 
 from . import bf12
+from .compiler import load
 from .formats import BF12_ROWS, BF12_SLICES, Format
 from .knobs import compressed_format
-from .libraries import A, Family, family_of
-from .problem import LARGEST_DIMS
+from .libraries import HOST, A, Description, Family, family_of
+from .problem import LARGEST_DIMS, Problem
 
 Layout = Literal["rows", "slices"]
 
@@ -32,6 +33,9 @@ class CompressedWeight(Generic[A]):
         self._shape, self._packed, self._escapes = shape, packed, escapes
         self._layout: Layout = layout
         self._nbytes: int = sum(_size(a) for a in self.arrays)
+        self._addresses: tuple[int, ...] | None = None
+        self._parts: tuple[Format, tuple[int, ...]] | None = None
+        self._description: Description | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,16 +80,19 @@ class CompressedWeight(Generic[A]):
         ValueError, TypeError
             `out` is of another library, shape, dtype or device, or not C-contiguous.
         """
-        kind: type = type(self._packed.escapes)
-        family = family_of(kind)
-        _, dtype, device, _ = family.describe(self._packed.escapes)
+        family, (_, dtype, device, _) = self.family, self.family.describe(self._packed.escapes)
         if out is not None:
             _check_out(family, out, (self._shape, dtype, device, True))
         result: A = family.empty_bfloat16(self._shape, self._packed.escapes) if out is None else out
-        with family.numerics(self._packed.escapes) as (xp, view):
-            words = tuple(view(a).view(np.uint32) for a in self._packed.words)
-            packed = self._packed._replace(words=words, escapes=view(self._packed.escapes).view(np.uint16))
-            bf12.unpack(xp, packed, _LAYOUTS[self.format], view(result).view(np.uint16))
+        if device == HOST:
+            with family.numerics(self._packed.escapes) as (xp, view):
+                words = tuple(view(a).view(np.uint32) for a in self._packed.words)
+                packed = self._packed._replace(words=words, escapes=view(self._packed.escapes).view(np.uint16))
+                bf12.unpack(xp, packed, _LAYOUTS[self.format], view(result).view(np.uint16))
+            return result
+        d_ff, d_model = self._shape
+        kernel = load(Problem("decompress", d_model, d_ff, "bfloat16", specialize=False, formats=(self.format,)), device)
+        kernel.launch(family.stream(device), False, *self.addresses, family.address(result), d_ff, d_model)
         return result
 
     def __repr__(self) -> str:
@@ -97,14 +104,39 @@ class CompressedWeight(Generic[A]):
     # What the operators ask.
 
     @property
+    def family(self) -> Family:
+        """Of its arrays."""
+        kind: type = type(self._packed.escapes)
+        return family_of(kind)
+
+    @property
     def format(self) -> Format:
         """As the kernels know it."""
         return _format_of(self._layout, self._shape)
 
     @property
-    def number(self) -> int:
-        """What kernels get beside the addresses of the arrays. It is never 0, as no address is."""
-        return self._packed.base | 1 << 32
+    def addresses(self) -> tuple[int, ...]:
+        """What a kernel gets of it: the addresses of its arrays, and its base. That is never 0, as no address is."""
+        if self._addresses is None:
+            self._addresses = *self.family.addresses(self.arrays), self._packed.base | 1 << 32
+        return self._addresses
+
+    @property
+    def parts(self) -> tuple[Format, tuple[int, ...]]:
+        """Its format, and the bytes at each of its addresses."""
+        if self._parts is None:
+            self._parts = self.format, (*map(_size, self.arrays), 0)
+        return self._parts
+
+    @property
+    def description(self) -> Description:
+        """As of the array that it stands for."""
+        if self._description is None:
+            self._description = self._shape, *self.family.describe(self._packed.escapes)[1:3], True
+        return self._description
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_addresses": None, "_parts": None, "_description": None}
 
 
 @lru_cache(maxsize=256)

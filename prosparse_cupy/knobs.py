@@ -146,6 +146,8 @@ class SharedRowKnobs(RowKnobs):
         rows, min_blocks = (8, 4) if loads <= 8 else (12, 3)  # registers of more loads leave room for three blocks
         if target.capability >= 100 and _spills_at_four_blocks(problem, loads):
             min_blocks = 3
+        if target.capability >= 100 and loads > 8 and not problem.is_plain:
+            min_blocks = 2
         return SharedRowKnobs(warps=8, min_blocks=min_blocks, loads=loads, rows=rows)
 
     @classmethod
@@ -193,7 +195,9 @@ class ColumnKnobs(Knobs):
         # Where some multiprocessors hold two blocks, these have enough in flight with three.
         apart = problem.formats[0].row_bytes(problem.d_model, problem.dtype)
         alone = ceil_div(problem.vectors, order_of_ffn_4(problem).lanes) <= H100.multiprocessors
-        if problem.is_plain:
+        if not problem.specialize:
+            loads = 4 if problem.is_plain else 3
+        elif problem.is_plain:
             loads = 5 if problem.dtype != "float32" and apart & (apart - 1) == 0 else 4
         else:
             loads = 4 if alone and BF12_SLICES in problem.formats else 3
@@ -286,6 +290,18 @@ class TransposeKnobs(Knobs):
         return super().legal(problem, target)
 
 
+@dataclass(frozen=True)
+class CopyKnobs(Knobs):
+    """Of `decompress`, which gives a warp a row."""
+
+    @classmethod
+    def rule(cls, problem: Problem, target: Target) -> CopyKnobs:
+        return CopyKnobs(warps=8, min_blocks=1)
+
+    def shape(self, problem: Problem) -> Shape:
+        return (ceil_div(problem.d_ff, self.warps), 1, 1), (WARP * self.warps, 1, 1)
+
+
 KINDS: Mapping[str, type[Knobs]] = MappingProxyType(
     {
         "ffn_1": RowKnobs,
@@ -293,6 +309,7 @@ KINDS: Mapping[str, type[Knobs]] = MappingProxyType(
         "ffn_23": SharedRowKnobs,
         "ffn_4": ColumnKnobs,
         "pack_down": TransposeKnobs,
+        "decompress": CopyKnobs,
     }
 )
 """The knobs of every kernel."""

@@ -234,7 +234,10 @@ class _Torch(Family):
             yield np, lambda tensor: self._as_integers(tensor).numpy()
             return
         device = like.get_device()
-        with cupy().cuda.Device(device), cupy().cuda.Stream.from_external(_Stream(self.stream(device))):
+        # A pool of its own, so that nothing of torch's GPU memory stays with CuPy.
+        allocator = cupy().cuda.using_allocator(cupy().cuda.MemoryPool().malloc)
+        stream = cupy().cuda.Stream.from_external(_Stream(self.stream(device)))
+        with cupy().cuda.Device(device), stream, allocator:
             yield cupy(), lambda tensor: cupy().from_dlpack(self._as_integers(tensor))
 
     def empty_bfloat16(self, shape: tuple[int, ...], like: Any) -> Any:

@@ -41,6 +41,7 @@ KERNELS: Mapping[str, Interface] = MappingProxyType(
         "ffn_23": Interface(("gate", "x", "W_UP", "x1", "threshold", *_DIMS)),
         "ffn_4": Interface(("x1", "W_DOWN", "y", *_DIMS)),
         "pack_down": Interface(("w_down", "w_down_t", *_DIMS), is_programmatic=False),
+        "decompress": Interface(("W_PACKED", "w", *_DIMS), is_programmatic=False),
     }
 )
 """Every kernel."""

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from plans import Shape, plan_of
 
 from prosparse_cupy import bf12, reference
-from prosparse_cupy.formats import BF12_ROWS, BF12_SLICES, FORMATS, PLAIN
+from prosparse_cupy.formats import BF12_ROWS, BF12_SLICES, FORMATS, PLAIN, SLICE_UNIT
 from prosparse_cupy.problem import KERNELS, Problem
 
 LAYOUTS = {BF12_ROWS: bf12.ROWS, BF12_SLICES: bf12.SLICES}
@@ -75,6 +75,10 @@ def test_normal_weights_take_12_bits(format_):
     packed = _round_trip(patterns, LAYOUTS[format_])
     assert sum(a.nbytes for a in packed.words) == d_ff * format_.row_bytes(d_model, "bfloat16") == 1.5 * d_ff * d_model
     assert len(packed.escapes) < 0.002 * patterns.size / 8
+
+
+def test_a_unit_is_what_knobs_know():
+    assert bf12.SLICES.UNIT == SLICE_UNIT
 
 
 @formats
@@ -161,6 +165,15 @@ def test_kernels_give_the_bits_of_plain_weights(host, format_, d_model, d_ff, sp
 
 
 @formats
+@pytest.mark.parametrize(("d_model", "d_ff"), [(8, 5), (264, 21), (1048, 9), (1064, 3), (2080, 2)])
+def test_decompress_gives_the_bits_back(host, format_, d_model, d_ff):
+    w = _weights(d_ff, d_model, np.random.default_rng(d_model), SPECIAL)
+    plan = plan_of("decompress", Shape(d_model, d_ff, "bfloat16", specialize=d_model == 264), formats=(format_,))
+    found = host.run(plan, [_arguments(w, format_), None, d_ff, d_model], poisoned((d_ff, d_model), "bfloat16"))
+    np.testing.assert_array_equal(bits(found), bits(w))
+
+
+@formats
 def test_values_that_are_not_finite_arrive(host, format_):
     rng = np.random.default_rng(3)
     shape = Shape(264, 40, "bfloat16")
@@ -221,7 +234,7 @@ def test_kernels_on_the_gpu_give_the_bits_of_plain_weights(format_, d_model, d_f
 
 
 def test_slices_of_less_than_a_unit_are_refused():
-    with pytest.raises(ValueError, match="ffn_4: .* slices are narrower than the 4 chunks that bf12-slices keeps together"):
+    with pytest.raises(ValueError, match=r"ffn_4: .* slices are narrower than the 4 chunks that bf12-slices keeps together"):
         plan_of("ffn_4", Shape(1536, 3840, "bfloat16"), formats=(BF12_SLICES,))
 
 

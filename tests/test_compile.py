@@ -13,7 +13,7 @@ from test_launch import static_shared_bytes
 
 from prosparse_cupy import compiler, device, launch, measured, models
 from prosparse_cupy.compiler import compiler_options, kernel_folder, source
-from prosparse_cupy.formats import BF12_ROWS, BF12_SLICES, ITEMSIZE
+from prosparse_cupy.formats import ITEMSIZE
 from prosparse_cupy.problem import H100, KERNELS, Target
 
 nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
@@ -23,7 +23,7 @@ SHAPES = [(m.d_model, m.d_ff, True) for m in (models.LLAMA_2_7B, models.LLAMA_2_
     (4096, 11008, False)
 ]
 # Threads an SM must hold, of its 65536 registers: what launch_bounds promise and the occupancy the times were measured at.
-REGISTERS = {"ffn_1": 128, "ffn_123": 128, "ffn_23": 64, "ffn_23 of 12 rows a block": 80, "ffn_4": 64, "pack_down": 64}
+REGISTERS = {"ffn_1": 128, "ffn_123": 128, "ffn_23": 64, "ffn_23 of 12 rows a block": 80, "ffn_4": 64, "pack_down": 64, "decompress": 64}
 
 
 def compile_for(plan: launch.Launch, architecture: int, code: str | None = None) -> tuple[bytes, str]:
@@ -61,10 +61,10 @@ def test_no_spills_within_budget(kernel, dtype, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_123", "ffn_23", "ffn_4"])
+@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "decompress"])
 def test_weights_in_12_bits_do_not_spill_either(kernel, architecture):
-    formats = (BF12_SLICES if kernel == "ffn_4" else BF12_ROWS,) * len(KERNELS[kernel].weights)
     for d_model, d_ff, specialize in SHAPES:
+        formats = compressed_formats(kernel, d_model, d_ff)
         plan = plan_of(kernel, Shape(d_model, d_ff, "bfloat16", specialize, Target(architecture, 132)), formats=formats)
         _, report = compile_for(plan, architecture)
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan

@@ -202,6 +202,8 @@ class _Facts(Family):
 def family(monkeypatch):
     facts = _Facts()
     monkeypatch.setattr(arguments, "_common_family", lambda signature, kinds: facts)
+    monkeypatch.setattr("prosparse_cupy.compressed.family_of", lambda kind: facts)
+    monkeypatch.setattr(arguments, "family_of", lambda kind: facts)
     return facts
 
 
@@ -223,8 +225,11 @@ def test_a_kernel_gets_the_addresses_of_a_weight_and_its_number(family):
     assert call.inputs == [0x5000, *gates, 0x20000, *downs] and call.output == 0x900000
     assert dict(call.checked.formats) == {"W_GATE": BF12_ROWS, "W_UP": PLAIN, "W_DOWN": BF12_SLICES}
     assert call.checked.down_pointers == len(downs)
-    bound = arguments.BoundWeights(BOUND_FFN, (gate_, up, down)).call(_Array(0x5000, 4096), None)
-    assert bound.inputs == [*gates, 0x20000, *downs, 0x5000] and bound.checked.formats == call.checked.formats
+    weights_ = arguments.BoundWeights(BOUND_FFN, (gate_, up, down))
+    for _ in range(2):  # checked, and known
+        bound = weights_.call(_Array(0x5000, 4096), None)
+        assert bound.inputs == [*gates, 0x20000, *downs, 0x5000] and bound.checked.formats == call.checked.formats
+    assert len(weights_._known) == 1
     plain = check_call(psc.ffn.SPARSE_FFN, (_Array(0x5000, 4096), *3 * [up]), None)
     assert plain.checked.down_pointers == 1 and {f for _, f in plain.checked.formats} == {PLAIN}
 

@@ -157,7 +157,7 @@ def test_the_order_of_ffn_4s_sums_is_the_same_on_every_gpu_and_without_constants
 def test_only_hopper_and_later_get_programmatic_launches(kernel, shape):
     plan = plan_of(kernel, shape)
     assert plan.programmatic == ("PROGRAMMATIC" in _defines(plan))
-    assert plan.programmatic == (kernel != "pack_down" and shape.target.capability >= 90)
+    assert plan.programmatic == (kernel not in ("pack_down", "decompress") and shape.target.capability >= 90)
 
 
 @given(shapes)
@@ -181,7 +181,13 @@ def test_dynamic_kernels_do_not_depend_on_the_shape():
 def test_kernels_are_compiled_for_their_own_weights_and_formula(kernel, shape):
     defines = _defines(plan_of(kernel, shape))
     weights = {name for name in defines if name.startswith("W_")}
-    own = {"ffn_1": {"W_GATE"}, "ffn_123": {"W_GATE", "W_UP"}, "ffn_23": {"W_UP"}, "ffn_4": {"W_DOWN"}}
+    own = {
+        "ffn_1": {"W_GATE"},
+        "ffn_123": {"W_GATE", "W_UP"},
+        "ffn_23": {"W_UP"},
+        "ffn_4": {"W_DOWN"},
+        "decompress": {"W_PACKED"},
+    }
     assert weights == own.get(kernel, set())
     assert all(defines[name] == "Plain" for name in weights) and defines["TOKENS"] == 1
     assert ("ACTIVATION_RELU" in defines) == (kernel in ("ffn_123", "ffn_23"))

@@ -14,7 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = {"activation", "bf12", "elements", "memory", "plain", "programmatic", "row_dot", "warp", "weights"}
-KERNELS = {*(f"{name}.cuh" for name in HEADERS), "ffn_1.cu", "ffn_123.cu", "ffn_23.cu", "ffn_4.cu", "pack_down.cu"}
+KERNELS = {
+    *(f"{name}.cuh" for name in HEADERS),
+    "ffn_1.cu",
+    "ffn_123.cu",
+    "ffn_23.cu",
+    "ffn_4.cu",
+    "pack_down.cu",
+    "decompress.cu",
+}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree")
 

@@ -105,7 +105,9 @@ def _demo(
 @click.option("--d-model", type=click.IntRange(1), help="Dims of another model, with --d-ff.")
 @click.option("--d-ff", type=click.IntRange(1), help="Dims of another model, with --d-model.")
 @click.option("--dtype", type=click.Choice(list(ITEMSIZE)), default="bfloat16", show_default=True)
-@click.option("--weights", type=click.Choice(["plain", "bf12"]), default="plain", show_default=True, help="bf12: compressed ones.")
+@click.option(
+    "--weights", type=click.Choice(["plain", "bf12"]), default="plain", show_default=True, help="bf12: compressed ones."
+)
 @click.option("--sparsity", type=_Number(0, 1), help="Share of inactive neurons.  [default: the model's average]")
 @click.option(
     "--output",
@@ -139,7 +141,9 @@ def _tune(
         measured.write(file, target, found)
     except (ImportError, RuntimeError, OSError, MemoryError) as error:  # CuPy's OutOfMemoryError is a MemoryError
         raise click.ClickException(str(error)) from None
-    table = Table(title=f"{target.name}: {chosen.name}, {dtype}, {weights} weights, {chosen.sparsity:.2%} sparse", title_justify="left")
+    table = Table(
+        title=f"{target.name}: {chosen.name}, {dtype}, {weights} weights, {chosen.sparsity:.2%} sparse", title_justify="left"
+    )
     for column in ("kernel", "rule µs", "fastest µs", "knobs"):
         table.add_column(column, justify="left" if column in ("kernel", "knobs") else "right", overflow="fold")
     for row in found:

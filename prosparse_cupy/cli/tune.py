@@ -48,7 +48,9 @@ def tune(model: Model, dtype: str, dense: Dense, commit: str, tell: Tell, weight
     """The fastest knobs of every kernel for a model's dims on CuPy's current GPU; `weights` may also be bf12."""
     layers, found = Layers(model, dtype, dense), []
     for kernel in TIMED_IN:
-        found.append(_tune_kernel(_problem(kernel, model.d_model, model.d_ff, dtype, weights), layers, model.sparsity, commit, tell))
+        found.append(
+            _tune_kernel(_problem(kernel, model.d_model, model.d_ff, dtype, weights), layers, model.sparsity, commit, tell)
+        )
     return found
 
 
