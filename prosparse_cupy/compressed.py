@@ -95,6 +95,22 @@ class CompressedWeight(Generic[A]):
         kernel.launch(family.stream(device), False, *self.addresses, family.address(result), d_ff, d_model)
         return result
 
+    def to(self, device: Any) -> CompressedWeight[A]:
+        """The same on another device, for torch tensors: ``packed.to("cuda:1")``.
+
+        Raises
+        ------
+        TypeError
+            Its arrays are not torch tensors.
+        """
+        if self.family.name != "torch":
+            raise TypeError(
+                f"to: only weights in torch tensors move, this one is in {self.family.name} arrays: compress it there"
+            )
+        moved = [array.to(device) for array in map(_any, self.arrays)]
+        packed = self._packed._replace(words=tuple(moved[:-1]), escapes=moved[-1])
+        return CompressedWeight(self._shape, self._layout, packed, self._escapes)
+
     def __repr__(self) -> str:
         return (
             f"CompressedWeight({self._shape[0]} x {self._shape[1]}, {self._layout}, {self.nbytes} bytes, {self.ratio:.4f} of "
@@ -113,6 +129,11 @@ class CompressedWeight(Generic[A]):
     def format(self) -> Format:
         """As the kernels know it."""
         return _format_of(self._layout, self._shape)
+
+    @property
+    def base(self) -> int:
+        """Of its window of exponents."""
+        return self._packed.base
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -221,6 +242,10 @@ def _family_of_weight(w: Any) -> Family:
 def plain(array: Any) -> Any:
     """A NumPy weight as the reference takes it: decompressed if it is compressed."""
     return array.decompress() if isinstance(array, CompressedWeight) else array
+
+
+def _any(array: Any) -> Any:
+    return array
 
 
 def _size(array: Any) -> int:

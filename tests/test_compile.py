@@ -14,6 +14,7 @@ from test_launch import static_shared_bytes
 from prosparse_cupy import compiler, device, launch, measured, models
 from prosparse_cupy.compiler import compiler_options, kernel_folder, source
 from prosparse_cupy.formats import ITEMSIZE
+from prosparse_cupy.knobs import compressed_formats
 from prosparse_cupy.problem import H100, KERNELS, Target
 
 nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
@@ -23,7 +24,15 @@ SHAPES = [(m.d_model, m.d_ff, True) for m in (models.LLAMA_2_7B, models.LLAMA_2_
     (4096, 11008, False)
 ]
 # Threads an SM must hold, of its 65536 registers: what launch_bounds promise and the occupancy the times were measured at.
-REGISTERS = {"ffn_1": 128, "ffn_123": 128, "ffn_23": 64, "ffn_23 of 12 rows a block": 80, "ffn_4": 64, "pack_down": 64, "decompress": 64}
+REGISTERS = {
+    "ffn_1": 128,
+    "ffn_123": 128,
+    "ffn_23": 64,
+    "ffn_23 of 12 rows a block": 80,
+    "ffn_4": 64,
+    "pack_down": 64,
+    "decompress": 64,
+}
 
 
 def compile_for(plan: launch.Launch, architecture: int, code: str | None = None) -> tuple[bytes, str]:

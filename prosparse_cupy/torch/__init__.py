@@ -5,11 +5,13 @@ Nothing outside this folder imports torch.
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.prosparse
 from .activation import FATReLU, register_fatrelu
+from .compressed import CompressedLinear
 from .mlp import SparseGatedMLP
 from .patch import LayerPatch, PatchReport, patch_model, unpatch_model
 from .sparsity import LayerSparsity, SparsityMeter, SparsityReport, measure_sparsity
 
 __all__ = [
+    "CompressedLinear",
     "FATReLU",
     "LayerPatch",
     "LayerSparsity",

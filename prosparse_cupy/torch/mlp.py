@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from ..ffn import sparse_ffn
 from ..formats import ITEMSIZE, VECTOR_BYTES
 from .activation import FATReLU
+from .compressed import CompressedLinear, TorchWeight, facts_of, parts_of
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in ITEMSIZE)
@@ -97,41 +98,45 @@ class SparseGatedMLP(nn.Module):
         weights = self._plain_weights()
         if weights is None or _is_cast(x) or _is_recorded(x, weights):
             return None
-        w_gate, w_up, w_down = weights
         activation: Any = self._modules["act_fn"]
-        token, w_down_t, threshold = x.flatten(), w_down.mT, activation.threshold
+        token, threshold = x.flatten(), activation.threshold
         if self.counts is None and x.is_cuda and not _is_watched():
             try:
-                return sparse_ffn(token, w_gate, w_up, w_down_t, threshold).view_as(x)  # the dispatcher costs 8 µs
+                return sparse_ffn(token, *weights, threshold).view_as(x)  # the dispatcher costs 8 µs
             except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
                 return None
-        if not _is_taken(token, w_gate, w_up, w_down_t):
+        if not _is_taken(token, *weights):
             return None
         if self.counts is None:
-            y: Tensor = torch.ops.prosparse.sparse_ffn.default(token, w_gate, w_up, w_down_t, threshold)
-            return y.view_as(x)
-        x1 = torch.ops.prosparse.ffn_123(token, w_gate, w_up, threshold)
+            return _dispatched("sparse_ffn", token, weights, threshold).view_as(x)
+        x1 = _dispatched("ffn_123", token, weights[:2], threshold)
         count_active(self.counts, x1)
-        y = torch.ops.prosparse.ffn_4(x1, w_down_t)
-        return y.view_as(x)
+        return _dispatched("ffn_4", x1, weights[2:]).view_as(x)
 
-    def _plain_weights(self) -> list[Tensor] | None:
-        """The three weights, if calling the projections and the activation does what it did when the module was made."""
-        weights: list[Tensor] = []
+    def _plain_weights(self) -> tuple[TorchWeight, TorchWeight, TorchWeight] | None:
+        """w_gate, w_up and w_down_t, if calling the modules does what it did when this one was made."""
+        weights: list[TorchWeight] = []
         modules = self._modules
         for name in PROJECTIONS:
-            linear = modules.get(name)
+            linear: Any = modules.get(name)
+            if type(linear) is CompressedLinear:
+                if does_more(linear) or linear.transposed != (name == "down_proj"):
+                    return None
+                weights.append(linear.packed)
+                continue
             if type(linear) is not nn.Linear or does_more(linear):
                 return None
             parameters = linear._parameters
             weight = parameters.get("weight")
             if parameters.get("bias") is not None or weight is None:
                 return None
-            weights.append(weight)
+            weights.append(weight.mT if name == "down_proj" else weight)
         activation = modules.get("act_fn")
         if type(activation) is not FATReLU or activation.threshold is None or does_more(activation):
             return None
-        return None if _GLOBAL_HOOKS or _GLOBAL_PRE_HOOKS or nn.Linear.forward is not _LINEAR_FORWARD else weights
+        if _GLOBAL_HOOKS or _GLOBAL_PRE_HOOKS or nn.Linear.forward is not _LINEAR_FORWARD:
+            return None
+        return weights[0], weights[1], weights[2]
 
 
 _GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
@@ -159,14 +164,25 @@ def _is_cast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
 
 
-def _is_recorded(x: Tensor, weights: list[Tensor]) -> bool:
+def _is_recorded(x: Tensor, weights: tuple[TorchWeight, ...]) -> bool:
     """Whether derivatives are taken through these tensors, backward or forward."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    return torch.is_grad_enabled() and (x.requires_grad or any(isinstance(w, Tensor) and w.requires_grad for w in weights))
 
 
-def _is_taken(token: Tensor, *weights: Tensor) -> bool:
+def _dispatched(name: str, x: Tensor, weights: tuple[TorchWeight, ...], *threshold: float) -> Tensor:
+    """An operator through torch's dispatcher."""
+    operator = getattr(torch.ops.prosparse, name)
+    if all(isinstance(w, Tensor) for w in weights):
+        plain: Tensor = operator.default(x, *weights, *threshold)
+        return plain
+    facts = [fact for w in weights for fact in facts_of(w)]
+    result: Tensor = operator.parts(x, *map(parts_of, weights), facts, *threshold)
+    return result
+
+
+def _is_taken(token: Tensor, *weights: TorchWeight) -> bool:
     """Whether `torch.ops.prosparse` takes a token with these (d_ff, d_model) weights."""
     dtype, device, shape = token.dtype, token.get_device(), weights[0].shape
     if dtype not in DTYPES or token.shape[-1] != shape[-1] or token.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
@@ -174,11 +190,14 @@ def _is_taken(token: Tensor, *weights: Tensor) -> bool:
     if not token.is_contiguous():
         return False
     for w in weights:
-        if w.dtype != dtype or w.get_device() != device or w.shape != shape or not w.is_contiguous():
+        if not isinstance(w, Tensor):
+            if dtype != torch.bfloat16 or w.arrays[0].get_device() != device or w.shape != tuple(shape):
+                return False
+        elif w.dtype != dtype or w.get_device() != device or w.shape != shape or not w.is_contiguous():
             return False
     if not token.is_cuda and token.device.type != "cpu":
         return False
-    return torch.compiler.is_compiling() or _have_memory(token, *weights)
+    return torch.compiler.is_compiling() or _have_memory(token, *(part for w in weights for part in parts_of(w)))
 
 
 def _have_memory(*tensors: Tensor) -> bool:
@@ -195,14 +214,14 @@ def _pack_what_was_loaded(module: SparseGatedMLP, incompatible_keys: Any) -> Non
 
 def pack(down_proj: nn.Linear) -> None:
     """Lay the weight out so that its transpose is contiguous: the same parameter, shape and values."""
-    weight = getattr(down_proj, "weight", None)
+    weight = down_proj._parameters.get("weight") if isinstance(down_proj, nn.Module) else None
     if isinstance(weight, Tensor) and not weight.t().is_contiguous():
         weight.data = weight.data.t().contiguous().t()
 
 
 def unpack(down_proj: nn.Linear) -> None:
     """The inverse of `pack`: `nn.Linear`'s own layout."""
-    weight = getattr(down_proj, "weight", None)
+    weight = down_proj._parameters.get("weight")
     if isinstance(weight, Tensor) and not weight.is_contiguous():
         weight.data = weight.data.contiguous()
 

@@ -1,8 +1,10 @@
 """`torch.ops.prosparse`: the operators in torch's dispatcher, so that `torch.compile` and `torch.export` see them whole.
 
 `ffn_1`, `ffn_123`, `ffn_23`, `ffn_4` and `sparse_ffn` take what the functions of the same name in `prosparse_cupy` take, and
-each has an overload `.out` that writes to `out` and returns nothing. CUDA tensors go to the kernels, CPU tensors to the
-reference. Inference only: a tensor that requires grad is refused while gradients are recorded.
+each has an overload `.out` that writes to `out` and returns nothing, and an overload `.parts` whose weights may be compressed:
+the dispatcher takes tensors and numbers alone, so each weight is a list of tensors (`parts_of`), and `facts` the numbers of all
+(`facts_of`). `decompress` makes such a weight plain. CUDA tensors go to the kernels, CPU tensors to the reference. Inference
+only: a tensor that requires grad is refused while gradients are recorded.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from torch import Tensor
 
 from .. import ffn, ops
 from ..arguments import Signature
+from ..compressed import CompressedWeight
 from ..ffn import SPARSE_FFN
 from ..ops import FFN_1, FFN_4, FFN_23, FFN_123
+from .compressed import on_host, packed_of, weight_of
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -41,6 +45,60 @@ def _register(name: str) -> None:
     torch.library.register_fake(f"prosparse::{name}.out", _returning_nothing(call), lib=_LIBRARY)
 
 
+def _register_parts(name: str) -> None:
+    """The overload for weights in parts."""
+    signature = _SIGNATURES[name]
+    inputs = ", ".join(f"Tensor{'[]' if operand.define else ''} {operand.name}" for operand in signature.inputs)
+    threshold = ", float threshold=0.0" if signature.has_threshold else ""
+    _LIBRARY.define(f"{name}.parts({inputs}, int[] facts{threshold}) -> Tensor", tags=_TAGS)
+    operator = getattr(ffn if name == "sparse_ffn" else ops, name)
+    for key, run in (("CUDA", operator), ("CPU", _on_host(operator))):
+        _LIBRARY.impl(f"{name}.parts", _refusing_grad(name, _of_parts(signature, run)), key)
+    fake = _refusing_grad(name, _fake_of_parts(signature))
+    torch.library.register_fake(f"prosparse::{name}.parts", fake, lib=_LIBRARY)
+
+
+def _of_parts(signature: Signature, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    inputs = signature.inputs
+
+    def call(*arguments: Any, out: Tensor | None) -> Tensor:
+        given, facts = [*arguments[: len(inputs)]], [*arguments[len(inputs)]]
+        for i, operand in enumerate(inputs):
+            if operand.define:
+                given[i], facts = weight_of(given[i], tuple(facts[:5])), facts[5:]
+        return run(*given, *arguments[len(inputs) + 1 :], out=out)
+
+    return call
+
+
+def _fake_of_parts(signature: Signature) -> Callable[..., Tensor]:
+    """As `_fake`, of a plain weight's shape or of what its facts say."""
+    axis = ("d_ff", "d_model").index(signature.output.dims[0])
+
+    def call(*arguments: Any, out: Tensor | None) -> Tensor:
+        first, weight, facts = arguments[0], arguments[len(signature.inputs) - 1], arguments[len(signature.inputs)]
+        size = weight[0].shape[axis] if facts[-5] < 0 else facts[-4 + axis]
+        result: Tensor = first.new_empty((*first.shape[:-1], size))
+        return result
+
+    return call
+
+
+def _register_decompress() -> None:
+    _LIBRARY.define("decompress(Tensor[] parts, int[] facts) -> Tensor", tags=_TAGS)
+
+    def call(parts: list[Tensor], facts: list[int]) -> Tensor:
+        return packed_of(parts, tuple(facts)).decompress()
+
+    for key in ("CUDA", "CPU"):
+        _LIBRARY.impl("decompress", call, key)
+    torch.library.register_fake(
+        "prosparse::decompress",
+        lambda parts, facts: parts[0].new_empty((facts[1], facts[2]), dtype=torch.bfloat16),
+        lib=_LIBRARY,
+    )
+
+
 def _refusing_grad(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*arguments: Any, out: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled():
@@ -59,7 +117,7 @@ def _returning_nothing(call: Callable[..., Tensor]) -> Callable[..., None]:
 
 def _on_host(operator: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
     def call(*arguments: Any, out: Tensor | None) -> Tensor:
-        arrays = [as_numpy(a) if isinstance(a, Tensor) else a for a in arguments]
+        arrays = [on_host(a, as_numpy) if isinstance(a, (Tensor, CompressedWeight)) else a for a in arguments]
         return from_numpy(operator(*arrays, out=None if out is None else as_numpy(out)))
 
     return call
@@ -111,3 +169,5 @@ def from_numpy(array: np.ndarray) -> Tensor:
 
 for _name in _SIGNATURES:
     _register(_name)
+    _register_parts(_name)
+_register_decompress()

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
-from ..formats import VECTOR_BYTES
+from ..formats import BF12_SLICES, VECTOR_BYTES
 from ..formula import FATRELU, RELU, UnsupportedFormula, check_threshold, formula_of, said_by
+from ..knobs import compressed_format
 from ._text import table
 from .acceptance import why_another_formula, why_outside_the_contract
 from .activation import FATReLU
+from .compressed import CompressedLinear
 from .mlp import DTYPES, PROJECTIONS, SparseGatedMLP, does_more, unpack
+
+
+_LARGEST_RATIO = 0.8  # of a matrix that is worth compressing
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,10 @@ class LayerPatch:
     threshold: float
     reason: str = ""
     """Why it was left dense."""
+    ratio: float = 1.0
+    """What its weights take of plain ones' memory; below 1 where they are compressed."""
+    plain: str = ""
+    """Which of its weights were not compressed, and why, where that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,17 @@ class PatchReport:
 
     def __str__(self) -> str:
         title = f"{len(self.sparse)} of {len(self.layers)} gated MLPs decode sparsely"
-        rows = [(x.name, "sparse" if x.sparse else f"dense: {x.reason}", f"{x.threshold:g}") for x in self.layers]
-        return table(title, ("layer", "decoding", "threshold"), rows)
+        heads = ["layer", "decoding", "threshold"]
+        rows = [[x.name, "sparse" if x.sparse else f"dense: {x.reason}", f"{x.threshold:g}"] for x in self.layers]
+        if any(x.ratio < 1 or x.plain for x in self.layers):
+            sparse = self.sparse
+            title += f", their weights in {sum(x.ratio for x in sparse) / len(sparse):.1%} of the memory"
+            heads += ["weights", "left plain"]
+            rows = [[*row, f"{x.ratio:.1%}", x.plain] for row, x in zip(rows, self.layers, strict=True)]
+        return table(title, tuple(heads), [tuple(row) for row in rows])
 
 
-def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport:
+def patch_model(model: nn.Module, threshold: float | None = None, *, compress: bool = False) -> PatchReport:
     """Let every gated ReLU MLP of a model decode sparsely, exactly as before within rounding; in place.
 
     An MLP is gated if it has `gate_proj`, `up_proj` and `down_proj`, as in LLaMA, Mistral, Qwen2, MiniCPM, and remote code like
@@ -67,6 +84,12 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
     threshold : float, optional
         FATReLU's T in place of the config's: this moves the activation of the model, and so changes what it says. The layer's
         code must still be ReLU or FATReLU as its config says; where the config has no threshold, this one.
+    compress : bool, default False
+        Hold the FFN's weights in 12 bits instead of 16, without loss (`prosparse_cupy.compress`): the same numbers in three
+        quarters of the memory, and faster. For bfloat16 models and for inference: compressed weights are no parameters. One
+        matrix at a time is compressed. Prefill decompresses a matrix for the time of its call. State dicts and
+        ``save_pretrained`` hold the plain weights, in host memory. A matrix that would not get below 80 % of its size stays
+        plain, and so does a `down_proj` of a model too narrow for compression to pay (`d_model` of 2640 and less).
 
     Returns
     -------
@@ -79,8 +102,8 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
     TypeError
         `model` is no module.
     ValueError
-        No gated MLP, an activation that is not ReLU, a `fatrelu` config without its threshold, a model that is patched already.
-        Nothing has been changed.
+        No gated MLP, an activation that is not ReLU, a `fatrelu` config without its threshold, a model that is patched already,
+        or one to be compressed whose weights are not bfloat16. Nothing has been changed.
     """
     check_module("patch_model", model)
     found = list(gated_mlps(model))
@@ -91,6 +114,8 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
     if any(isinstance(mlp, SparseGatedMLP) for _, mlp in found):
         raise ValueError("patch_model: the model is patched already: call unpatch_model(model) first")
     given = None if threshold is None else check_threshold("patch_model", threshold)
+    if compress:
+        _check_compressible(found)
     own = [_own_threshold(model, name, mlp, given) for name, mlp in found]
     layers = []
     try:
@@ -98,14 +123,68 @@ def patch_model(model: nn.Module, threshold: float | None = None) -> PatchReport
             becomes = was if given is None else given
             reason = _why_dense(mlp) or _replace(model, name, mlp, was, becomes)
             layers.append(LayerPatch(name, not reason, becomes, reason))
+        if compress:
+            layers = _compress_all(model, layers)
     except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
         unpatch_model(model)
         raise
     return PatchReport(tuple(layers))
 
 
+def _check_compressible(found: list[tuple[str, Any]]) -> None:
+    """ValueError if weights have a dtype that does not compress."""
+    for name, mlp in found:
+        dtype = getattr(getattr(mlp.gate_proj, "weight", None), "dtype", None)
+        if dtype in (torch.float16, torch.float32):
+            raise ValueError(
+                f"patch_model: {name}: compress=True needs bfloat16 weights, got {dtype}: other dtypes keep more bits of "
+                "mantissa, which do not compress without loss; nothing was changed"
+            )
+
+
+def _compress_all(model: nn.Module, layers: list[LayerPatch]) -> list[LayerPatch]:
+    """Compress the weights of the layers that decode sparsely, with a bar on a terminal."""
+    console = Console(stderr=True)
+    bar = track(layers, "compressing", console=console, transient=True, disable=not console.is_terminal)
+    done = [_compressed(model.get_submodule(layer.name), layer) if layer.sparse else layer for layer in bar]
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the plain weights' memory goes back to the GPU
+    return done
+
+
+@torch.no_grad()
+def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
+    """A layer whose weights have been compressed, one after the other, where that pays."""
+    before, plain = 0, 0.0
+    left = list[str]()
+    for name in PROJECTIONS:
+        linear = getattr(sparse, name)
+        weight, transposed = linear.weight, name == "down_proj"
+        before += weight.numel()
+        if transposed and compressed_format("W_DOWN", sparse.d_model, sparse.d_ff) is not BF12_SLICES:
+            left.append(f"{name}: d_model {sparse.d_model} is too narrow")
+            plain += weight.numel()
+            continue
+        packed = CompressedLinear(weight, transposed=transposed)
+        ratio = packed.packed.ratio
+        if ratio > _LARGEST_RATIO:
+            left.append(f"{name}: {ratio:.0%} of its size")
+            plain += weight.numel()
+            continue
+        if not torch.equal(packed.weight.view(torch.int16), weight.view(torch.int16)):
+            raise RuntimeError(f"patch_model: {layer.name}.{name} did not come back to the bit: a defect, please report it")
+        plain += ratio * weight.numel()
+        packed.train(linear.training)
+        for holder in (sparse, sparse.replaced):
+            setattr(holder, name, packed)
+        del linear, weight
+    return replace(layer, ratio=plain / before, plain=", ".join(left))
+
+
 def unpatch_model(model: nn.Module) -> None:
     """Undo `patch_model`: the MLPs of before, on the weights of now in `nn.Linear`'s layout. Others are left alone.
+
+    Compressed weights become plain ones again, bit for bit, a matrix at a time.
 
     Projections that were replaced since then, by LoRA adapters for instance, stay.
     """
@@ -209,5 +288,9 @@ def _put_back(model: nn.Module, name: str, sparse: SparseGatedMLP) -> None:
     unpack(sparse.down_proj)
     before: Any = sparse.replaced
     for projection in PROJECTIONS:
-        setattr(before, projection, getattr(sparse, projection))
+        linear = getattr(sparse, projection)
+        if isinstance(linear, CompressedLinear):
+            linear = linear.linear()
+            setattr(sparse, projection, linear)
+        setattr(before, projection, linear)
     model.set_submodule(name, before.train(sparse.training))

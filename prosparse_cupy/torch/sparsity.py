@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._text import table
+from .compressed import CompressedLinear
 from .mlp import SparseGatedMLP, count_active
 from .patch import check_module, gated_mlps
 
@@ -101,7 +102,7 @@ class SparsityMeter:
         self._neurons: dict[str, int] = {}
         self._undo: list[Callable[[], object]] = []
         for name, mlp in found:
-            counts = torch.zeros(2, dtype=torch.int64, device=mlp.down_proj.weight.device)
+            counts = torch.zeros(2, dtype=torch.int64, device=_device_of(mlp.down_proj))
             self._counts[name], self._neurons[name] = counts, mlp.down_proj.in_features
             mlp.counts = counts
             if isinstance(mlp, SparseGatedMLP):
@@ -134,6 +135,10 @@ class SparsityMeter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
+
+
+def _device_of(linear: Any) -> Any:
+    return linear.device if isinstance(linear, CompressedLinear) else linear.weight.device
 
 
 def _count(counts: Tensor, module: nn.Module, arguments: tuple[Any, ...]) -> None:

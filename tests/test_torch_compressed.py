@@ -1,0 +1,321 @@
+"""Compressed models: patch_model(compress=True), CompressedLinear, and the overloads of the torch ops for compressed weights."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+transformers = pytest.importorskip("transformers", reason='the extra "hf" brings it')
+from torch import nn  # noqa: E402
+from torch_devices import DEVICES  # noqa: E402
+
+import prosparse_cupy as psc  # noqa: E402
+from prosparse_cupy.torch import CompressedLinear, SparsityMeter, measure_sparsity, patch_model, unpatch_model  # noqa: E402
+from prosparse_cupy.torch import ops as torch_ops  # noqa: E402
+from prosparse_cupy.torch.compressed import facts_of, parts_of  # noqa: E402
+
+WIDE, NARROW = 2656, 64  # whose slices in ffn_4 are units, and are not
+
+
+def _model(hidden: int = WIDE, device: str = "cpu", dtype=torch.bfloat16, **changes):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        max_position_embeddings=64,
+        eos_token_id=None,
+        pad_token_id=0,
+        hidden_act="relu",
+        **changes,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
+    with torch.no_grad():  # weights of which some have no code
+        for layer in model.model.layers:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                weight = getattr(layer.mlp, name).weight
+                weight[torch.rand(weight.shape) < 1e-4] = 2.0**-100
+    return model
+
+
+def _ids(model):
+    return torch.randint(1, 64, (1, 7), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def _text(model):
+    with torch.inference_mode():
+        return model.generate(_ids(model), max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+
+def _bits(tensor):
+    return tensor.detach().cpu().contiguous().view(torch.int16)
+
+
+def _same_state(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert value.shape == other[key].shape and torch.equal(_bits(value), _bits(other[key])), key
+
+
+def _weights(device: str, d_ff: int = 40):
+    generator = torch.Generator().manual_seed(1)
+    w = [(torch.randn(d_ff, WIDE, generator=generator) / WIDE**0.5).to(torch.bfloat16) for _ in range(3)]
+    for weight in w:
+        weight[torch.rand(weight.shape, generator=generator) < 1e-3] = 2.0**-100
+    return torch.randn(WIDE, generator=generator).to(torch.bfloat16).to(device), *(weight.to(device) for weight in w)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compressed_model_gives_the_bits_of_a_patched_one_and_unpatching_those_of_before(device):
+    model = _model(device=device)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    patch_model(model)
+    expected = _text(model)
+    unpatch_model(model)
+    report = patch_model(model, compress=True)
+    assert len(report.sparse) == 2 and all(0.75 < layer.ratio < 0.8 and not layer.plain for layer in report.layers)
+    assert "their weights in 7" in str(report)
+    linears = [m for m in model.modules() if isinstance(m, CompressedLinear)]
+    assert len(linears) == 6 and not any("mlp" in name for name, _ in model.named_parameters())
+    found = _text(model)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.logits, expected.logits, strict=True):  # prefill and decoding
+        assert torch.equal(one.view(torch.int32), other.view(torch.int32))
+    _same_state(model.state_dict(), state)
+    assert all(value.device.type == "cpu" for key, value in model.state_dict().items() if "mlp" in key)
+    unpatch_model(model)
+    assert all(type(getattr(layer.mlp, "gate_proj")) is nn.Linear for layer in model.model.layers)
+    _same_state(model.state_dict(), state)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_save_pretrained_writes_the_ordinary_checkpoint(tmp_path):
+    model = _model()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    patch_model(model, compress=True)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    _same_state(loaded.state_dict(), state)
+    assert type(loaded.model.layers[0].mlp).__name__ == "LlamaMLP"
+
+
+def test_a_compressed_model_loads_a_state_dict():
+    model, other = _model(), _model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    patch_model(model, compress=True)
+    assert not model.load_state_dict(other.state_dict()).missing_keys
+    _same_state(model.state_dict(), other.state_dict())
+    patch_model(other)
+    assert torch.equal(_text(model).sequences, _text(other).sequences)
+    broken = other.state_dict()
+    broken["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=r"size mismatch for model.layers.0.mlp.up_proj.weight: \(3, 3\)"):
+        model.load_state_dict(broken)
+    del broken["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(RuntimeError, match="Missing key.*up_proj"):
+        model.load_state_dict(broken)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_does_not_pay_stays_plain_and_is_said(device):
+    model = _model(NARROW, device)
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight.copy_(torch.randn(weight.shape) * 2.0 ** torch.randint(-60, 60, weight.shape))
+    plain = copy.deepcopy(model)
+    report = patch_model(model, compress=True)
+    patch_model(plain)
+    assert [layer.plain.split(":")[0] for layer in report.layers] == ["up_proj", "down_proj"]
+    assert "down_proj: d_model 64 is too narrow" in str(report) and "% of its size" in report.layers[0].plain
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert type(model.model.layers[1].mlp.up_proj) is CompressedLinear
+    assert torch.equal(_text(model).sequences, _text(plain).sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_are_refused_before_anything_changes(dtype):
+    model = _model(NARROW, dtype=dtype)
+    with pytest.raises(ValueError, match="compress=True needs bfloat16 weights, got torch.float.*nothing was changed"):
+        patch_model(model, compress=True)
+    assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
+
+
+def test_a_failure_on_the_way_puts_everything_back(monkeypatch):
+    model = _model()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    calls = iter(range(9))
+
+    def broken(*arguments, **keywords):
+        if next(calls) == 4:
+            raise torch.OutOfMemoryError("no memory")
+        return CompressedLinear(*arguments, **keywords)
+
+    monkeypatch.setattr(
+        "prosparse_cupy.torch.patch.CompressedLinear", type("Broken", (), {"__new__": lambda cls, *a, **k: broken(*a, **k)})
+    )
+    monkeypatch.setattr("prosparse_cupy.torch.patch._put_back", _put_back_of(CompressedLinear))
+    with pytest.raises(torch.OutOfMemoryError):
+        patch_model(model, compress=True)
+    assert type(model.model.layers[0].mlp).__name__ == type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
+    _same_state(model.state_dict(), state)
+
+
+def _put_back_of(kind):
+    """`patch._put_back`, which asks for a class that the test has replaced."""
+    from prosparse_cupy.torch import patch
+
+    real = patch._put_back
+
+    def put_back(model, name, sparse):
+        replaced, patch.CompressedLinear = patch.CompressedLinear, kind
+        try:
+            real(model, name, sparse)
+        finally:
+            patch.CompressedLinear = replaced
+
+    return put_back
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch.save"])
+def test_copies_and_pickles(how):
+    model = _model()
+    patch_model(model, compress=True)
+    expected = _text(model).sequences
+    if how == "torch.save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = how(model)
+    assert torch.equal(_text(other).sequences, expected)
+    _same_state(other.state_dict(), model.state_dict())
+
+
+def test_casts_are_refused_and_moves_are_not():
+    linear = CompressedLinear(_weights("cpu")[1])
+    for cast in (lambda: linear.half(), lambda: linear.float(), lambda: linear.to(torch.float64)):
+        with pytest.raises(TypeError, match="compressed weights are bfloat16 and cannot become .*unpatch_model"):
+            cast()
+    before = _bits(linear.weight)
+    assert torch.equal(_bits(linear.to("cpu").bfloat16().weight), before)
+    assert "ratio=0.7" in repr(linear)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_is_linear(transposed, device):
+    _, w, *_ = _weights(device)
+    w = w.t() if transposed else w
+    linear, plain = CompressedLinear(w, transposed=transposed), nn.Linear(1, 1, bias=False, device="meta")
+    plain.weight = nn.Parameter(w)
+    x = torch.randn(5, 3, w.shape[1], device=device).to(torch.bfloat16)
+    assert torch.equal(linear(x), plain(x)) and torch.equal(_bits(linear.linear().weight), _bits(w))
+    x.requires_grad_(True)
+    linear(x).sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sparsity_is_counted(device):
+    model = _model(device=device)
+    patch_model(model)
+    expected = measure_sparsity(model, _ids(model)).sparsity
+    unpatch_model(model)
+    patch_model(model, compress=True)
+    assert measure_sparsity(model, _ids(model)).sparsity == expected
+    with SparsityMeter(model) as meter:
+        _text(model)
+    assert 0 < meter.report().sparsity < 1 and meter.report().layers[0].tokens == 18
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_ops_take_compressed_weights_in_parts(device):
+    x, w_gate, w_up, w_down_t = _weights(device)
+    packed = [psc.compress(w_gate), w_up, psc.compress(w_down_t, layout="slices")]
+    ops = torch.ops.prosparse
+    facts = lambda *weights: [fact for w in weights for fact in facts_of(w)]  # noqa: E731
+    with torch.inference_mode():
+        gate = ops.ffn_1(x, w_gate)
+        x1 = ops.ffn_123(x, w_gate, w_up, 0.1)
+        pairs = [
+            (gate, ops.ffn_1.parts(x, parts_of(packed[0]), facts(packed[0]))),
+            (x1, ops.ffn_123.parts(x, *map(parts_of, packed[:2]), facts(*packed[:2]), 0.1)),
+            (ops.ffn_23(gate, x, w_up, 0.1), ops.ffn_23.parts(gate, x, [w_up], facts(w_up), 0.1)),
+            (ops.ffn_4(x1, w_down_t), ops.ffn_4.parts(x1, parts_of(packed[2]), facts(packed[2]))),
+            (
+                ops.sparse_ffn(x, w_gate, w_up, w_down_t, 0.1),
+                ops.sparse_ffn.parts(x, *map(parts_of, packed), facts(*packed), 0.1),
+            ),
+            (w_down_t, ops.decompress(parts_of(packed[2]), facts(packed[2]))),
+        ]
+    for expected, found in pairs:
+        assert found.shape == expected.shape and torch.equal(_bits(found), _bits(expected)) and _bits(found).any()
+    assert np.array_equal(torch_ops.as_numpy(w_gate.cpu()).view(np.int16), _bits(packed[0].decompress()).numpy())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_whole(device):
+    model = _model(device=device)
+    patch_model(model, compress=True)
+    mlp = model.model.layers[0].mlp
+    step = torch.compile(mlp, fullgraph=True)
+    with torch.inference_mode():
+        for tokens in (1, 5):
+            x = torch.randn(1, tokens, WIDE, device=device).to(torch.bfloat16)
+            torch.testing.assert_close(step(x), mlp(x), rtol=2**-7, atol=2**-9)
+
+
+def test_moved_weights(torch_gpu):
+    packed = psc.compress(_weights("cpu")[1])
+    there = packed.to("cuda")
+    assert all(a.is_cuda for a in there.arrays)
+    assert torch.equal(_bits(there.decompress()), _bits(packed.decompress()))
+    assert torch.equal(_bits(there.to("cpu").decompress()), _bits(packed.decompress()))
+
+
+def test_arrays_that_do_not_move():
+    with pytest.raises(TypeError, match="only weights in torch tensors move, this one is in NumPy arrays"):
+        psc.compress(np.ones((2, 8), psc.compress.__globals__["np"].float32).astype("bfloat16")).to("cuda")
+
+
+@pytest.mark.gpu
+def test_memory_on_the_gpu(torch_gpu):
+    """Three quarters of it, and never more than the plain model and one layer, as the driver has it."""
+
+    def used():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32, vocab_size=64, hidden_act="relu"
+    )
+    empty = used()
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    ffn = 4 * 3 * 4096 * 11008 * 2
+    plain = used()
+    patch_model(copy.deepcopy(model), compress=True)  # what is loaded once is loaded
+    once = used() - plain
+    torch.cuda.reset_peak_memory_stats()
+    allocated = torch.cuda.memory_allocated()
+    report = patch_model(model, compress=True)
+    peak = torch.cuda.max_memory_allocated() - allocated
+    saved = plain + once - used()
+    assert abs(saved / ffn - 0.25) < 0.01, (saved, ffn, empty)
+    assert peak < ffn / 4, "more than one layer at once"
+    assert all(0.75 < layer.ratio < 0.755 for layer in report.layers)
+    state = model.model.layers[0].mlp.gate_proj.weight.clone()
+    unpatch_model(model)
+    assert torch.equal(_bits(model.model.layers[0].mlp.gate_proj.weight), _bits(state))
