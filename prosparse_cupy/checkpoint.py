@@ -44,8 +44,8 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
         A file is missing, may not be read or is no checkpoint's, the activation is neither ``relu`` nor ``fatrelu``, the layer
         does not exist, or its weights are empty, quantised, not finite or do not fit each other.
     """
-    threshold = _threshold(_read_json(folder / "config.json"))
-    files = _files_by_name(folder)
+    threshold = threshold_of(read_json(folder / "config.json"))
+    files = files_by_name(folder)
     w_gate, w_up, w_down = (_load(folder, files, layer, projection) for projection in _PROJECTIONS)
     if w_gate.ndim != 2 or w_up.shape != w_gate.shape or w_down.shape != w_gate.shape[::-1]:
         shapes = ", ".join(f"{n} {w.shape}" for n, w in zip(_PROJECTIONS, (w_gate, w_up, w_down), strict=True))
@@ -58,7 +58,8 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
     return FFNWeights(w_gate, w_up, w_down, threshold)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -68,7 +69,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _threshold(config: dict[str, Any]) -> float:
+def threshold_of(config: dict[str, Any]) -> float:
+    """FATReLU's T of a model's config; CheckpointError if its activation is not supported."""
     activation, parameter = said_by(config)
     try:
         return formula_of(activation, parameter).threshold
@@ -76,17 +78,17 @@ def _threshold(config: dict[str, Any]) -> float:
         raise CheckpointError(f"config.json says hidden_act={activation!r}: {error}") from None
 
 
-def _files_by_name(folder: Path) -> dict[str, str]:
+def files_by_name(folder: Path) -> dict[str, str]:
     """Tensor name to file name, from the index of a sharded checkpoint or from the only file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = _read_json(index).get("weight_map")
+        files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
             raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files")
         return files
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
-    with _open(folder / "model.safetensors") as file:
+    with open_safetensors(folder / "model.safetensors") as file:
         return dict.fromkeys(file.keys(), "model.safetensors")
 
 
@@ -97,7 +99,7 @@ def _load(folder: Path, files: dict[str, str], layer: int, projection: str) -> n
         raise CheckpointError(f"{folder}: there is no tensor named *.{ending}: {_layers(files, projection)}")
     if len(names) > 1:
         raise CheckpointError(f"{folder}: there are {len(names)} tensors named *.{ending}")
-    with _open(folder / files[names[0]]) as file:
+    with open_safetensors(folder / files[names[0]]) as file:
         kind = file.get_slice(names[0]).get_dtype()
         if kind not in _FLOATS:
             raise CheckpointError(f"{folder}: {names[0]} is {kind}: quantised weights are not supported")
@@ -113,7 +115,7 @@ def _layers(files: dict[str, str], projection: str) -> str:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path) -> Iterator[Any]:
     """A safetensors file; what it cannot give, while it is open, is a CheckpointError."""
     import ml_dtypes  # noqa: F401  teaches NumPy, and so safetensors, bfloat16
     from safetensors import SafetensorError, safe_open

@@ -17,6 +17,8 @@ from .libraries import HOST, A, Description, Family, family_of
 from .problem import LARGEST_DIMS, Problem
 
 Layout = Literal["rows", "slices"]
+LARGEST_RATIO = 0.8
+"""Of a matrix that is worth compressing."""
 
 _WEIGHTS: Mapping[str, str] = MappingProxyType({"rows": "W_GATE", "slices": "W_DOWN"})  # one that is read so
 _LAYOUTS: Mapping[Format, bf12.Layout] = MappingProxyType({BF12_ROWS: bf12.ROWS, BF12_SLICES: bf12.SLICES})
@@ -111,6 +113,12 @@ class CompressedWeight(Generic[A]):
         packed = self._packed._replace(words=tuple(moved[:-1]), escapes=moved[-1])
         return CompressedWeight(self._shape, self._layout, packed, self._escapes)
 
+    def on_host(self) -> CompressedWeight[Any]:
+        """The same in NumPy arrays, of CuPy's."""
+        moved = [array.get() for array in map(_any, self.arrays)]
+        packed = self._packed._replace(words=tuple(moved[:-1]), escapes=moved[-1])
+        return CompressedWeight(self._shape, self._layout, packed, self._escapes)
+
     def __repr__(self) -> str:
         return (
             f"CompressedWeight({self._shape[0]} x {self._shape[1]}, {self._layout}, {self.nbytes} bytes, {self.ratio:.4f} of "
@@ -164,6 +172,11 @@ class CompressedWeight(Generic[A]):
 def _format_of(layout: Layout, shape: tuple[int, ...]) -> Format:
     d_ff, d_model = shape
     return compressed_format(_WEIGHTS[layout], d_model, d_ff)
+
+
+def is_too_narrow(d_model: int, d_ff: int) -> bool:
+    """Whether `ffn_4` reads a plain weight of these dims faster than a compressed one."""
+    return compressed_format("W_DOWN", d_model, d_ff) is not BF12_SLICES
 
 
 Weight: TypeAlias = "A | CompressedWeight[A]"

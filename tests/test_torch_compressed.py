@@ -1,13 +1,16 @@
-"""Compressed models: patch_model(compress=True), CompressedLinear, and the overloads of the torch ops for compressed weights."""
+"""Compressed models: patch_model(compress=True), CompressedLinear, compressed checkpoints, and the torch ops for them."""
 
 from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
 transformers = pytest.importorskip("transformers", reason='the extra "hf" brings it')
@@ -15,7 +18,16 @@ from torch import nn  # noqa: E402
 from torch_devices import DEVICES  # noqa: E402
 
 import prosparse_cupy as psc  # noqa: E402
-from prosparse_cupy.torch import CompressedLinear, SparsityMeter, measure_sparsity, patch_model, unpatch_model  # noqa: E402
+from prosparse_cupy import cli  # noqa: E402
+from prosparse_cupy.checkpoint import CheckpointError  # noqa: E402
+from prosparse_cupy.torch import (  # noqa: E402
+    CompressedLinear,
+    SparsityMeter,
+    load_compressed,
+    measure_sparsity,
+    patch_model,
+    unpatch_model,
+)
 from prosparse_cupy.torch import ops as torch_ops  # noqa: E402
 from prosparse_cupy.torch.compressed import facts_of, parts_of  # noqa: E402
 
@@ -91,7 +103,7 @@ def test_a_compressed_model_gives_the_bits_of_a_patched_one_and_unpatching_those
     _same_state(model.state_dict(), state)
     assert all(value.device.type == "cpu" for key, value in model.state_dict().items() if "mlp" in key)
     unpatch_model(model)
-    assert all(type(getattr(layer.mlp, "gate_proj")) is nn.Linear for layer in model.model.layers)
+    assert all(type(layer.mlp.gate_proj) is nn.Linear for layer in model.model.layers)
     _same_state(model.state_dict(), state)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -121,7 +133,7 @@ def test_a_compressed_model_loads_a_state_dict():
     with pytest.raises(RuntimeError, match=r"size mismatch for model.layers.0.mlp.up_proj.weight: \(3, 3\)"):
         model.load_state_dict(broken)
     del broken["model.layers.0.mlp.up_proj.weight"]
-    with pytest.raises(RuntimeError, match="Missing key.*up_proj"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*up_proj"):
         model.load_state_dict(broken)
 
 
@@ -144,7 +156,7 @@ def test_what_does_not_pay_stays_plain_and_is_said(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes_are_refused_before_anything_changes(dtype):
     model = _model(NARROW, dtype=dtype)
-    with pytest.raises(ValueError, match="compress=True needs bfloat16 weights, got torch.float.*nothing was changed"):
+    with pytest.raises(ValueError, match=r"compress=True needs bfloat16 weights, got torch.float.*nothing was changed"):
         patch_model(model, compress=True)
     assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
 
@@ -204,7 +216,7 @@ def test_copies_and_pickles(how):
 def test_casts_are_refused_and_moves_are_not():
     linear = CompressedLinear(_weights("cpu")[1])
     for cast in (lambda: linear.half(), lambda: linear.float(), lambda: linear.to(torch.float64)):
-        with pytest.raises(TypeError, match="compressed weights are bfloat16 and cannot become .*unpatch_model"):
+        with pytest.raises(TypeError, match=r"compressed weights are bfloat16 and cannot become .*unpatch_model"):
             cast()
     before = _bits(linear.weight)
     assert torch.equal(_bits(linear.to("cpu").bfloat16().weight), before)
@@ -288,15 +300,133 @@ def test_arrays_that_do_not_move():
         psc.compress(np.ones((2, 8), psc.compress.__globals__["np"].float32).astype("bfloat16")).to("cuda")
 
 
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """A checkpoint of `_model`, its compressed one, what the command said, and the model."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = _model(tie_word_embeddings=False)
+    model.generation_config.max_new_tokens = 5
+    model.save_pretrained(folder / "plain", max_shard_size="1MB")
+    (folder / "plain" / "tokenizer.json").write_text("{}")
+    done = CliRunner().invoke(cli.main, ["compress", str(folder / "plain"), str(folder / "small")])
+    assert done.exit_code == 0, done.output
+    return folder, done.output, model
+
+
+def test_a_compressed_checkpoint_is_smaller_and_has_all_files(compressed):
+    folder, said, _ = compressed
+    assert "6 weights of FFNs compressed" in said and "(75." in said
+    plain, small = ({f.name for f in (folder / name).iterdir()} for name in ("plain", "small"))
+    assert small == plain | {"prosparse.json"} and len([n for n in plain if n.endswith(".safetensors")]) > 1
+    assert {f.name for f in folder.iterdir()} == {"plain", "small"}, "something unfinished was left"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compressed_checkpoint_loads(compressed, device, tmp_path):
+    folder, _, model = compressed
+    loaded = load_compressed(folder / "small", device)
+    assert sum(isinstance(m, CompressedLinear) for m in loaded.modules()) == 6
+    assert loaded.generation_config.max_new_tokens == 5 and not loaded.training
+    assert {p.device.type for p in (*loaded.parameters(), *loaded.buffers())} == {device}
+    _same_state(loaded.state_dict(), model.state_dict())
+    other = copy.deepcopy(model).to(device)
+    patch_model(other, compress=True)
+    expected, found = _text(other), _text(loaded)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
+    loaded.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    _same_state(again.state_dict(), model.state_dict())
+    unpatch_model(loaded)
+    assert type(loaded.model.layers[0].mlp).__name__ == "LlamaMLP"
+    _same_state(loaded.state_dict(), model.state_dict())
+
+
+def _spoiled(compressed, tmp_path, spoil):
+    folder = tmp_path / "spoiled"
+    shutil.copytree(compressed[0] / "small", folder)
+    spoil(folder)
+    return folder
+
+
+def _cut(folder):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _flip(folder):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+
+
+def _manifest(change):
+    def spoil(folder):
+        content = json.loads((folder / "prosparse.json").read_text())
+        change(content)
+        (folder / "prosparse.json").write_text(json.dumps(content))
+
+    return spoil
+
+
+def _other_dims(content):
+    name = next(iter(content["weights"]))
+    content["weights"][name]["shape"] = [8, WIDE]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_cut, "is not the file that was written"),
+        (_flip, "is not the file that was written"),
+        (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), "is missing"),
+        (lambda folder: (folder / "prosparse.json").unlink(), "has no prosparse.json: write one with `prosparse-cupy compress"),
+        (lambda folder: (folder / "prosparse.json").write_text("{"), "cannot be read as JSON"),
+        (_manifest(lambda c: c.update(version=9)), "is of version 9, this release reads 1"),
+        (_manifest(lambda c: c.update(weights=[1])), "cannot be read"),
+        (_manifest(lambda c: next(iter(c["weights"].values())).update(layout="columns")), "cannot be read"),
+        (_manifest(_other_dims), "other dims than the model's config says"),
+    ],
+)
+def test_broken_compressed_checkpoints_are_refused_by_name(compressed, tmp_path, spoil, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_compressed(_spoiled(compressed, tmp_path, spoil), "cpu")
+
+
+def test_what_cannot_be_compressed_leaves_nothing(compressed, tmp_path, monkeypatch):
+    plain, small = (str(compressed[0] / name) for name in ("plain", "small"))
+    run = lambda *arguments: CliRunner().invoke(cli.main, ["compress", *arguments])  # noqa: E731
+    silu = tmp_path / "silu"
+    shutil.copytree(plain, silu)
+    config = json.loads((silu / "config.json").read_text())
+    (silu / "config.json").write_text(json.dumps({**config, "hidden_act": "silu"}))
+    for arguments, message in (
+        ((plain, small), "exists already"),
+        ((small, str(tmp_path / "x")), "is a compressed checkpoint already"),
+        ((str(tmp_path / "nothing"), str(tmp_path / "x")), "cannot be read as JSON"),
+        ((str(silu), str(tmp_path / "x")), "silu"),
+        ((plain, str(silu / "config.json" / "x")), "cannot be written"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output, done.output
+    monkeypatch.setattr("prosparse_cupy.packed._save", _full_disk)
+    assert "No space left" in run(plain, str(tmp_path / "x")).output
+    assert {f.name for f in tmp_path.iterdir()} == {"silu"}
+
+
+def _full_disk(*arguments):
+    raise OSError(28, "No space left on device")
+
+
 @pytest.mark.gpu
 def test_memory_on_the_gpu(torch_gpu):
-    """Three quarters of it, and never more than the plain model and one layer, as the driver has it."""
+    """Three quarters of it, and never more than the plain model and one layer; other processes use the GPU at this time."""
 
     def used():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        return total - free
+        return torch.cuda.memory_reserved()
 
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32, vocab_size=64, hidden_act="relu"

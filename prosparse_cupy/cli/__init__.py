@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import __version__, compiler, ffn, measured, models
+from .. import __version__, compiler, ffn, measured, models, packed
 from ..checkpoint import CheckpointError, load_ffn
 from ..device import NoGPUError, current_device
 from ..formats import ITEMSIZE, vector_length
@@ -151,6 +151,31 @@ def _tune(
         table.add_row(row.problem.kernel, f"{row.rule_us:.2f}", f"{row.us:.2f}", knobs)
     console.print(table)
     console.print(f"written to {file}", soft_wrap=True, highlight=False)
+
+
+@main.command("compress")
+@click.argument("checkpoint", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def _compress(checkpoint: Path, out: Path) -> None:
+    """Write the Hugging Face CHECKPOINT to the folder OUT, its FFNs' weights in 12 bits, without loss.
+
+    prosparse_cupy.torch.load_compressed(OUT) loads it.
+    """
+    try:
+        with _bar(Console(stderr=True)) as tell:
+            done = packed.compress_checkpoint(checkpoint, out, tell)
+    except (CheckpointError, MemoryError) as error:
+        raise click.ClickException(str(error)) from None
+    console = Console()
+    for name, why in done.plain.items():
+        console.print(f"{name} stays plain: {why}", soft_wrap=True, highlight=False)
+    before, after = done.bytes_before / 2**30, done.bytes_after / 2**30
+    console.print(
+        f"{done.compressed} weights of FFNs compressed: {before:.2f} GiB became {after:.2f} ({after / before:.1%}). "
+        f"Written to {out}.",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Nothing outside this folder imports torch.
 from . import ops as _ops  # noqa: F401  registers torch.ops.prosparse
 from .activation import FATReLU, register_fatrelu
 from .compressed import CompressedLinear
+from .loading import load_compressed
 from .mlp import SparseGatedMLP
 from .patch import LayerPatch, PatchReport, patch_model, unpatch_model
 from .sparsity import LayerSparsity, SparsityMeter, SparsityReport, measure_sparsity
@@ -19,6 +20,7 @@ __all__ = [
     "SparseGatedMLP",
     "SparsityMeter",
     "SparsityReport",
+    "load_compressed",
     "measure_sparsity",
     "patch_model",
     "register_fatrelu",

@@ -44,6 +44,16 @@ class CompressedLinear(nn.Module):
         self._requires_grad = weight.requires_grad
         self._take(weight)
 
+    @classmethod
+    def of_packed(cls, packed: CompressedWeight[Tensor], *, transposed: bool) -> CompressedLinear:
+        """Of a weight that is compressed already, (d_ff, d_model)."""
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        linear.transposed, linear._requires_grad = transposed, True
+        linear.out_features, linear.in_features = packed.shape[::-1] if transposed else packed.shape
+        linear._hold(packed)
+        return linear
+
     def _take(self, weight: Tensor) -> None:
         """Hold this weight from now on."""
         self.out_features, self.in_features = weight.shape
@@ -109,7 +119,8 @@ class CompressedLinear(nn.Module):
         becomes = fn(torch.empty(0, dtype=torch.bfloat16, device=self.device)).dtype
         if becomes is not torch.bfloat16:
             raise TypeError(
-                f"CompressedLinear: compressed weights are bfloat16 and cannot become {becomes}: call unpatch_model(model) first"
+                f"CompressedLinear: compressed weights are bfloat16 and cannot become {becomes}: "
+                "call unpatch_model(model) first"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -11,17 +11,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from ..formats import BF12_SLICES, VECTOR_BYTES
+from ..compressed import LARGEST_RATIO, is_too_narrow
+from ..formats import VECTOR_BYTES
 from ..formula import FATRELU, RELU, UnsupportedFormula, check_threshold, formula_of, said_by
-from ..knobs import compressed_format
 from ._text import table
 from .acceptance import why_another_formula, why_outside_the_contract
 from .activation import FATReLU
 from .compressed import CompressedLinear
 from .mlp import DTYPES, PROJECTIONS, SparseGatedMLP, does_more, unpack
-
-
-_LARGEST_RATIO = 0.8  # of a matrix that is worth compressing
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def patch_model(model: nn.Module, threshold: float | None = None, *, compress: b
     given = None if threshold is None else check_threshold("patch_model", threshold)
     if compress:
         _check_compressible(found)
-    own = [_own_threshold(model, name, mlp, given) for name, mlp in found]
+    own = [own_threshold(model, name, mlp, given) for name, mlp in found]
     layers = []
     try:
         for (name, mlp), was in zip(found, own, strict=True):
@@ -161,13 +158,13 @@ def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
         linear = getattr(sparse, name)
         weight, transposed = linear.weight, name == "down_proj"
         before += weight.numel()
-        if transposed and compressed_format("W_DOWN", sparse.d_model, sparse.d_ff) is not BF12_SLICES:
+        if transposed and is_too_narrow(sparse.d_model, sparse.d_ff):
             left.append(f"{name}: d_model {sparse.d_model} is too narrow")
             plain += weight.numel()
             continue
         packed = CompressedLinear(weight, transposed=transposed)
         ratio = packed.packed.ratio
-        if ratio > _LARGEST_RATIO:
+        if ratio > LARGEST_RATIO:
             left.append(f"{name}: {ratio:.0%} of its size")
             plain += weight.numel()
             continue
@@ -210,7 +207,7 @@ def gated_mlps(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _own_threshold(model: nn.Module, name: str, mlp: Any, given: float | None) -> float:
+def own_threshold(model: nn.Module, name: str, mlp: Any, given: float | None) -> float:
     """T of an MLP as it is; `given` if its config does not say; ValueError if its activation is not supported."""
     config: Any = getattr(mlp, "config", None) or getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

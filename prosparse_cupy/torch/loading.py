@@ -1,0 +1,188 @@
+"""Load a compressed checkpoint, without ever holding the plain weights of its FFNs."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..checkpoint import CheckpointError, files_by_name
+from ..packed import MANIFEST, Entry, read_manifest
+from .acceptance import why_another_formula
+from .compressed import CompressedLinear, packed_of
+from .mlp import SparseGatedMLP, pack
+from .patch import gated_mlps, own_threshold
+
+_LAYER = re.compile(r"\.\d+\.")
+
+
+def load_compressed(folder: str | Path, device: Any = "cuda", *, verify: bool = True, **keywords: Any) -> nn.Module:
+    """A causal language model from what ``prosparse-cupy compress`` wrote, patched and compressed.
+
+    The model is that of ``from_pretrained`` on the checkpoint before, after ``patch_model(model, compress=True)``:
+    `unpatch_model` makes it plain again, ``save_pretrained`` writes the ordinary checkpoint. Compressed weights go to the
+    device as they are.
+
+    Parameters
+    ----------
+    folder : path
+        Holds ``prosparse.json``.
+    device : optional
+        Where the model goes; "cuda" by default.
+    verify : bool, default True
+        Compare the checksum of every file of weights first, a few seconds for a 7B model.
+    keywords
+        Go to ``transformers.AutoConfig.from_pretrained`` and ``AutoModelForCausalLM.from_config``, ``trust_remote_code=True``
+        for instance.
+
+    Returns
+    -------
+    torch.nn.Module
+        In evaluation mode and bfloat16.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing or changed, or the model's code does not compute the formula of its config, or has other weights.
+    ValueError
+        As for `patch_model`.
+    """
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    path = Path(folder)
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path}: has no {MANIFEST}: write one with `prosparse-cupy compress CHECKPOINT {path}`")
+    entries = read_manifest(path, verify)
+    config = transformers.AutoConfig.from_pretrained(path, **keywords)
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.bfloat16, **keywords)
+    twin = _twin(config, keywords)
+    _check_formula(twin)
+    _give_buffers(model, twin, device)
+    sparse = _made_sparse(model, entries)
+    _load(model, path, entries, device)
+    for module in sparse:
+        pack(module.down_proj)
+    model.tie_weights()
+    if left := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+        raise CheckpointError(f"{path}: has no {left[0]}, and {len(left) - 1} more that the model needs")
+    _take_generation_config(model, path)
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def _twin(config: Any, keywords: dict[str, Any]) -> nn.Module:
+    """The model with one small layer, in host memory: it has the buffers that checkpoints lack, and the code of the FFN."""
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.intermediate_size, small.vocab_size, small.pad_token_id = 1, 256, 8, None
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    model: nn.Module = auto.from_config(small, dtype=torch.bfloat16, **keywords)
+    return model.eval()
+
+
+def _check_formula(twin: nn.Module) -> None:
+    for name, mlp in gated_mlps(twin):
+        if reason := why_another_formula(mlp, own_threshold(twin, name, mlp, None)):
+            raise CheckpointError(f"load_compressed: {reason}: load the plain checkpoint with from_pretrained")
+
+
+def _give_buffers(model: nn.Module, twin: nn.Module, device: Any) -> None:
+    """The twin's buffers for the model's, which are on the meta device."""
+    own = dict(twin.named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        like = own.get(_LAYER.sub(".0.", name))
+        if like is None or like.shape != buffer.shape:
+            raise CheckpointError(f"load_compressed: {name} of this model is neither in its checkpoint nor known")
+        holder, _, leaf = name.rpartition(".")
+        model.get_submodule(holder)._buffers[leaf] = like.to(device, copy=True)
+
+
+def _made_sparse(model: nn.Module, entries: dict[str, Entry]) -> list[SparseGatedMLP]:
+    """Put a `SparseGatedMLP` in the place of every gated MLP that has a compressed weight."""
+    made = []
+    for name, mlp in list(gated_mlps(model)):
+        if not any(entry.startswith(f"{name}.") for entry in entries):
+            continue
+        sparse = SparseGatedMLP.from_mlp(mlp, own_threshold(model, name, mlp, None))
+        model.set_submodule(name, sparse)
+        made.append(sparse)
+    return made
+
+
+def _load(model: nn.Module, path: Path, entries: dict[str, Entry], device: Any) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = files_by_name(path)
+    of_part = {f"{name}.part_{i}": name for name, entry in entries.items() for i in range(entry.parts)}
+    if missing := [part for part in of_part if part not in files]:
+        raise CheckpointError(f"{path}: {missing[0]} is missing")
+    console = Console(stderr=True)
+    for file in track(sorted({*files.values()}), "loading", console=console, transient=True, disable=not console.is_terminal):
+        parts: dict[str, dict[int, Tensor]] = {}
+        try:
+            with safe_open(path / file, framework="pt", device=str(device)) as source:
+                for key in list(source.keys()):
+                    if key not in of_part:
+                        _set(model, path, key, source.get_tensor(key))
+                        continue
+                    name = of_part[key]
+                    held = parts.setdefault(name, {})
+                    held[int(key.rpartition("_")[2])] = source.get_tensor(key)
+                    if len(held) == entries[name].parts:
+                        _set_packed(model, path, name, entries[name], [held[i] for i in sorted(held)])
+                        del parts[name]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path / file}: cannot be read as safetensors: {error}") from None
+
+
+def _set(model: nn.Module, path: Path, key: str, tensor: Tensor) -> None:
+    holder, _, leaf = key.rpartition(".")
+    try:
+        module = model.get_submodule(holder)
+        old = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+    except (AttributeError, KeyError):
+        raise CheckpointError(f"{path}: {key} is no weight of a {type(model).__name__}") from None
+    if old is None or old.shape != tensor.shape:
+        raise CheckpointError(
+            f"{path}: {key} has shape {tuple(tensor.shape)}, the model's has {tuple(getattr(old, 'shape', ()))}"
+        )
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor.to(old.dtype), requires_grad=old.requires_grad)
+    else:
+        module._buffers[leaf] = tensor.to(old.dtype)
+
+
+def _set_packed(model: nn.Module, path: Path, name: str, entry: Entry, parts: list[Tensor]) -> None:
+    holder, _, leaf = name.removesuffix(".weight").rpartition(".")
+    facts = (("rows", "slices").index(entry.layout), *entry.shape, entry.base, entry.escapes)
+    linear = CompressedLinear.of_packed(packed_of(parts, facts), transposed=entry.transposed)
+    try:
+        module = model.get_submodule(holder)
+        old = getattr(module, leaf)
+    except AttributeError:
+        raise CheckpointError(f"{path}: {name} is no weight of a {type(model).__name__}") from None
+    if not isinstance(module, SparseGatedMLP) or (old.out_features, old.in_features) != (
+        linear.out_features,
+        linear.in_features,
+    ):
+        raise CheckpointError(f"{path}: {name} has other dims than the model's config says")
+    for owner in (module, module.replaced):
+        setattr(owner, leaf, linear)
+
+
+def _take_generation_config(model: Any, path: Path) -> None:
+    import transformers
+
+    if (path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
