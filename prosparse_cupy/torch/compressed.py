@@ -100,17 +100,24 @@ class CompressedLinear(nn.Module):
         destination[f"{prefix}weight"] = self.weight.detach().to("cpu").contiguous()
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
     ) -> None:
         key = f"{prefix}weight"
         given = state_dict.get(key)
         if given is None:
             if strict:
-                missing.append(key)
+                missing_keys.append(key)
             return
         if tuple(given.shape) != (self.out_features, self.in_features):
             expected = (self.out_features, self.in_features)
-            errors.append(f"size mismatch for {key}: {tuple(given.shape)} in the state dict, {expected} in the model")
+            error_msgs.append(f"size mismatch for {key}: {tuple(given.shape)} in the state dict, {expected} in the model")
             return
         with torch.no_grad():
             self._take(given.to(self.device, torch.bfloat16))

@@ -133,12 +133,15 @@ def _load(model: nn.Module, path: Path, entries: dict[str, Entry], device: Any) 
         try:
             with safe_open(path / file, framework="pt", device=str(device)) as source:
                 for key in list(source.keys()):
+                    tensor = source.get_tensor(key)
+                    if not tensor.is_cuda:
+                        tensor = tensor.clone()  # out of the mapped file, where it may start anywhere
                     if key not in of_part:
-                        _set(model, path, key, source.get_tensor(key))
+                        _set(model, path, key, tensor)
                         continue
                     name = of_part[key]
                     held = parts.setdefault(name, {})
-                    held[int(key.rpartition("_")[2])] = source.get_tensor(key)
+                    held[int(key.rpartition("_")[2])] = tensor
                     if len(held) == entries[name].parts:
                         _set_packed(model, path, name, entries[name], [held[i] for i in sorted(held)])
                         del parts[name]
