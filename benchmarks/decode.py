@@ -27,7 +27,8 @@ from prosparse_cupy.testing.layers import Layers
 from prosparse_cupy.testing.measure import OURS
 from prosparse_cupy.testing.timing import Times, graph_clock, interleave, summarise
 from prosparse_cupy.testing.torch_dense import capture
-from prosparse_cupy.torch import SparsityMeter, patch_model, register_fatrelu
+from prosparse_cupy.torch import SparsityMeter, patch_model, register_fatrelu, unpatch_model
+from prosparse_cupy.torch.mlp import PROJECTIONS
 from prosparse_cupy.torch.patch import gated_mlps
 
 from .conditions import Yardsticks
@@ -38,6 +39,8 @@ from .results import DecodeRow
 CONTEXTS = (512, 128)
 """Positions of the static cache: attention reads all of them at every step. Where the time goes is told for the first."""
 GRAPH, COMPILED = "CUDA graph", "compiled"
+_NAMES = {"plain": "sparse", "bf12": "compressed"}
+"""How the steps of a patched model are called, by the format of its FFNs' weights."""
 _PROMPT = 32
 _NEW_TOKENS = 16
 _TEXT = (
@@ -190,22 +193,31 @@ def measure_model(
     """Rows of one unpatched model, which is patched in the end: a step in a CUDA graph, compiled or not, and `generate`."""
     tell("dense graphs")
     graphs = _graphs(model, prompt, "dense", contexts)
-    kept = [mlp.down_proj.weight.data for _, mlp in gated_mlps(model)]  # the dense graphs read them where they are
+    # The graphs read weights where they are, wherever patching and compressing lay them.
+    kept = [getattr(mlp, name).weight.data for _, mlp in gated_mlps(model) for name in PROJECTIONS]
     report = patch_model(model)
     if len(report.sparse) < len(report.layers):
         raise ValueError(f"{label} was not patched whole:\n{report}")
     tell("patched graphs")
     graphs |= _graphs(model, prompt, "sparse", contexts)
+    kept += [mlp.down_proj.weight.data for _, mlp in gated_mlps(model)]
+    tell("compressed graphs")
+    unpatch_model(model)
+    patch_model(model, compress=True)
+    graphs |= _graphs(model, prompt, "compressed", contexts)
     tell("steps")
     times = interleave(graphs, graph_clock, dict.fromkeys(graphs, 1), repeats)
     del graphs, kept
+    free_memory()
+    unpatch_model(model)
+    patch_model(model)
     tell("generate")
     eager = _generate_times(model, prompt, rounds=repeats // 2)
     sparsity, errors = _sparsity_and_errors(model, prompt)
     config, threshold = model.config, report.layers[0].threshold
     record = Model(label, config.hidden_size, config.intermediate_size, config.num_hidden_layers, threshold, sparsity)
     tell("SparseFFN by itself")
-    operator_us = _operator_us(record, dense, yard, repeats)
+    operator_us = {weights: _operator_us(record, weights, dense, yard, repeats) for weights in _NAMES}
 
     epsilon = float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
     common = {
@@ -222,11 +234,14 @@ def measure_model(
     }
     rows = []
     for context in contexts:
-        as_is, ours = times[f"dense {context}"], times[f"sparse {context}"]
-        split = _split(times, context, operator_us) if context == contexts[0] else {}
-        rows.append(DecodeRow(variant=GRAPH, context=context, **_times_of(ours, as_is), **split, **common))
-        ours, fastest = times[f"sparse {context} {COMPILED}"], min(times[f"dense {context} {COMPILED}"], as_is)
-        rows.append(DecodeRow(variant=f"{COMPILED}, {GRAPH}", context=context, **_times_of(ours, fastest), **common))
+        as_is = times[f"dense {context}"]
+        fastest = min(times[f"dense {context} {COMPILED}"], as_is)
+        for weights, name in _NAMES.items():
+            split = _split(times, name, context, operator_us[weights]) if context == contexts[0] else {}
+            of = {"context": context, "weights": weights, **common}
+            rows.append(DecodeRow(variant=GRAPH, **_times_of(times[f"{name} {context}"], as_is), **split, **of))
+            compiled = _times_of(times[f"{name} {context} {COMPILED}"], fastest)
+            rows.append(DecodeRow(variant=f"{COMPILED}, {GRAPH}", **compiled, **of))
     rows.append(
         DecodeRow(variant="generate()", context=_PROMPT + _NEW_TOKENS, **_times_of(eager["sparse"], eager["dense"]), **common)
     )
@@ -239,10 +254,10 @@ def _times_of(ours: Times, dense: Times) -> dict[str, Any]:
     return {"time_us": ours.median, "p10_us": ours.p10, "p90_us": ours.p90, "dense_us": dense.median, "noisy": noisy}
 
 
-def _split(times: dict[str, Times], context: int, operator_us: float) -> dict[str, float]:
+def _split(times: dict[str, Times], name: str, context: int, operator_us: float) -> dict[str, float]:
     """Where a step's time goes, patched and dense."""
     names = ("ffn_ms", "attention_ms", "rest_ms")
-    ours, dense = (_parts(times, name, context) for name in ("sparse", "dense"))
+    ours, dense = (_parts(times, kind, context) for kind in (name, "dense"))
     return {
         **dict(zip(names, ours, strict=True)),
         **{f"dense_{name}": ms for name, ms in zip(names, dense, strict=True)},
@@ -304,9 +319,9 @@ def _errors_of(mlp: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     return sparse, dense
 
 
-def _operator_us(record: Model, dense: Dense, yard: Yardsticks, repeats: int) -> float:
+def _operator_us(record: Model, weights: str, dense: Dense, yard: Yardsticks, repeats: int) -> float:
     """Microseconds of `SparseFFN` by itself at these dims and this sparsity, as `ffn` and `sweep` measure it."""
-    setting = Setting("SparseFFN", record, record.name, "bfloat16", "hot", record.sparsity)
+    setting = Setting("SparseFFN", record, record.name, "bfloat16", "hot", record.sparsity, weights)
     (row,) = (r for r in measure(Layers(record, "bfloat16", dense), setting, dense, yard, METHOD, repeats) if r.variant == OURS)
     if not row.checked:
         raise ValueError(f"SparseFFN failed its check at the dims of {record.name}")

@@ -115,7 +115,7 @@ def decode(result: Result) -> Any:
     with plt.rc_context(_STYLE):
         rows = [r for r in result.rows if not np.isnan(r.ffn_ms)]
         figure, axes = plt.subplots(figsize=(7, 0.42 * 2 * len(rows) + 1.3))
-        labels = [f"{r.model} {kind}" for r in rows for kind in ("dense", "patched")]
+        labels = [f"{r.model} {kind}" for r in rows for kind in ("dense", "patched" if r.weights == "plain" else "compressed")]
         left = np.zeros(len(labels))
         for part, colour in (("ffn", "#0072b2"), ("attention", "#e69f00"), ("rest", "#9aa4b2")):
             widths = [ms for r in rows for ms in (getattr(r, f"dense_{part}_ms"), getattr(r, f"{part}_ms"))]

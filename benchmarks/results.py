@@ -130,6 +130,8 @@ class DecodeRow:
     dense_rest_ms: float = math.nan
     operator_us: float = math.nan
     """`SparseFFN` by itself at these dims and this sparsity, µs per layer."""
+    weights: str = "plain"
+    """Of the patched model's FFNs, `plain` or `bf12`; the dense one's are plain."""
     tokens_per_s: float = field(init=False)
     dense_tokens_per_s: float = field(init=False)
     speedup: float = field(init=False)

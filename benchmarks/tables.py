@@ -47,6 +47,7 @@ def _decode_terminal(result: Result) -> Table:
 _DECODE = (
     "model",
     "how",
+    "weights",
     "context",
     "sparsity",
     "dense tokens/s",
@@ -67,6 +68,7 @@ def _decode_cells(row: DecodeRow) -> list[str]:
     return [
         row.model,
         row.variant,
+        row.weights,
         str(row.context),
         f"{row.sparsity:.2%}",
         f"{row.dense_tokens_per_s:.1f}",
@@ -174,7 +176,7 @@ def summary(results: dict[str, Result]) -> str:
     """The README's four rows, of two results: whole models, and one layer's FFN."""
     rows = []
     for model in ("7B", "13B"):
-        row = results["decode"].find(model=model, variant="compiled, CUDA graph", context=512)
+        row = results["decode"].find(model=model, variant="compiled, CUDA graph", context=512, weights="plain")
         pace = (f"{tokens:.1f} tokens/s" for tokens in (row.dense_tokens_per_s, row.tokens_per_s))
         rows.append([f"{model}, whole model", f"{row.sparsity:.2%}", *pace, f"{row.speedup:.2f}x"])
     for model in ("7B", "13B"):

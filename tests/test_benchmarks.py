@@ -424,8 +424,8 @@ def test_decode_table():
         Result(HEAD, (_decode_row(), _decode_row(variant="generate()", ffn_ms=math.nan, operator_us=math.nan)))
     )
     cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
-    assert cells[:7] == ["7B", "CUDA graph", "512", "89.30%", "125.0", "200.0", "1.60x"]
-    assert cells[7:] == ["4.00 + 2.10 + 1.90", "1.28 + 2.00 + 1.72", "40.0", "39.5"]
+    assert cells[:8] == ["7B", "CUDA graph", "plain", "512", "89.30%", "125.0", "200.0", "1.60x"]
+    assert cells[8:] == ["4.00 + 2.10 + 1.90", "1.28 + 2.00 + 1.72", "40.0", "39.5"]
 
 
 def test_random_models_are_as_sparse_as_wanted():
@@ -477,12 +477,14 @@ def test_decode_measures_a_small_model(torch):
     dense, yard = best_dense(np.dtype(np.float16)), conditions.Yardsticks(3e6, 1.0)
     told: list[str] = []
     rows = decode.measure_model(model, decode.random_prompt(model), "small", dense, yard, 8, told.append, (64,))
-    assert [r.variant for r in rows] == ["CUDA graph", "compiled, CUDA graph", "generate()"] and told[
-        -1
-    ] == "SparseFFN by itself"
+    steps = [("CUDA graph", weights) for weights in ("plain", "bf12")]
+    compiled = [("compiled, CUDA graph", weights) for _, weights in steps]
+    expected = [row for both in zip(steps, compiled, strict=True) for row in both]
+    assert [(r.variant, r.weights) for r in rows] == [*expected, ("generate()", "plain")]
+    assert told[-1] == "SparseFFN by itself"
     assert all(r.checked and r.time_us > 0 and r.dense_us > 0 and abs(r.sparsity - 0.9) < 0.03 for r in rows)
     assert rows[0].ffn_ms + rows[0].attention_ms + rows[0].rest_ms == pytest.approx(rows[0].time_us * 1e-3)
-    assert rows[0].operator_us > 0 and math.isnan(rows[1].operator_us)
+    assert rows[0].operator_us > 0 and math.isnan(rows[1].operator_us) and rows[2].operator_us > 0
 
 
 # The committed results, and what is made of them

@@ -53,6 +53,7 @@ def _model(hidden: int = WIDE, device: str = "cpu", dtype=torch.bfloat16, **chan
         for layer in model.model.layers:
             for name in ("gate_proj", "up_proj", "down_proj"):
                 weight = getattr(layer.mlp, name).weight
+                weight.copy_(torch.randn(weight.shape) / 50)
                 weight[torch.rand(weight.shape) < 1e-4] = 2.0**-100
     return model
 
