@@ -68,13 +68,15 @@ __device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows) {
 // Writes the rows behind the warp's bits to its `list`, in an order that only the bits decide, and returns how many there are.
 // The first barrier keeps the list of one tile from overwriting that of another, which may still be read.
 __device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
-    const unsigned before = (1u << threadIdx.x % 32) - 1, count = __popc(bits);
-    unsigned position = 0;  // active rows of the lanes before
+    const int lane = threadIdx.x % 32, count = __popc(bits);
+    int upto = count;  // inclusive sum of the counts over the lanes
 #pragma unroll
-    for (int b = 0; b < 6; ++b) {  // a count is at most 32
-        position += __popc(__ballot_sync(ALL_LANES, count >> b & 1) & before) << b;
+    for (int step = 1; step < 32; step *= 2) {
+        const int lower = __shfl_up_sync(ALL_LANES, upto, step);
+        if (lane >= step) upto += lower;
     }
-    const int total = __shfl_sync(ALL_LANES, position + count, 31);
+    const int total = __shfl_sync(ALL_LANES, upto, 31);
+    unsigned position = upto - count;
     __syncwarp();
     const unsigned base = first_row(0);
     for (; bits != 0; bits &= bits - 1) {

@@ -631,7 +631,7 @@ def test_layers_call_what_they_check(monkeypatch, op, mask, weights):
     monkeypatch.setattr(layers, "compress", lambda w, **layout: compressed.append(w) or psc.compress(w, **layout))
     timed = made.calls(op, mask, 0.8, weights)
     assert bool(compressed) == (weights == "bf12")
-    if weights == "bf12":
+    if weights == "bf12" and op != "ffn_4":  # whose weight of so narrow a model stays plain
         assert 0 < made.touched(op, 40, "bf12") < made.touched(op, 40)
     assert made.count == 16 and len(timed) % made.count == 0 and 0 < made.touched(op, 40) <= 4 * (3 * 64 * 200 + 1000)
     for t in timed[:: len(timed) // 4]:

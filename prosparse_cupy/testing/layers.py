@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import ffn, ops
-from ..compressed import compress
+from ..compressed import compress, is_too_narrow
 from ..device import cupy, current_device
 from ..formats import BF12_ROWS, PLAIN
 from ..formula import Formula
@@ -102,7 +102,8 @@ class Layers:
             **dict.fromkeys(WHOLE, (d_ff + 2 * active, 2 * d_model)),
         }[op]
         row_bytes = self._row_bytes if weights == "plain" else BF12_ROWS.row_bytes(d_model, str(self.dtype))
-        return int(rows * row_bytes + elements * self.dtype.itemsize)
+        plain = active if op in ("ffn_4", *WHOLE) and is_too_narrow(d_model, d_ff) else 0  # rows that are plain in any case
+        return int((rows - plain) * row_bytes + plain * self._row_bytes + elements * self.dtype.itemsize)
 
     def calls(self, op: str, mask: str, sparsity: float, weights: str = "plain") -> list[Timed]:
         """Calls of an operator; as many masks a layer as touch several times the L2 cache. `weights` may also be bf12.
@@ -137,7 +138,8 @@ class Layers:
         if self._format == "plain":
             return w_up, packed
         if layer not in self._compressed:
-            self._compressed[layer] = compress(w_up), compress(packed, layout="slices")
+            narrow = is_too_narrow(self.model.d_model, self.model.d_ff)  # then patch_model leaves it plain too
+            self._compressed[layer] = compress(w_up), packed if narrow else compress(packed, layout="slices")
         return self._compressed[layer]
 
     def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
