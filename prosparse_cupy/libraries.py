@@ -182,6 +182,7 @@ class _Torch(Family):
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
+        self._pool: Any = None
         self._dtypes = {name: getattr(torch, name) for name in NUMPY_DTYPES}
         self._names = {dtype: name for name, dtype in self._dtypes.items()}
         # 0.1 µs where current_stream() takes 1; absent from CPU builds.
@@ -234,10 +235,11 @@ class _Torch(Family):
             yield np, lambda tensor: self._as_integers(tensor).numpy()
             return
         device = like.get_device()
-        # A pool of its own, so that nothing of torch's GPU memory stays with CuPy.
-        allocator = cupy().cuda.using_allocator(cupy().cuda.MemoryPool().malloc)
+        # A pool of its own, so that CuPy keeps no more of the GPU's memory than the temporaries of one call.
+        self._pool = self._pool or cupy().cuda.MemoryPool()
         stream = cupy().cuda.Stream.from_external(_Stream(self.stream(device)))
-        with cupy().cuda.Device(device), stream, allocator:
+        with cupy().cuda.Device(device), stream, cupy().cuda.using_allocator(self._pool.malloc):
+            self._pool.free_all_blocks()
             yield cupy(), lambda tensor: cupy().from_dlpack(self._as_integers(tensor))
 
     def empty_bfloat16(self, shape: tuple[int, ...], like: Any) -> Any:
