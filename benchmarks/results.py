@@ -150,12 +150,23 @@ class DecodeRow:
     @property
     def key(self) -> tuple[object, ...]:
         """What makes two rows of two results the same measurement."""
-        return (self.op, self.variant, self.model, self.d_model, self.d_ff, self.n_layers, self.dtype, self.context)
+        return (
+            self.op,
+            self.variant,
+            self.model,
+            self.d_model,
+            self.d_ff,
+            self.n_layers,
+            self.dtype,
+            self.weights,
+            self.context,
+        )
 
     @property
     def setting(self) -> str:
         """What else tells rows of one variant, model and sparsity apart."""
-        return f"context {self.context}"
+        context = f"context {self.context}"
+        return context if self.weights == "plain" else f"{context}, {self.weights}"
 
 
 _ROWS = {"decode": DecodeRow}
