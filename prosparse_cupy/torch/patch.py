@@ -83,8 +83,8 @@ def patch_model(model: nn.Module, threshold: float | None = None, *, compress: b
         code must still be ReLU or FATReLU as its config says; where the config has no threshold, this one.
     compress : bool, default False
         Hold the FFN's weights in 12 bits instead of 16, without loss (`prosparse_cupy.compress`): the same numbers in three
-        quarters of the memory, and faster in a CUDA graph. For bfloat16 models and for inference: compressed weights are no parameters. One
-        matrix at a time is compressed. Prefill decompresses a matrix for the time of its call. State dicts and
+        quarters of the memory, and faster in a CUDA graph. For bfloat16 models and for inference: compressed weights are no
+        parameters. One matrix at a time is compressed. Prefill decompresses a matrix for the time of its call. State dicts and
         ``save_pretrained`` hold the plain weights, in host memory. A matrix that would not get below 80 % of its size stays
         plain, and so does a `down_proj` of a model too narrow for compression to pay (`d_model` of 2640 and less).
 
