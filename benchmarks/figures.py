@@ -63,12 +63,13 @@ def speedup(result: Result, model: str, dtype: str = "bfloat16") -> Any:
 
 
 def where_time_goes(result: Result) -> Any:
-    """Each operator's time as bytes at the read peak, the launch, and the rest."""
+    """Each operator's time as bytes at the read peak, the launch, and the rest; whole FFNs with compressed weights too."""
     with plt.rc_context(_STYLE):
-        rows = [r for r in result.rows if r.op in _WHERE and (r.variant, r.weights) == ("prosparse", "plain")]
+        ours = [r for r in result.rows if r.op in _WHERE and r.variant == "prosparse"]
+        rows = [r for r in ours if r.weights == "plain" or r.op == "SparseFFN"]
         figure, axes = plt.subplots(figsize=(7, 0.32 * len(rows) + 1.4))
         launch = result.head.launch_us
-        labels = [f"{r.op} {r.model}" for r in rows]
+        labels = [f"{r.op} {r.model}{'' if r.weights == 'plain' else ', 12 bits'}" for r in rows]
         left = np.zeros(len(rows))
         parts = {
             "bytes at the read peak": ("#0072b2", [r.floor_us - launch for r in rows]),
@@ -111,17 +112,23 @@ def paper(result: Result) -> Any:
 
 
 def decode(result: Result) -> Any:
-    """Where a token's time goes, dense and patched, in steps captured as they are."""
+    """Where a token's time goes, dense, patched and compressed, in steps captured as they are."""
     with plt.rc_context(_STYLE):
         rows = [r for r in result.rows if not np.isnan(r.ffn_ms)]
-        figure, axes = plt.subplots(figsize=(7, 0.42 * 2 * len(rows) + 1.3))
-        labels = [f"{r.model} {kind}" for r in rows for kind in ("dense", "patched" if r.weights == "plain" else "compressed")]
-        left = np.zeros(len(labels))
-        for part, colour in (("ffn", "#0072b2"), ("attention", "#e69f00"), ("rest", "#9aa4b2")):
-            widths = [ms for r in rows for ms in (getattr(r, f"dense_{part}_ms"), getattr(r, f"{part}_ms"))]
-            axes.barh(labels, widths, left=left, color=colour, label="FFN" if part == "ffn" else part)
+        bars = []  # a label, the milliseconds of each part, tokens a second
+        for r in rows:
+            if r.weights == "plain":
+                bars.append((f"{r.model} dense", (r.dense_ffn_ms, r.dense_attention_ms, r.dense_rest_ms), r.dense_tokens_per_s))
+            how = "patched" if r.weights == "plain" else "compressed"
+            bars.append((f"{r.model} {how}", (r.ffn_ms, r.attention_ms, r.rest_ms), r.tokens_per_s))
+        labels, parts, paces = zip(*bars, strict=True)
+        figure, axes = plt.subplots(figsize=(7, 0.42 * len(bars) + 1.3))
+        left = np.zeros(len(bars))
+        kinds = (("FFN", "#0072b2"), ("attention", "#e69f00"), ("rest", "#9aa4b2"))
+        for (part, colour), widths in zip(kinds, zip(*parts, strict=True), strict=True):
+            axes.barh(labels, widths, left=left, color=colour, label=part)
             left += widths
-        for i, pace in enumerate(pace for r in rows for pace in (r.dense_tokens_per_s, r.tokens_per_s)):
+        for i, pace in enumerate(paces):
             axes.text(left[i], i, f" {pace:.0f} tokens/s", va="center", fontsize=8, color=_INK)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -20,7 +20,7 @@ WINDOW = 16
 """Exponents of a matrix that have a code."""
 ESCAPE = 0x88888888
 """The upper word of a chunk that escapes; one that would have it by itself escapes too."""
-_LARGEST_BASE = (256 - WINDOW) // 2
+LARGEST_BASE = (256 - WINDOW) // 2
 _ROWS_AT_ONCE = 1024
 # Weights of a chunk, the byte of a word where their upper bits are, and how far that word is rotated left first.
 _UPPER = tuple(
@@ -43,8 +43,12 @@ class Layout(ABC):
     """Where the three words of a chunk lie: two low ones, the first its number if it escapes, and a high one."""
 
     @abstractmethod
+    def shapes(self, rows: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+        """Of the arrays for that many rows of chunks."""
+
     def empty(self, xp: ModuleType, rows: int, chunks: int) -> tuple[Any, ...]:
-        """Arrays for that many rows of chunks."""
+        """The arrays."""
+        return tuple(xp.empty(shape, np.uint32) for shape in self.shapes(rows, chunks))
 
     @abstractmethod
     def put(self, arrays: tuple[Any, ...], part: slice, words: Any) -> None:
@@ -62,8 +66,8 @@ class Layout(ABC):
 class Rows(Layout):
     """For kernels that read whole rows: the low words of all chunks, and the high words of all."""
 
-    def empty(self, xp: ModuleType, rows: int, chunks: int) -> tuple[Any, ...]:
-        return xp.empty((rows, chunks, 2), np.uint32), xp.empty((rows, chunks), np.uint32)
+    def shapes(self, rows: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+        return (rows, chunks, 2), (rows, chunks)
 
     def put(self, arrays: tuple[Any, ...], part: slice, words: Any) -> None:
         arrays[0][part], arrays[1][part] = words[..., :2], words[..., 2]
@@ -85,8 +89,8 @@ class Slices(Layout):
     ORDER = np.array([0, 1, 2, 5, 3, 4, 6, 7, 9, 10, 11, 8])
     """Word by word, which of the unit's words lies there: word w of chunk c is 3 c + w."""
 
-    def empty(self, xp: ModuleType, rows: int, chunks: int) -> tuple[Any, ...]:
-        return (xp.empty((rows, -(-chunks // self.UNIT), 3 * self.UNIT), np.uint32),)
+    def shapes(self, rows: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+        return ((rows, -(-chunks // self.UNIT), 3 * self.UNIT),)
 
     def put(self, arrays: tuple[Any, ...], part: slice, words: Any) -> None:
         (units,) = arrays
@@ -146,7 +150,7 @@ def _base(xp: ModuleType, bits: Any) -> int:
     for part in _parts(len(bits)):
         counts += xp.bincount((bits[part] >> 7 & 0xFF).ravel(), minlength=256)
     upto = np.concatenate([[0], np.cumsum(counts if xp is np else counts.get())])
-    held = upto[WINDOW::2] - upto[: 2 * _LARGEST_BASE + 1 : 2]
+    held = upto[WINDOW::2] - upto[: 2 * LARGEST_BASE + 1 : 2]
     return int(held.argmax())
 
 

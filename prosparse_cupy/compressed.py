@@ -11,7 +11,7 @@ import numpy as np
 
 from . import bf12
 from .compiler import load
-from .formats import BF12_ROWS, BF12_SLICES, Format
+from .formats import BF12_ROWS, BF12_SLICES, VECTOR_BYTES, Format
 from .knobs import compressed_format
 from .libraries import HOST, A, Description, Family, family_of
 from .problem import LARGEST_DIMS, Problem
@@ -80,7 +80,8 @@ class CompressedWeight(Generic[A]):
         Raises
         ------
         ValueError, TypeError
-            `out` is of another library, shape, dtype or device, or not C-contiguous.
+            `out` is of another library, shape, dtype or device, not C-contiguous, or on a GPU and not at a multiple of 16
+            bytes.
         """
         family, (_, dtype, device, _) = self.family, self.family.describe(self._packed.escapes)
         if out is not None:
@@ -92,9 +93,14 @@ class CompressedWeight(Generic[A]):
                 packed = self._packed._replace(words=words, escapes=view(self._packed.escapes).view(np.uint16))
                 bf12.unpack(xp, packed, _LAYOUTS[self.format], view(result).view(np.uint16))
             return result
+        address = family.address(result)
+        if address == 0:
+            raise TypeError(f"decompress: out must be a plain array in memory, got {family.why_no_memory(result)}")
+        if address % VECTOR_BYTES:
+            raise ValueError(f"decompress: out must start at a multiple of {VECTOR_BYTES} bytes, got address {address:#x}")
         d_ff, d_model = self._shape
         kernel = load(Problem("decompress", d_model, d_ff, "bfloat16", specialize=False, formats=(self.format,)), device)
-        kernel.launch(family.stream(device), False, *self.addresses, family.address(result), d_ff, d_model)
+        kernel.launch(family.stream(device), False, *self.addresses, address, d_ff, d_model)
         return result
 
     def to(self, device: Any) -> CompressedWeight[A]:
@@ -109,13 +115,15 @@ class CompressedWeight(Generic[A]):
             raise TypeError(
                 f"to: only weights in torch tensors move, this one is in {self.family.name} arrays: compress it there"
             )
-        moved = [array.to(device) for array in map(_any, self.arrays)]
+        arrays: tuple[Any, ...] = self.arrays
+        moved = [array.to(device) for array in arrays]
         packed = self._packed._replace(words=tuple(moved[:-1]), escapes=moved[-1])
         return CompressedWeight(self._shape, self._layout, packed, self._escapes)
 
     def on_host(self) -> CompressedWeight[Any]:
         """The same in NumPy arrays, of CuPy's."""
-        moved = [array.get() for array in map(_any, self.arrays)]
+        arrays: tuple[Any, ...] = self.arrays
+        moved = [array.get() for array in arrays]
         packed = self._packed._replace(words=tuple(moved[:-1]), escapes=moved[-1])
         return CompressedWeight(self._shape, self._layout, packed, self._escapes)
 
@@ -149,6 +157,32 @@ class CompressedWeight(Generic[A]):
         if self._addresses is None:
             self._addresses = *self.family.addresses(self.arrays), self._packed.base | 1 << 32
         return self._addresses
+
+    @property
+    def misfit(self) -> str:
+        """Why its arrays cannot be what it says they are, or nothing: for arrays that have come from elsewhere."""
+        d_ff, d_model = self._shape
+        most = tuple(LARGEST_DIMS.values())
+        if not (0 < d_ff <= most[0] and 0 < d_model <= most[1]) or d_model % bf12.CHUNK:
+            return f"there is no weight of shape {self._shape}"
+        if not 0 <= self.base <= bf12.LARGEST_BASE:
+            return f"its base is {self.base}, not 0 to {bf12.LARGEST_BASE}"
+        chunks = d_model // bf12.CHUNK
+        if not 0 <= self._escapes <= d_ff * chunks:
+            return f"it has {self._escapes} escapes in {d_ff * chunks} chunks"
+        words = ((shape, "int32") for shape in _LAYOUTS[self.format].shapes(d_ff, chunks))
+        wanted = [*words, ((max(1, self._escapes), bf12.CHUNK), "bfloat16")]
+        family, device = self.family, self.description[2]
+        found = [family.describe(array) for array in self.arrays]
+        for i, (shape, dtype) in enumerate(wanted):
+            expected = (shape, dtype, device, True)
+            got = (tuple(found[i][0]), found[i][1].removeprefix("torch."), *found[i][2:]) if i < len(found) else None
+            if got != expected:
+                return f"part {i} must be (shape, dtype, GPU, C-contiguous) {expected}, got {got}"
+        if len(found) > len(wanted):
+            return f"it has {len(found)} parts, not {len(wanted)}"
+        unaligned = [i for i, address in enumerate(self.addresses[:-1]) if address % VECTOR_BYTES and device != HOST]
+        return f"part {unaligned[0]} does not start at a multiple of {VECTOR_BYTES} bytes" if unaligned else ""
 
     @property
     def parts(self) -> tuple[Format, tuple[int, ...]]:
@@ -255,10 +289,6 @@ def _family_of_weight(w: Any) -> Family:
 def plain(array: Any) -> Any:
     """A NumPy weight as the reference takes it: decompressed if it is compressed."""
     return array.decompress() if isinstance(array, CompressedWeight) else array
-
-
-def _any(array: Any) -> Any:
-    return array
 
 
 def _size(array: Any) -> int:

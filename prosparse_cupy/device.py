@@ -115,6 +115,15 @@ def current_device() -> int:
     )
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU that CuPy can use."""
+    try:
+        current_device()
+    except (ImportError, NoGPUError):
+        return False
+    return True
+
+
 @cache
 def gpu(index: int) -> Gpu:
     """The GPU with this index, refused if the kernels do not support it."""

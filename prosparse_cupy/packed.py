@@ -18,7 +18,7 @@ import numpy as np
 
 from .checkpoint import CheckpointError, files_by_name, open_safetensors, read_json, threshold_of
 from .compressed import LARGEST_RATIO, CompressedWeight, Layout, compress, is_too_narrow
-from .device import NoGPUError, cupy, current_device
+from .device import cupy, has_gpu
 
 MANIFEST = "prosparse.json"
 VERSION = 1
@@ -94,6 +94,8 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Entry]:
     content = read_json(folder / MANIFEST)
     if content.get("version") != VERSION:
         raise CheckpointError(f"{folder / MANIFEST}: is of version {content.get('version')!r}, this release reads {VERSION}")
+    if content != sealed(content):
+        raise CheckpointError(f"{folder / MANIFEST}: is not the file that was written: it was cut short or changed")
     try:
         entries = {
             str(name): Entry(
@@ -120,6 +122,12 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Entry]:
     return entries
 
 
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum of what it says."""
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    return {**said, "checksum": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
+
+
 def _projections(files: dict[str, str]) -> set[str]:
     """Names of the weights of gated FFNs."""
     ending = f".{_PROJECTIONS[0]}.weight"
@@ -129,7 +137,7 @@ def _projections(files: dict[str, str]) -> set[str]:
 
 
 def _write(folder: Path, out: Path, files: dict[str, str], projections: set[str], tell: Tell) -> Summary:
-    has_gpu = _has_gpu()
+    on_gpu = has_gpu()
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix not in _WEIGHTS and file.name not in (_INDEX, MANIFEST):
             shutil.copyfile(file, out / file.name)
@@ -149,7 +157,7 @@ def _write(folder: Path, out: Path, files: dict[str, str], projections: set[str]
                 tell(name, done, len(projections))
                 done += 1
                 before += tensor.nbytes
-                packed = _compressed(name, tensor, has_gpu)
+                packed = _compressed(name, tensor, on_gpu)
                 if isinstance(packed, str):
                     plain[name], tensors[name] = packed, tensor
                     after += tensor.nbytes
@@ -170,12 +178,12 @@ def _write(folder: Path, out: Path, files: dict[str, str], projections: set[str]
         weight_map |= dict.fromkeys(tensors, file_name)
     if (folder / _INDEX).is_file():
         (out / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1), encoding="utf-8")
-    manifest = {"version": VERSION, "weights": entries, "sha256": checksums}
+    manifest = sealed({"version": VERSION, "weights": entries, "sha256": checksums})
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return Summary(len(entries), plain, before, after)
 
 
-def _compressed(name: str, weight: np.ndarray, has_gpu: bool) -> CompressedWeight[np.ndarray] | str:
+def _compressed(name: str, weight: np.ndarray, on_gpu: bool) -> CompressedWeight[np.ndarray] | str:
     """A projection's weight in 12 bits, in host memory, or why it stays as it is."""
     down = name.endswith(".down_proj.weight")
     rows = np.ascontiguousarray(weight.T) if down else weight
@@ -186,22 +194,14 @@ def _compressed(name: str, weight: np.ndarray, has_gpu: bool) -> CompressedWeigh
     if down and is_too_narrow(rows.shape[1], rows.shape[0]):
         return f"d_model {rows.shape[1]} is too narrow"
     layout: Layout = "slices" if down else "rows"
-    given: Any = cupy().asarray(rows) if has_gpu else rows
+    given: Any = cupy().asarray(rows) if on_gpu else rows
     packed: Any = compress(given, layout=layout)
     if packed.ratio > LARGEST_RATIO:
         return f"it would take {packed.ratio:.0%} of its size"
     if not bool((packed.decompress().view(np.int16) == given.view(np.int16)).all()):
         raise CheckpointError(f"{name}: did not come back to the bit: a defect, please report it")
-    host: CompressedWeight[np.ndarray] = packed.on_host() if has_gpu else packed
+    host: CompressedWeight[np.ndarray] = packed.on_host() if on_gpu else packed
     return host
-
-
-def _has_gpu() -> bool:
-    try:
-        current_device()
-    except (ImportError, NoGPUError):
-        return False
-    return True
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:

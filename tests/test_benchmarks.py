@@ -419,6 +419,21 @@ def test_a_disturbed_model_is_made_and_measured_once_more(monkeypatch, no_gpu_ne
     assert made == [cli.MODELS["7B"], cli.MODELS["7B"], cli.MODELS["13B"]]
 
 
+def test_the_picture_of_decode_has_a_bar_for_each_way(stored):
+    figures = pytest.importorskip("benchmarks.figures", reason='the extra "bench" brings matplotlib')
+    axes = figures.decode(stored["decode"]).axes[0]
+    ways = [f"{model} {way}" for model in ("7B", "13B") for way in ("dense", "patched", "compressed")]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ways
+    ends = [max(bar.get_x() + bar.get_width() for bars in axes.containers for bar in [bars[i]]) for i in range(len(ways))]
+    assert [(text.get_position()[1], text.get_position()[0]) for text in axes.texts] == [
+        *enumerate(pytest.approx(e) for e in ends)
+    ]
+    rows = stored["decode"].rows
+    paces = [(r.dense_tokens_per_s, r.tokens_per_s) for r in rows if not math.isnan(r.ffn_ms)]
+    expected = [pace for plain, compressed in zip(paces[::2], paces[1::2], strict=True) for pace in (*plain, compressed[1])]
+    assert [text.get_text().strip() for text in axes.texts] == [f"{pace:.0f} tokens/s" for pace in expected]
+
+
 def test_decode_table():
     text = tables.decode(
         Result(HEAD, (_decode_row(), _decode_row(variant="generate()", ffn_ms=math.nan, operator_us=math.nan)))
@@ -530,7 +545,10 @@ def test_figures_are_drawings_with_axes_named(stored, tmp_path):
         "speedup": (figures.speedup(stored["sweep"], "7B"), ["sparsity, %", "speed-up over dense", "byte floor", "H100"]),
         "time": (figures.where_time_goes(stored["ffn"]), ["time per token and layer, µs", "one launch", "rest", "H100"]),
         "paper": (figures.paper(stored["paper"]), ["speed-up over dense", "published", "measured", "ProSparse-13B", "H100"]),
-        "decode": (figures.decode(stored["decode"]), ["ms per token", "FFN", "attention", "13B patched", "tokens/s", "H100"]),
+        "decode": (
+            figures.decode(stored["decode"]),
+            ["ms per token", "FFN", "attention", "13B patched", "13B compressed", "tokens/s", "H100"],
+        ),
     }
     for name, (figure, words) in drawn.items():
         figures.save(figure, tmp_path / f"{name}.svg")

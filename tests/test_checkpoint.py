@@ -148,7 +148,7 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(monkeypatch, tmp_path
 
 
 def test_dims_that_no_kernel_supports_are_no_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_has_gpu", lambda: False)
+    monkeypatch.setattr(cli, "has_gpu", lambda: False)
     _checkpoint(tmp_path, d_model=60)
     done = CliRunner().invoke(cli.main, ["demo", "--checkpoint", str(tmp_path)])
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
@@ -156,7 +156,7 @@ def test_dims_that_no_kernel_supports_are_no_traceback(monkeypatch, tmp_path):
 
 
 def test_demo_on_a_checkpoint(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_has_gpu", lambda: False)
+    monkeypatch.setattr(cli, "has_gpu", lambda: False)
     tensors = _checkpoint(tmp_path, shards=2)
     done = CliRunner().invoke(cli.main, ["demo", "--checkpoint", str(tmp_path), "--layer", "1"])
     assert done.exit_code == 0, done.output

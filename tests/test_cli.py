@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from gpu_arrays import OnCupy
 
 import prosparse_cupy as psc
-from prosparse_cupy import cli, reference
+from prosparse_cupy import cli, device, reference
 from prosparse_cupy.cli import demo
 from prosparse_cupy.testing.measure import DENSE, OURS, all_right
 
@@ -25,7 +25,7 @@ def _run(*arguments: str):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(cli, "_has_gpu", lambda: False)
+    monkeypatch.setattr(cli, "has_gpu", lambda: False)
     monkeypatch.setattr(demo, "_HOST_SHRINK", 32)
 
 
@@ -90,7 +90,7 @@ def test_wrong_options_get_a_usage_error(arguments, message):
 
 def test_warmup_without_a_gpu_says_what_was_looked_for(monkeypatch):
     def no_gpu():
-        raise cli.NoGPUError("no CUDA GPU: looked for one")
+        raise device.NoGPUError("no CUDA GPU: looked for one")
 
     monkeypatch.setattr(cli.ffn, "current_device", no_gpu)
     done = _run("warmup")

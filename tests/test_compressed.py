@@ -129,6 +129,12 @@ def test_a_wrong_out_is_refused(out, error, message):
 
 
 @layouts
+def test_what_is_compressed_here_fits(layout):
+    for d_model in (8, D_MODEL, 2680):
+        assert compress(weights(20, d_model, "bfloat16"), layout=layout).misfit == ""
+
+
+@layouts
 def test_the_reference_takes_them(layout):
     rng = np.random.default_rng()
     w_gate, w_up, w_down_t = (_weights(rng) for _ in range(3))
@@ -239,6 +245,19 @@ def test_out_may_not_share_memory_with_any_part(family):
         with pytest.raises(ValueError, match="out must not share memory with w_gate"):
             check_call(ops.FFN_1, (_Array(0x5000, 4096), _on_gpu(0x10000, "rows")), _Array(0x10000 + offset, 24))
     check_call(ops.FFN_1, (_Array(0x5000, 4096), _on_gpu(0x10000, "rows")), _Array(0x20000, 24))
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        (0x5008, ValueError, "out must start at a multiple of 16 bytes, got address 0x5008"),
+        (0, TypeError, "plain array in memory"),
+    ],
+)
+def test_kernels_write_no_weight_where_they_cannot(family, monkeypatch, address, error, message):
+    monkeypatch.setattr("prosparse_cupy.compressed.load", lambda *_: pytest.fail("launched"))
+    with pytest.raises(error, match=message):
+        _on_gpu(0x10000, "rows").decompress(out=_Array(address, 24, 4096))
 
 
 # On a GPU

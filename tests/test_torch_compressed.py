@@ -20,6 +20,7 @@ from torch_devices import DEVICES  # noqa: E402
 import prosparse_cupy as psc  # noqa: E402
 from prosparse_cupy import cli  # noqa: E402
 from prosparse_cupy.checkpoint import CheckpointError  # noqa: E402
+from prosparse_cupy.packed import sealed  # noqa: E402
 from prosparse_cupy.torch import (  # noqa: E402
     CompressedLinear,
     SparsityMeter,
@@ -165,37 +166,18 @@ def test_other_dtypes_are_refused_before_anything_changes(dtype):
 def test_a_failure_on_the_way_puts_everything_back(monkeypatch):
     model = _model()
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    calls = iter(range(9))
+    calls, real = iter(range(9)), CompressedLinear.__init__
 
-    def broken(*arguments, **keywords):
+    def broken(self, *arguments, **keywords):
         if next(calls) == 4:
             raise torch.OutOfMemoryError("no memory")
-        return CompressedLinear(*arguments, **keywords)
+        real(self, *arguments, **keywords)
 
-    monkeypatch.setattr(
-        "prosparse_cupy.torch.patch.CompressedLinear", type("Broken", (), {"__new__": lambda cls, *a, **k: broken(*a, **k)})
-    )
-    monkeypatch.setattr("prosparse_cupy.torch.patch._put_back", _put_back_of(CompressedLinear))
+    monkeypatch.setattr(CompressedLinear, "__init__", broken)
     with pytest.raises(torch.OutOfMemoryError):
         patch_model(model, compress=True)
     assert type(model.model.layers[0].mlp).__name__ == type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
     _same_state(model.state_dict(), state)
-
-
-def _put_back_of(kind):
-    """`patch._put_back`, which asks for a class that the test has replaced."""
-    from prosparse_cupy.torch import patch
-
-    real = patch._put_back
-
-    def put_back(model, name, sparse):
-        replaced, patch.CompressedLinear = patch.CompressedLinear, kind
-        try:
-            real(model, name, sparse)
-        finally:
-            patch.CompressedLinear = replaced
-
-    return put_back
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch.save"])
@@ -274,6 +256,32 @@ def test_the_ops_take_compressed_weights_in_parts(device):
     for expected, found in pairs:
         assert found.shape == expected.shape and torch.equal(_bits(found), _bits(expected)) and _bits(found).any()
     assert np.array_equal(torch_ops.as_numpy(w_gate.cpu()).view(np.int16), _bits(packed[0].decompress()).numpy())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_parts_that_do_not_fit_are_refused_before_anything_is_read(device):
+    x, w, *_ = _weights(device)
+    packed = psc.compress(w)
+    parts, facts = parts_of(packed), list(facts_of(packed))
+    ops, d_ff = torch.ops.prosparse, len(w)
+    for given, said, message in (
+        (parts, [0, d_ff + 1, *facts[2:]], r"part 0 must be"),
+        (parts, [1, *facts[1:]], r"part 0 must be"),
+        (parts, [0, d_ff, 3, *facts[3:]], "there is no weight of shape"),
+        (parts, [*facts[:3], 121, facts[4]], "its base is 121"),
+        (parts, [*facts[:4], facts[4] + 1], r"part 2 must be"),
+        (parts, [*facts[:4], 1 << 40], "escapes in"),
+        (parts, [7, *facts[1:]], "with the facts"),
+        ([*parts[:2], parts[2].float()], facts, "its parts are of int32 and 16 bits"),
+        ([parts[0][:-1], *parts[1:]], facts, r"part 0 must be"),
+        ([parts[0].transpose(1, 2).contiguous().transpose(1, 2), *parts[1:]], facts, r"part 0 must be"),
+        ([parts[0], parts[1], parts[1], parts[2]], facts, r"part 2 must be|parts, not 3"),
+    ):
+        with torch.inference_mode():
+            with pytest.raises(ValueError, match=message):
+                ops.ffn_1.parts(x, given, said)
+            with pytest.raises(ValueError, match=message):
+                ops.decompress(given, said)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -362,13 +370,22 @@ def _flip(folder):
     shard.write_bytes(content)
 
 
-def _manifest(change):
+def _manifest(change, seal=sealed):
     def spoil(folder):
         content = json.loads((folder / "prosparse.json").read_text())
         change(content)
-        (folder / "prosparse.json").write_text(json.dumps(content))
+        (folder / "prosparse.json").write_text(json.dumps(seal(content)))
 
     return spoil
+
+
+def _of_first(**changes):
+    return lambda content: next(iter(content["weights"].values())).update(changes)
+
+
+def _other_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 104}))
 
 
 def _other_dims(content):
@@ -386,8 +403,14 @@ def _other_dims(content):
         (lambda folder: (folder / "prosparse.json").write_text("{"), "cannot be read as JSON"),
         (_manifest(lambda c: c.update(version=9)), "is of version 9, this release reads 1"),
         (_manifest(lambda c: c.update(weights=[1])), "cannot be read"),
-        (_manifest(lambda c: next(iter(c["weights"].values())).update(layout="columns")), "cannot be read"),
-        (_manifest(_other_dims), "other dims than the model's config says"),
+        (_manifest(_of_first(layout="columns")), "cannot be read"),
+        (_manifest(_of_first(base=50), seal=dict), "prosparse.json: is not the file that was written"),
+        (_manifest(_of_first(base=900)), "its base is 900, not 0 to 120"),
+        (_manifest(_of_first(escapes=3)), r"part \d must be .*got"),
+        (_manifest(_of_first(layout="slices")), r"part 0 must be .*got"),
+        (_manifest(_of_first(parts=2)), "cannot|parts|part"),
+        (_manifest(_other_dims), "part 0 must be"),
+        (_other_config, "other dims than the model's config says"),
     ],
 )
 def test_broken_compressed_checkpoints_are_refused_by_name(compressed, tmp_path, spoil, message):

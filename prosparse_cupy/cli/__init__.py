@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .. import __version__, compiler, ffn, measured, models, packed
 from ..checkpoint import CheckpointError, load_ffn
-from ..device import NoGPUError, current_device
+from ..device import current_device, has_gpu
 from ..formats import ITEMSIZE, vector_length
 from ..libraries import NUMPY_DTYPES
 from ..testing import best_dense
@@ -68,7 +68,7 @@ def _demo(
         if sparsity is not None or given is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError("--checkpoint brings its own dims and sparsity: leave out --model and --sparsity")
 
-    console, has_gpu = Console(), _has_gpu()
+    console, on_gpu = Console(), has_gpu()
     with console.status("starting") as status:
         progress = status.update
         if checkpoint is not None:
@@ -82,17 +82,17 @@ def _demo(
             title = f"{checkpoint.resolve().name}, layer {layer or 0}"
         else:
             chosen, dtype = MODELS[model], dtype or "bfloat16"
-            dims = (chosen.d_model, chosen.d_ff) if has_gpu else demo.host_dims(chosen.d_model, chosen.d_ff)
+            dims = (chosen.d_model, chosen.d_ff) if on_gpu else demo.host_dims(chosen.d_model, chosen.d_ff)
             sparsity = chosen.sparsity if sparsity is None else sparsity
             threshold = chosen.threshold if threshold is None else threshold
             made = demo.random_layer(*dims, NUMPY_DTYPES[dtype], sparsity, threshold, progress)
             title = f"{chosen.name}, random weights"
-        run = demo.on_gpu if has_gpu else demo.on_host
+        run = demo.on_gpu if on_gpu else demo.on_host
         try:
             report = run(made, dtype, progress)
         except (RuntimeError, MemoryError, ValueError) as error:  # ValueError: dims that no kernel supports
             raise click.ClickException(str(error)) from None
-    if not has_gpu:
+    if not on_gpu:
         small = "" if checkpoint is not None else "a smaller layer on "
         console.print(f"No GPU that CuPy can use (see doctor): this is {small}the NumPy reference.", soft_wrap=True)
     _print_report(console, title, made.threshold, report)
@@ -164,7 +164,7 @@ def _compress(checkpoint: Path, out: Path) -> None:
     try:
         with _bar(Console(stderr=True)) as tell:
             done = packed.compress_checkpoint(checkpoint, out, tell)
-    except (CheckpointError, MemoryError) as error:
+    except (CheckpointError, MemoryError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
     console = Console()
     for name, why in done.plain.items():
@@ -185,14 +185,6 @@ def _bar(console: Console) -> Iterator[tune.Tell]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("making layers")
         yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
-
-
-def _has_gpu() -> bool:
-    try:
-        current_device()
-    except (ImportError, NoGPUError):
-        return False
-    return True
 
 
 def _supported(dtype: np.dtype) -> str:

@@ -164,7 +164,19 @@ def packed_of(parts: tuple[Tensor, ...] | list[Tensor], facts: Facts) -> Compres
 
 def weight_of(parts: list[Tensor], facts: Facts) -> TorchWeight:
     """The inverse of `parts_of` and `facts_of`."""
-    return parts[0] if facts == _FACTS_OF_PLAIN else packed_of(parts, facts)
+    return parts[0] if facts == _FACTS_OF_PLAIN else checked_packed_of(parts, facts)
+
+
+def checked_packed_of(parts: list[Tensor], facts: Facts) -> CompressedWeight[Tensor]:
+    """`packed_of` parts from elsewhere; ValueError where they are not of one weight."""
+    if len(facts) != len(_FACTS_OF_PLAIN) or not 0 <= facts[0] < len(_LAYOUTS) or len(parts) < 2:
+        raise ValueError(f"a compressed weight in {len(parts)} parts with the facts {facts}: take both from one weight")
+    if any(p.dtype is not torch.int32 for p in parts[:-1]) or parts[-1].element_size() != 2:
+        raise ValueError(f"a compressed weight of {', '.join(str(p.dtype) for p in parts)}: its parts are of int32 and 16 bits")
+    packed = packed_of(parts, facts)
+    if packed.misfit:
+        raise ValueError(f"a compressed weight whose parts do not fit its facts {facts}: {packed.misfit}")
+    return packed
 
 
 def decompress(packed: CompressedWeight[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from ..arguments import Signature
 from ..compressed import CompressedWeight
 from ..ffn import SPARSE_FFN
 from ..ops import FFN_1, FFN_4, FFN_23, FFN_123
-from .compressed import on_host, packed_of, weight_of
+from .compressed import checked_packed_of, on_host, weight_of
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -88,7 +88,7 @@ def _register_decompress() -> None:
     _LIBRARY.define("decompress(Tensor[] parts, int[] facts) -> Tensor", tags=_TAGS)
 
     def call(parts: list[Tensor], facts: list[int]) -> Tensor:
-        return packed_of(parts, tuple(facts)).decompress()
+        return checked_packed_of(parts, tuple(facts)).decompress()
 
     for key in ("CUDA", "CPU"):
         _LIBRARY.impl("decompress", call, key)
