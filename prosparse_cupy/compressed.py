@@ -120,6 +120,26 @@ class CompressedWeight(Generic[A]):
         packed = self._packed._replace(words=tuple(moved[:-1]), escapes=moved[-1])
         return CompressedWeight(self._shape, self._layout, packed, self._escapes)
 
+    def rows(self, start: int, stop: int) -> CompressedWeight[A]:
+        """Rows `start` to `stop` as a weight of their own that shares this one's memory, as a slice of an array does.
+
+        Raises
+        ------
+        ValueError
+            There are no such rows, they do not start at a multiple of 16 bytes, or the layout is "slices", whose rows are not
+            apart.
+        """
+        d_ff, d_model = self._shape
+        if self._layout != "rows":
+            raise ValueError('rows: a weight of layout "slices" cannot be taken apart: compress its rows by themselves')
+        if not 0 <= start < stop <= d_ff:
+            raise ValueError(f"rows: must lie in 0 to {d_ff}, got {start} to {stop}")
+        if start * (d_model // bf12.CHUNK) * 4 % VECTOR_BYTES:
+            raise ValueError(f"rows: row {start} does not start at a multiple of {VECTOR_BYTES} bytes")
+        words: Any = self._packed.words
+        packed = self._packed._replace(words=tuple(array[start:stop] for array in words))
+        return CompressedWeight((stop - start, d_model), self._layout, packed, self._escapes)
+
     def on_host(self) -> CompressedWeight[Any]:
         """The same in NumPy arrays, of CuPy's."""
         arrays: tuple[Any, ...] = self.arrays

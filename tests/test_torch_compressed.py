@@ -267,15 +267,17 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_read(device):
     for given, said, message in (
         (parts, [0, d_ff + 1, *facts[2:]], r"part 0 must be"),
         (parts, [1, *facts[1:]], r"part 0 must be"),
-        (parts, [0, d_ff, 3, *facts[3:]], "there is no weight of shape"),
-        (parts, [*facts[:3], 121, facts[4]], "its base is 121"),
-        (parts, [*facts[:4], facts[4] + 1], r"part 2 must be"),
-        (parts, [*facts[:4], 1 << 40], "escapes in"),
+        (parts, [0, d_ff, 3], "there is no weight of shape"),
+        ([*parts[:3], torch.tensor([121, parts[3][1]])], facts, "its base is 121"),
+        ([*parts[:3], parts[3] + torch.tensor([0, 1])], facts, r"part 2 must be"),
+        ([*parts[:3], torch.tensor([parts[3][0], 1 << 40])], facts, "escapes in"),
+        (parts[:3], facts, "part is|parts are of int32"),
+        ([*parts[:3], parts[3].int()], facts, "last part is torch.int32"),
         (parts, [7, *facts[1:]], "with the facts"),
-        ([*parts[:2], parts[2].float()], facts, "its parts are of int32 and 16 bits"),
+        ([*parts[:2], parts[2].float(), parts[3]], facts, "its parts are of int32 and 16 bits"),
         ([parts[0][:-1], *parts[1:]], facts, r"part 0 must be"),
         ([parts[0].transpose(1, 2).contiguous().transpose(1, 2), *parts[1:]], facts, r"part 0 must be"),
-        ([parts[0], parts[1], parts[1], parts[2]], facts, r"part 2 must be|parts, not 3"),
+        ([parts[0], parts[1], parts[1], *parts[2:]], facts, r"part 2 must be|parts, not 3"),
     ):
         with torch.inference_mode():
             with pytest.raises(ValueError, match=message):

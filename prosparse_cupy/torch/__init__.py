@@ -5,17 +5,20 @@ Nothing outside this folder imports torch.
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.prosparse
 from .activation import FATReLU, register_fatrelu
-from .compressed import CompressedLinear
+from .linears import CompressedLinear, DecodingLinear
 from .loading import load_compressed
+from .matrices import MatrixPatch
 from .mlp import SparseGatedMLP
 from .patch import LayerPatch, PatchReport, patch_model, unpatch_model
 from .sparsity import LayerSparsity, SparsityMeter, SparsityReport, measure_sparsity
 
 __all__ = [
     "CompressedLinear",
+    "DecodingLinear",
     "FATReLU",
     "LayerPatch",
     "LayerSparsity",
+    "MatrixPatch",
     "PatchReport",
     "SparseGatedMLP",
     "SparsityMeter",

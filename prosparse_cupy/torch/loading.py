@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..checkpoint import CheckpointError, files_by_name
 from ..packed import MANIFEST, Entry, read_manifest
 from .acceptance import why_another_formula
-from .compressed import CompressedLinear, checked_packed_of
+from .compressed import checked_packed_of
+from .linears import CompressedLinear
 from .mlp import SparseGatedMLP, pack
 from .patch import gated_mlps, own_threshold
 
@@ -168,9 +169,10 @@ def _set(model: nn.Module, path: Path, key: str, tensor: Tensor) -> None:
 
 def _set_packed(model: nn.Module, path: Path, name: str, entry: Entry, parts: list[Tensor]) -> None:
     holder, _, leaf = name.removesuffix(".weight").rpartition(".")
-    facts = (("rows", "slices").index(entry.layout), *entry.shape, entry.base, entry.escapes)
+    facts = (("rows", "slices").index(entry.layout), *entry.shape)
+    numbers = torch.tensor([entry.base, entry.escapes], dtype=torch.int64, device="cpu")
     try:
-        linear = CompressedLinear.of_packed(checked_packed_of(parts, facts), transposed=entry.transposed)
+        linear = CompressedLinear.of_packed(checked_packed_of([*parts, numbers], facts), transposed=entry.transposed)
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}: {error}") from None
     try:

@@ -7,16 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from ..ffn import sparse_ffn
-from ..formats import ITEMSIZE, VECTOR_BYTES
+from ..ffn import SparseFFN, sparse_ffn
 from .activation import FATReLU
-from .compressed import CompressedLinear, TorchWeight, facts_of, parts_of
+from .dispatch import (
+    TorchWeight,
+    dispatched,
+    does_more,
+    forward_is_torchs,
+    is_cast,
+    is_recorded,
+    is_taken,
+    is_watched,
+    plain_or_packed,
+)
+from .linears import CompressedLinear
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in ITEMSIZE)
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class SparseGatedMLP(nn.Module):
@@ -43,6 +50,8 @@ class SparseGatedMLP(nn.Module):
         self.counts: Tensor | None = None
         """Active neurons and all neurons so far, (2,) int64, where a `SparsityMeter` counts them."""
         self._replaced: tuple[nn.Module, ...] = ()
+        self._bound: tuple[Any, SparseFFN[Tensor]] | None = None
+        """Compressed weights as they were at the last call; they are kept, so no other has the id of one."""
         self.register_load_state_dict_post_hook(_pack_what_was_loaded)  # type: ignore[no-untyped-call]
         pack(self.down_proj)
 
@@ -96,22 +105,42 @@ class SparseGatedMLP(nn.Module):
     def _sparse(self, x: Tensor) -> Tensor | None:
         """One token by the sparse operators, or None where only calling the modules does what they do."""
         weights = self._plain_weights()
-        if weights is None or _is_cast(x) or _is_recorded(x, weights):
+        if weights is None or is_cast(x) or is_recorded(x, weights):
             return None
         activation: Any = self._modules["act_fn"]
         token, threshold = x.flatten(), activation.threshold
-        if self.counts is None and x.is_cuda and not _is_watched():
+        if self.counts is None and x.is_cuda and not is_watched():
             try:
-                return sparse_ffn(token, *weights, threshold).view_as(x)  # the dispatcher costs 8 µs
+                return self._called(token, weights, threshold).view_as(x)  # the dispatcher costs 8 µs
             except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
                 return None
-        if not _is_taken(token, *weights):
+        if not is_taken(token, *weights):
             return None
         if self.counts is None:
-            return _dispatched("sparse_ffn", token, weights, threshold).view_as(x)
-        x1 = _dispatched("ffn_123", token, weights[:2], threshold)
+            return dispatched("sparse_ffn", token, weights, threshold).view_as(x)
+        x1 = dispatched("ffn_123", token, weights[:2], threshold)
         count_active(self.counts, x1)
-        return _dispatched("ffn_4", x1, weights[2:]).view_as(x)
+        return dispatched("ffn_4", x1, weights[2:]).view_as(x)
+
+    def _called(self, token: Tensor, weights: tuple[TorchWeight, TorchWeight, TorchWeight], threshold: float) -> Tensor:
+        """The operators themselves. Compressed weights are bound, so that one call and not each pays for looking at them."""
+        w_gate, w_up, w_down_t = weights
+        if isinstance(w_gate, Tensor) and isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor):
+            return sparse_ffn(token, w_gate, w_up, w_down_t, threshold)
+        operands = [plain_or_packed(w) for w in weights]
+        key = (threshold, *((w.data_ptr(), w.dtype) if isinstance(w, Tensor) else id(w) for w in operands))
+        bound = self._bound
+        if bound is None or bound[0] != key:
+            bound = self._bound = key, SparseFFN(*operands, threshold)
+        return bound[1](token)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseGatedMLP:
+        self._bound = None  # which would keep the memory of before
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": None}
 
     def _plain_weights(self) -> tuple[TorchWeight, TorchWeight, TorchWeight] | None:
         """w_gate, w_up and w_down_t, if calling the modules does what it did when this one was made."""
@@ -122,7 +151,7 @@ class SparseGatedMLP(nn.Module):
             if type(linear) is CompressedLinear:
                 if does_more(linear) or linear.transposed != (name == "down_proj"):
                     return None
-                weights.append(linear.packed)
+                weights.append(linear)
                 continue
             if type(linear) is not nn.Linear or does_more(linear):
                 return None
@@ -134,78 +163,9 @@ class SparseGatedMLP(nn.Module):
         activation = modules.get("act_fn")
         if type(activation) is not FATReLU or activation.threshold is None or does_more(activation):
             return None
-        if _GLOBAL_HOOKS or _GLOBAL_PRE_HOOKS or nn.Linear.forward is not _LINEAR_FORWARD:
+        if not forward_is_torchs():
             return None
         return weights[0], weights[1], weights[2]
-
-
-_GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
-_GLOBAL_PRE_HOOKS = nn.modules.module._global_forward_pre_hooks
-_LINEAR_FORWARD = nn.Linear.forward
-
-
-def does_more(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says: hooks, or a `forward` of its own, as accelerate sets it."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return True
-    own = module.__dict__.get("forward")  # accelerate leaves the class's behind, bound, when its hooks are removed
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
-
-
-def _is_watched() -> bool:
-    """Whether torch notes what is called: only calls through its dispatcher are seen then."""
-    watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return watched or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _is_cast(x: Tensor) -> bool:
-    """Whether autocast has the projections compute in another dtype."""
-    kind = "cuda" if x.is_cuda else "cpu"
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
-
-
-def _is_recorded(x: Tensor, weights: tuple[TorchWeight, ...]) -> bool:
-    """Whether derivatives are taken through these tensors, backward or forward."""
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and (x.requires_grad or any(isinstance(w, Tensor) and w.requires_grad for w in weights))
-
-
-def _dispatched(name: str, x: Tensor, weights: tuple[TorchWeight, ...], *threshold: float) -> Tensor:
-    """An operator through torch's dispatcher."""
-    operator = getattr(torch.ops.prosparse, name)
-    if all(isinstance(w, Tensor) for w in weights):
-        plain: Tensor = operator.default(x, *weights, *threshold)
-        return plain
-    facts = [fact for w in weights for fact in facts_of(w)]
-    result: Tensor = operator.parts(x, *map(parts_of, weights), facts, *threshold)
-    return result
-
-
-def _is_taken(token: Tensor, *weights: TorchWeight) -> bool:
-    """Whether `torch.ops.prosparse` takes a token with these (d_ff, d_model) weights."""
-    dtype, device, shape = token.dtype, token.get_device(), weights[0].shape
-    if dtype not in DTYPES or token.shape[-1] != shape[-1] or token.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
-        return False
-    if not token.is_contiguous():
-        return False
-    for w in weights:
-        if not isinstance(w, Tensor):
-            if dtype != torch.bfloat16 or w.arrays[0].get_device() != device or w.shape != tuple(shape):
-                return False
-        elif w.dtype != dtype or w.get_device() != device or w.shape != shape or not w.is_contiguous():
-            return False
-    if not token.is_cuda and token.device.type != "cpu":
-        return False
-    return torch.compiler.is_compiling() or _have_memory(token, *(part for w in weights for part in parts_of(w)))
-
-
-def _have_memory(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors at addresses that kernels can read 16 bytes at a time."""
-    try:
-        return all(type(t) in _PLAIN and t.data_ptr() and t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
-    except RuntimeError:  # torch's, of tensors inside vmap and the like
-        return False
 
 
 def _pack_what_was_loaded(module: SparseGatedMLP, incompatible_keys: Any) -> None:

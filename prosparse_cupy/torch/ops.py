@@ -65,7 +65,7 @@ def _of_parts(signature: Signature, run: Callable[..., Tensor]) -> Callable[...,
         given, facts = [*arguments[: len(inputs)]], [*arguments[len(inputs)]]
         for i, operand in enumerate(inputs):
             if operand.define:
-                given[i], facts = weight_of(given[i], tuple(facts[:5])), facts[5:]
+                given[i], facts = weight_of(given[i], tuple(facts[:3])), facts[3:]
         return run(*given, *arguments[len(inputs) + 1 :], out=out)
 
     return call
@@ -77,7 +77,7 @@ def _fake_of_parts(signature: Signature) -> Callable[..., Tensor]:
 
     def call(*arguments: Any, out: Tensor | None) -> Tensor:
         first, weight, facts = arguments[0], arguments[len(signature.inputs) - 1], arguments[len(signature.inputs)]
-        size = weight[0].shape[axis] if facts[-5] < 0 else facts[-4 + axis]
+        size = weight[0].shape[axis] if facts[-3] < 0 else facts[-2 + axis]
         result: Tensor = first.new_empty((*first.shape[:-1], size))
         return result
 

@@ -17,8 +17,10 @@ from ..formula import FATRELU, RELU, UnsupportedFormula, check_threshold, formul
 from ._text import table
 from .acceptance import why_another_formula, why_outside_the_contract
 from .activation import FATReLU
-from .compressed import CompressedLinear
-from .mlp import DTYPES, PROJECTIONS, SparseGatedMLP, does_more, unpack
+from .dispatch import DTYPES, does_more
+from .linears import CompressedLinear, DecodingLinear
+from .matrices import MatrixPatch, groups_of, put_back_matrices, replace_matrices, rows_of_report
+from .mlp import PROJECTIONS, SparseGatedMLP, unpack
 
 
 @dataclass(frozen=True)
@@ -39,37 +41,59 @@ class LayerPatch:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch_model` did, layer by layer; `print` shows a table."""
+    """What `patch_model` did, layer by layer and matrix by matrix; `print` shows tables."""
 
     layers: tuple[LayerPatch, ...]
+    matrices: tuple[MatrixPatch, ...] = ()
+    """The matrices beside the sparse layers', where they were asked for."""
 
     @property
     def sparse(self) -> tuple[LayerPatch, ...]:
         return tuple(layer for layer in self.layers if layer.sparse)
 
+    @property
+    def decoding(self) -> tuple[MatrixPatch, ...]:
+        """The matrices that `ffn_1` now reads."""
+        return tuple(matrix for matrix in self.matrices if matrix.decoding)
+
     def __str__(self) -> str:
+        if not self.matrices:
+            return self._layers
+        title = f"{len(self.decoding)} of {len(self.matrices)} other matrices decode through ffn_1"
+        heads = "matrix", "number", "decoding", "weights"
+        return f"{self._layers}\n{table(title, heads, rows_of_report(self.matrices))}"
+
+    @property
+    def _layers(self) -> str:
         title = f"{len(self.sparse)} of {len(self.layers)} gated MLPs decode sparsely"
         heads = ["layer", "decoding", "threshold"]
         rows = [[x.name, "sparse" if x.sparse else f"dense: {x.reason}", f"{x.threshold:g}"] for x in self.layers]
-        if any(x.ratio < 1 or x.plain for x in self.layers):
-            sparse = self.sparse
+        sparse = self.sparse
+        if any(x.ratio < 1 or x.plain for x in sparse):
             title += f", their weights in {sum(x.ratio for x in sparse) / len(sparse):.1%} of the memory"
             heads += ["weights", "left plain"]
             rows = [[*row, f"{x.ratio:.1%}", x.plain] for row, x in zip(rows, self.layers, strict=True)]
         return table(title, tuple(heads), [tuple(row) for row in rows])
 
 
-def patch_model(model: nn.Module, threshold: float | None = None, *, compress: bool = False) -> PatchReport:
-    """Let every gated ReLU MLP of a model decode sparsely, exactly as before within rounding; in place.
+def patch_model(
+    model: nn.Module, threshold: float | None = None, *, compress: bool = False, linears: bool = True
+) -> PatchReport:
+    """Let every gated ReLU MLP of a model decode sparsely, and its other matrices fast; exactly as before, within rounding.
 
     An MLP is gated if it has `gate_proj`, `up_proj` and `down_proj`, as in LLaMA, Mistral, Qwen2, MiniCPM, and remote code like
     them. Its activation comes from the config, `hidden_act` (``relu``, or ``fatrelu`` with `hidden_act_param`). One token at a
     time goes through the sparse operators, longer inputs (prefill) through the dense path on the same weights.
 
-    Nothing is taken for granted. A layer's code is run in float64 on random weights, at several input scales, and must give
-    what the formula gives; its own output and the sparse one must be as close to float64 as the dense path in the same dtype,
-    within a factor of two and one ulp. Otherwise the layer is left dense, and the report says why. Trying it also compiles its
-    kernels.
+    The other matrices, those of attention, the head that makes logits, and those of MLPs that stay dense, are read through
+    `ffn_1` for one token, which is faster than the vendor's library. Projections of one input (`q_proj`, `k_proj`, `v_proj`)
+    are moved side by side in memory, so that `generate` reads them as one. So a model whose activation has no zeros, SiLU for
+    instance, decodes faster too.
+
+    The model is patched in place. Nothing is taken for granted. A layer's code is run in float64 on random weights, at several
+    input scales, and must give what the formula gives; its own output and the sparse one must be as close to float64 as the
+    dense path in the same dtype, within a factor of two and one ulp. Otherwise the layer is left dense, and the report says
+    why. Trying it also compiles its kernels.
 
     Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw. On the CPU one token goes through
     the NumPy reference: right, and slow.
@@ -82,11 +106,14 @@ def patch_model(model: nn.Module, threshold: float | None = None, *, compress: b
         FATReLU's T in place of the config's: this moves the activation of the model, and so changes what it says. The layer's
         code must still be ReLU or FATReLU as its config says; where the config has no threshold, this one.
     compress : bool, default False
-        Hold the FFN's weights in 12 bits instead of 16, without loss (`prosparse_cupy.compress`): the same numbers in three
+        Hold the weights in 12 bits instead of 16, without loss (`prosparse_cupy.compress`): the same numbers in three
         quarters of the memory, and faster in a CUDA graph. For bfloat16 models and for inference: compressed weights are no
         parameters. One matrix at a time is compressed. Prefill decompresses a matrix for the time of its call. State dicts and
         ``save_pretrained`` hold the plain weights, in host memory. A matrix that would not get below 80 % of its size stays
-        plain, and so does a `down_proj` of a model too narrow for compression to pay (`d_model` of 2640 and less).
+        plain, and so does a `down_proj` of a model too narrow for compression to pay (`d_model` of 2640 and less), and a head
+        that is the embedding too.
+    linears : bool, default True
+        Also take the other matrices; False leaves all but the sparse FFNs as they are.
 
     Returns
     -------
@@ -99,33 +126,57 @@ def patch_model(model: nn.Module, threshold: float | None = None, *, compress: b
     TypeError
         `model` is no module.
     ValueError
-        No gated MLP, an activation that is not ReLU, a `fatrelu` config without its threshold, a model that is patched already,
-        or one to be compressed whose weights are not bfloat16. Nothing has been changed.
+        Nothing to patch, an activation that is not ReLU (with ``linears=False``, or with a `threshold`), a `fatrelu` config
+        without its threshold, a model that is patched already, or one to be compressed whose weights are not bfloat16. Nothing
+        has been changed.
     """
     check_module("patch_model", model)
     found = list(gated_mlps(model))
-    if not found:
+    if not found and not (linears and any(groups_of(model))):
         raise ValueError(f"patch_model: {type(model).__name__} has no module with {', '.join(PROJECTIONS)}: nothing to patch")
-    if found[0][0] == "":
+    if found and found[0][0] == "":
         raise ValueError("patch_model: this is a gated MLP, not a model with some: use SparseGatedMLP.from_mlp(mlp)")
-    if any(isinstance(mlp, SparseGatedMLP) for _, mlp in found):
+    if any(isinstance(m, (SparseGatedMLP, DecodingLinear, CompressedLinear)) for m in model.modules()):
         raise ValueError("patch_model: the model is patched already: call unpatch_model(model) first")
     given = None if threshold is None else check_threshold("patch_model", threshold)
     if compress:
         _check_compressible(found)
-    own = [own_threshold(model, name, mlp, given) for name, mlp in found]
-    layers = []
+    own = [_own_or_dense(model, name, mlp, given, linears) for name, mlp in found]
+    layers, matrices = list[LayerPatch](), list[MatrixPatch]()
     try:
         for (name, mlp), was in zip(found, own, strict=True):
+            if isinstance(was, str):
+                layers.append(LayerPatch(name, False, 0.0, was))
+                continue
             becomes = was if given is None else given
             reason = _why_dense(mlp) or _replace(model, name, mlp, was, becomes)
             layers.append(LayerPatch(name, not reason, becomes, reason))
         if compress:
             layers = _compress_all(model, layers)
+        if linears:
+            matrices = replace_matrices(model, compress)
     except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
         unpatch_model(model)
         raise
-    return PatchReport(tuple(layers))
+    return PatchReport(tuple(layers), tuple(matrices))
+
+
+def _own_or_dense(model: nn.Module, name: str, mlp: Any, given: float | None, linears: bool) -> float | str:
+    """T of an MLP as it is, or, where its matrices can be taken without it, why it is not sparse."""
+    try:
+        return own_threshold(model, name, mlp, given)
+    except _NotSparse as error:
+        if given is not None or not linears:
+            raise
+        return error.reason
+
+
+class _NotSparse(ValueError):
+    """An activation that leaves no zeros."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def _check_compressible(found: list[tuple[str, Any]]) -> None:
@@ -181,7 +232,8 @@ def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
 def unpatch_model(model: nn.Module) -> None:
     """Undo `patch_model`: the MLPs of before, on the weights of now in `nn.Linear`'s layout. Others are left alone.
 
-    Compressed weights become plain ones again, bit for bit, a matrix at a time.
+    Compressed weights become plain ones again, bit for bit, a matrix at a time, and those that were moved side by side get
+    memory of their own.
 
     Projections that were replaced since then, by LoRA adapters for instance, stay.
     """
@@ -189,6 +241,7 @@ def unpatch_model(model: nn.Module) -> None:
     for name, mlp in list(gated_mlps(model)):
         if isinstance(mlp, SparseGatedMLP) and mlp.replaced is not None:
             _put_back(model, name, mlp)
+    put_back_matrices(model)
 
 
 def check_module(function: str, model: nn.Module) -> None:
@@ -229,7 +282,7 @@ def own_threshold(model: nn.Module, name: str, mlp: Any, given: float | None) ->
     try:
         return formula_of(activation, given if parameter is None else parameter).threshold
     except UnsupportedFormula as error:
-        raise ValueError(f"patch_model: {name}: {said}: {error}; nothing was changed") from None
+        raise _NotSparse(f"patch_model: {name}: {said}: {error}; nothing was changed", f"{said}: {error}") from None
 
 
 def _why_dense(mlp: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._text import table
-from .compressed import CompressedLinear
+from .linears import CompressedLinear
 from .mlp import SparseGatedMLP, count_active
 from .patch import check_module, gated_mlps
 

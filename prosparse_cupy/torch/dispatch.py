@@ -1,0 +1,126 @@
+"""How one token gets from a module to the operators: whether they do all that calling the modules would, then the call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..formats import ITEMSIZE, VECTOR_BYTES
+from ..ops import ffn_1
+from .compressed import FACTS_OF_PLAIN, Facts
+
+if TYPE_CHECKING:
+    from .linears import CompressedLinear
+
+TorchWeight: TypeAlias = "Tensor | CompressedLinear"
+"""A weight of a module: a parameter, or the module of a compressed one."""
+
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in ITEMSIZE)
+_PLAIN = (Tensor, nn.Parameter)
+_GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
+_GLOBAL_PRE_HOOKS = nn.modules.module._global_forward_pre_hooks
+_LINEAR_FORWARD = nn.Linear.forward
+
+
+def forward_is_torchs() -> bool:
+    """Whether calling an `nn.Linear` is what torch says: no global hooks, and no other `forward`."""
+    return not (_GLOBAL_HOOKS or _GLOBAL_PRE_HOOKS) and nn.Linear.forward is _LINEAR_FORWARD
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or a `forward` of its own, as accelerate sets it."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    own = module.__dict__.get("forward")  # accelerate leaves the class's behind, bound, when its hooks are removed
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def is_watched() -> bool:
+    """Whether torch notes what is called: only calls through its dispatcher are seen then."""
+    watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return watched or torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast has the projections compute in another dtype."""
+    kind = "cuda" if x.is_cuda else "cpu"
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
+
+
+def is_recorded(x: Tensor, weights: tuple[TorchWeight, ...]) -> bool:
+    """Whether derivatives are taken through these tensors, backward or forward."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or any(isinstance(w, Tensor) and w.requires_grad for w in weights))
+
+
+def decoded(x: Tensor, weight: TorchWeight) -> Tensor | None:
+    """``x @ weight.T`` of one token by `ffn_1`, or None where only torch does what is asked."""
+    if not forward_is_torchs() or is_cast(x) or is_recorded(x, (weight,)):
+        return None
+    token = x.flatten()
+    if x.is_cuda and not is_watched():
+        try:
+            return ffn_1(token, plain_or_packed(weight)).view(*x.shape[:-1], -1)
+        except (TypeError, ValueError):  # what the operator refuses, torch does, or refuses as it always did
+            return None
+    if not is_taken(token, weight):
+        return None
+    return dispatched("ffn_1", token, (weight,)).view(*x.shape[:-1], -1)
+
+
+def plain_or_packed(weight: TorchWeight) -> Any:
+    """A weight as the operators take it."""
+    return weight if isinstance(weight, Tensor) else weight.packed
+
+
+def dispatched(name: str, x: Tensor, weights: tuple[TorchWeight, ...], *threshold: float) -> Tensor:
+    """An operator through torch's dispatcher."""
+    operator = getattr(torch.ops.prosparse, name)
+    if all(isinstance(w, Tensor) for w in weights):
+        plain: Tensor = operator.default(x, *weights, *threshold)
+        return plain
+    facts = [fact for w in weights for fact in _facts_of(w)]
+    result: Tensor = operator.parts(x, *map(_parts_of, weights), facts, *threshold)
+    return result
+
+
+def _facts_of(weight: TorchWeight) -> Facts:
+    return FACTS_OF_PLAIN if isinstance(weight, Tensor) else weight.facts
+
+
+def _parts_of(weight: TorchWeight) -> list[Tensor]:
+    return [weight] if isinstance(weight, Tensor) else weight.parts
+
+
+def is_taken(token: Tensor, *weights: TorchWeight) -> bool:
+    """Whether `torch.ops.prosparse` takes a token with these (d_ff, d_model) weights."""
+    dtype, device, shape = token.dtype, token.get_device(), weights[0].shape
+    if dtype not in DTYPES or token.shape[-1] != shape[-1] or token.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
+        return False
+    if not token.is_contiguous():
+        return False
+    for w in weights:
+        if not isinstance(w, Tensor):
+            if dtype != torch.bfloat16 or w.parts[0].get_device() != device or w.shape != tuple(shape):
+                return False
+        elif w.dtype != dtype or w.get_device() != device or w.shape != shape or not w.is_contiguous():
+            return False
+    if not token.is_cuda and token.device.type != "cpu":
+        return False
+    return torch.compiler.is_compiling() or _have_memory(token, *(part for w in weights for part in _arrays_of(w)))
+
+
+def _arrays_of(weight: TorchWeight) -> list[Tensor]:
+    return [weight] if isinstance(weight, Tensor) else weight.parts[:-1]
+
+
+def _have_memory(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors at addresses that kernels can read 16 bytes at a time."""
+    try:
+        return all(type(t) in _PLAIN and t.data_ptr() and t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
+    except RuntimeError:  # torch's, of tensors inside vmap and the like
+        return False

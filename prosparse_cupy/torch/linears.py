@@ -1,0 +1,237 @@
+"""Linear layers whose one-token calls read their weight at the speed of memory, plain or compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compressed import CompressedWeight, compress
+from .compressed import facts_of, numbers_of, packed_of
+from .dispatch import decoded
+
+
+class DecodingLinear(nn.Linear):
+    """`torch.nn.Linear` without bias: one token goes through `ffn_1`, more through torch.
+
+    `patch_model` puts it in the place of a model's `nn.Linear`. It has the same parameter under the same name.
+
+    Parameters
+    ----------
+    in_features, out_features, device, dtype
+        As for `torch.nn.Linear`; bfloat16, float16 or float32, `in_features` a multiple of 8 (4 for float32).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self._replaced: tuple[nn.Module, ...] = ()  # what `patch_model` put it in the place of; no submodule
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> DecodingLinear:
+        """Of an `nn.Linear` without bias, whose parameter it shares."""
+        decoding = cls(linear.in_features, linear.out_features, device="meta")
+        decoding.weight = linear.weight
+        return decoding.train(linear.training)
+
+    def linear(self) -> nn.Linear:
+        """An `nn.Linear` with the same parameter."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = self.weight
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T``, (..., in_features) to (..., out_features)."""
+        if x.numel() == self.in_features and self.bias is None and (y := decoded(x, self.weight)) is not None:
+            return y
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class CompressedLinear(nn.Module):
+    """`torch.nn.Linear` without bias whose bfloat16 weight is in 12 bits, without loss.
+
+    `patch_model(model, compress=True)` puts it in the place of a model's projections. One token goes through `ffn_1`, or, in a
+    `SparseGatedMLP`, through the sparse operators; for more tokens it decompresses its weight for the time of the call. In a
+    state dict it is an `nn.Linear`: its ``weight``, decompressed, in host memory.
+
+    Parameters
+    ----------
+    weight : torch.Tensor, (out_features, in_features)
+        bfloat16. It may be freed afterwards.
+    transposed : bool, default False
+        For a down-projection: the transpose of the weight is compressed, as `ffn_4` reads it.
+    """
+
+    bias: None = None
+
+    def __init__(self, weight: Tensor, *, transposed: bool = False) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self._replaced: tuple[nn.Module, ...] = ()  # what `patch_model` put it in the place of; no submodule
+        self._requires_grad = weight.requires_grad
+        self._take(weight)
+
+    @classmethod
+    def of_packed(cls, packed: CompressedWeight[Tensor], *, transposed: bool) -> CompressedLinear:
+        """Of a weight that is compressed already, (d_ff, d_model)."""
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        linear.transposed, linear._requires_grad, linear._replaced = transposed, True, ()
+        linear.out_features, linear.in_features = packed.shape[::-1] if transposed else packed.shape
+        linear._hold(packed)
+        return linear
+
+    def _take(self, weight: Tensor) -> None:
+        """Hold this weight from now on."""
+        self.out_features, self.in_features = weight.shape
+        rows = weight.detach().t() if self.transposed else weight.detach()
+        self._hold(compress(rows.contiguous(), layout="slices" if self.transposed else "rows"))
+
+    def _hold(self, packed: CompressedWeight[Tensor]) -> None:
+        self.facts = facts_of(packed)
+        self._numbers = numbers_of(packed)
+        self._parts = len(packed.arrays)
+        for i, array in enumerate(packed.arrays):
+            # Integers, so that what casts floating buffers leaves them alone.
+            self.register_buffer(f"part_{i}", array.view(torch.int16) if i == self._parts - 1 else array, persistent=False)
+        self._packed: tuple[tuple[Tensor, ...], CompressedWeight[Tensor]] | None = None
+
+    @property
+    def packed(self) -> CompressedWeight[Tensor]:
+        """The weight as the operators take it, (d_ff, d_model)."""
+        held = self._arrays()
+        if self._packed is None or any(a is not b for a, b in zip(self._packed[0], held, strict=True)):
+            self._packed = held, packed_of(held, self._numbers, self.facts)
+        return self._packed[1]
+
+    def _arrays(self) -> tuple[Tensor, ...]:
+        buffers: Any = self._buffers
+        return tuple([buffers[f"part_{i}"] for i in range(self._parts)])
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The weight as torch's dispatcher takes it, beside `facts`."""
+        return [*self._arrays(), self._numbers]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight as the operators take it, (d_ff, d_model)."""
+        return self.facts[1], self.facts[2]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.get_buffer("part_0").device
+        return device
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features), decompressed anew, bit for bit."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            plain: Tensor = torch.ops.prosparse.decompress(self.parts, self.facts)
+        else:
+            plain = self.packed.decompress()
+        return plain.t() if self.transposed else plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T``, (..., in_features) to (..., out_features)."""
+        if x.numel() == self.in_features and not self.transposed and (y := decoded(x, self)) is not None:
+            return y
+        return nn.functional.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        packed = self.packed
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias=False, ratio={packed.ratio:.4f}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight.detach().to("cpu").contiguous()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> None:
+        key = f"{prefix}weight"
+        given = state_dict.get(key)
+        if given is None:
+            if strict:
+                missing_keys.append(key)
+            return
+        if tuple(given.shape) != (self.out_features, self.in_features):
+            expected = (self.out_features, self.in_features)
+            error_msgs.append(f"size mismatch for {key}: {tuple(given.shape)} in the state dict, {expected} in the model")
+            return
+        with torch.no_grad():
+            self._take(given.to(self.device, torch.bfloat16))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        becomes = fn(torch.empty(0, dtype=torch.bfloat16, device=self.device)).dtype
+        if becomes is not torch.bfloat16:
+            raise TypeError(
+                f"CompressedLinear: compressed weights are bfloat16 and cannot become {becomes}: "
+                "call unpatch_model(model) first"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._packed = None  # which would keep the memory of before
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def linear(self) -> nn.Linear:
+        """An `nn.Linear` with the same bits."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=torch.bfloat16)
+        linear.weight = nn.Parameter(self.weight.contiguous(), requires_grad=self._requires_grad)
+        return linear.train(self.training)
+
+
+def place_together(linears: Sequence[nn.Linear]) -> None:
+    """Move the weights of projections of one input into one buffer, row after row: the same parameters with the same values."""
+    whole = torch.cat([linear.weight.data for linear in linears])
+    for linear, rows in zip(linears, whole.split([linear.out_features for linear in linears]), strict=True):
+        linear.weight.data = rows
+
+
+def place_apart(linear: nn.Linear) -> None:
+    """The inverse of `place_together`, for one of them: memory of its own."""
+    data = linear.weight.data
+    if data.untyped_storage().nbytes() > data.nbytes:
+        linear.weight.data = data.clone()
+
+
+def whole_of(linears: Sequence[nn.Module]) -> Tensor | CompressedLinear | None:
+    """Projections of one input as one, if they lie one after the other in memory; None if they do not."""
+    if all(type(linear) is DecodingLinear and linear.bias is None for linear in linears):
+        return _adjacent([linear.weight.detach() for linear in linears])  # type: ignore[union-attr, operator]
+    compressed = [linear for linear in linears if type(linear) is CompressedLinear and not linear.transposed]
+    if len(compressed) < len(linears):
+        return None
+    first = compressed[0]
+    if any(not torch.equal(first._numbers[:1], other._numbers[:1]) for other in compressed):
+        return None
+    *parts, escapes = zip(*(linear._arrays() for linear in compressed), strict=True)
+    words = [_adjacent(part) for part in parts]
+    if any(e.data_ptr() != escapes[0].data_ptr() for e in escapes) or any(w is None for w in words):
+        return None
+    rows = sum(linear.out_features for linear in compressed)
+    facts = (first.facts[0], rows, first.in_features)
+    packed = packed_of((*words, escapes[0]), first._numbers, facts)  # type: ignore[arg-type]
+    return CompressedLinear.of_packed(packed, transposed=False)
+
+
+def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:
+    """Contiguous tensors that lie one after the other in one buffer, as one."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.dtype != first.dtype or part.shape[1:] != first.shape[1:] or not part.is_contiguous():
+            return None
+        end += part.nbytes
+    storage = first.untyped_storage()
+    if storage.data_ptr() + storage.nbytes() < end:
+        return None
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())

@@ -1,0 +1,182 @@
+"""The matrices of a model beside its sparse FFNs: attention's, the head's, and those of MLPs that stay dense."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..bf12 import CHUNK
+from ..compressed import LARGEST_RATIO, compress
+from ..formats import VECTOR_BYTES
+from .dispatch import DTYPES, decoded, does_more
+from .linears import CompressedLinear, DecodingLinear, place_apart, place_together
+from .mlp import SparseGatedMLP
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_GATE_UP = ("gate_proj", "up_proj")
+_NUMBER = re.compile(r"\.\d+\.")
+
+
+@dataclass(frozen=True)
+class MatrixPatch:
+    """What `patch_model` did with one matrix."""
+
+    name: str
+    decoding: bool
+    """Whether one token now goes through `ffn_1`."""
+    reason: str = ""
+    """Why it was left as it was, or why it was not compressed."""
+    ratio: float = 1.0
+    """What it takes of a plain matrix's memory."""
+
+
+def rows_of_report(matrices: Sequence[MatrixPatch]) -> list[tuple[str, ...]]:
+    """Name, number, what was done and memory of the matrices that differ only in their layer's number."""
+    counts = Counter((_NUMBER.sub(".*.", m.name), m.decoding, m.reason) for m in matrices)
+    ratios = {key: [m.ratio for m in matrices if (_NUMBER.sub(".*.", m.name), m.decoding, m.reason) == key] for key in counts}
+    return [
+        (name, str(n), ("ffn_1" if decoding else "as before") + (f": {reason}" if reason else ""), f"{sum(r) / n:.1%}")
+        for ((name, decoding, reason), n), r in zip(counts.items(), ratios.values(), strict=True)
+    ]
+
+
+def groups_of(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Name of a module and the names of those of its projections that read one input, for every such group."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseGatedMLP):
+            continue
+        for group in (_QKV, _GATE_UP):
+            if all(isinstance(getattr(module, p, None), nn.Module) for p in group):
+                yield name, group
+                other = "o_proj" if group is _QKV else "down_proj"
+                if isinstance(getattr(module, other, None), nn.Module):
+                    yield name, (other,)
+    head = _head_of(model)
+    if head is not None:
+        holder, _, leaf = next(name for name, module in model.named_modules() if module is head).rpartition(".")
+        yield holder, (leaf,)
+
+
+def _head_of(model: Any) -> nn.Module | None:
+    """The matrix that makes logits."""
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) and any(module is head for module in model.modules()) else None
+
+
+@torch.no_grad()
+def replace_matrices(model: nn.Module, to_compress: bool) -> list[MatrixPatch]:
+    """Let one token read each of these matrices through `ffn_1`, projections of one input as one; with a bar on a terminal."""
+    console = Console(stderr=True)
+    groups = list(groups_of(model))
+    shown = console.is_terminal and to_compress
+    bar = track(groups, "compressing", console=console, transient=True, disable=not shown)
+    done = [patch for holder, group in bar for patch in _replace_group(model, holder, group, to_compress)]
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what the weights left goes back to the GPU
+    return done
+
+
+def _replace_group(model: nn.Module, holder: str, group: tuple[str, ...], to_compress: bool) -> Iterable[MatrixPatch]:
+    module = model.get_submodule(holder)
+    names = [f"{holder}.{leaf}".lstrip(".") for leaf in group]
+    linears: list[Any] = [getattr(module, leaf) for leaf in group]
+    reasons = [why_not(linear) for linear in linears]
+    if any(reasons) or not _fit(linears, to_compress):
+        if len(group) > 1:
+            return [p for leaf in group for p in _replace_group(model, holder, (leaf,), to_compress)]
+        return [MatrixPatch(names[0], False, reasons[0])]
+    made, ratio, reason = _compressed(model, linears) if to_compress else ([], 1.0, "")
+    if not made:
+        if len(group) > 1:
+            place_together(linears)
+        made = [DecodingLinear.of(linear) for linear in linears]
+    if any(_tried(linear) is None for linear in made):
+        return [MatrixPatch(name, False, "ffn_1 does not take it") for name in names]
+    for leaf, linear, new in zip(group, linears, made, strict=True):
+        new.train(linear.training)._replaced = (linear,)
+        setattr(module, leaf, new)
+        if isinstance(new, CompressedLinear):
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=linear.weight.requires_grad)
+    return [MatrixPatch(name, True, reason, ratio) for name in names]
+
+
+def _fit(linears: Sequence[nn.Linear], to_compress: bool) -> bool:
+    """Whether projections can be one matrix, each with its rows at a multiple of 16 bytes."""
+    words = max(1, linears[0].in_features // CHUNK) * 4  # of a row, the smallest part of a compressed one
+    unaligned = to_compress and any(linear.out_features * words % VECTOR_BYTES for linear in linears[:-1])
+    return len({(x.in_features, x.weight.dtype, x.weight.device) for x in linears}) == 1 and not unaligned
+
+
+def _tried(linear: DecodingLinear | CompressedLinear) -> Tensor | None:
+    """The operator's result of some token; this compiles its kernel."""
+    weight = linear if isinstance(linear, CompressedLinear) else linear.weight
+    example = linear.parts[0] if isinstance(linear, CompressedLinear) else linear.weight
+    dtype = torch.bfloat16 if isinstance(linear, CompressedLinear) else linear.weight.dtype
+    return decoded(torch.ones(1, linear.in_features, dtype=dtype, device=example.device), weight)
+
+
+def _compressed(model: nn.Module, linears: Sequence[nn.Linear]) -> tuple[list[Any], float, str]:
+    """The matrices compressed as one and what they take of plain memory, or why they are not."""
+    weights = [linear.weight for linear in linears]
+    for other in model.modules():
+        if not any(other is linear for linear in linears) and any(p is w for p in other._parameters.values() for w in weights):
+            return [], 1.0, f"plain, shared with a {type(other).__name__}"
+    whole = compress(torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach())
+    if whole.ratio > LARGEST_RATIO:
+        return [], 1.0, f"plain, {whole.ratio:.0%} of its size compressed"
+    made, start = [], 0
+    for linear in linears:
+        packed = whole if len(linears) == 1 else whole.rows(start, start + linear.out_features)
+        made.append(CompressedLinear.of_packed(packed, transposed=False))
+        start += linear.out_features
+        if not torch.equal(made[-1].weight.view(torch.int16), linear.weight.view(torch.int16)):
+            raise RuntimeError("patch_model: a matrix did not come back to the bit: a defect, please report it")
+    return made, whole.ratio, ""
+
+
+def put_back_matrices(model: nn.Module) -> None:
+    """Undo `replace_matrices`, on the weights of now."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (DecodingLinear, CompressedLinear)) or not module._replaced:
+            continue
+        before: Any = module._replaced[0]
+        before.weight = module.linear().weight if isinstance(module, CompressedLinear) else module.weight
+        if isinstance(module, DecodingLinear):
+            place_apart(before)
+        model.set_submodule(name, before.train(module.training))
+
+
+def why_not(linear: Any) -> str:
+    """Why a projection must stay as it is, or nothing."""
+    if type(linear) is not nn.Linear:
+        return f"a {type(linear).__module__}.{type(linear).__qualname__}, not a torch.nn.Linear itself"
+    if linear.bias is not None:
+        return "has a bias"
+    weight = linear.weight
+    if type(weight.data) is not Tensor or weight.dtype not in DTYPES:
+        return f"{weight.dtype} in a {type(weight.data).__name__}: bfloat16, float16 or float32 needed"
+    if hasattr(linear, "_hf_hook") or does_more(linear):
+        return "has hooks, or a forward of its own (offloading, or a user's)"
+    if weight.is_meta:
+        return "on the meta device: load it first"
+    if weight.device.type not in ("cuda", "cpu"):
+        return f"on {weight.device}"
+    if weight.numel() == 0:
+        return f"empty: shape {tuple(weight.shape)}"
+    vector = VECTOR_BYTES // weight.element_size()
+    if weight.shape[1] % vector:
+        return f"{weight.shape[1]} inputs, not a multiple of {vector}"
+    if weight.data_ptr() % VECTOR_BYTES or not weight.is_contiguous():
+        return "a view into other memory, strided or not aligned to 16 bytes"
+    return ""
