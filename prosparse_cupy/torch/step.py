@@ -1,0 +1,376 @@
+"""One decoding step of a model at fixed addresses: a token in, logits out, its small operations fused, all in a CUDA graph.
+
+The step is made of a twin of the model: modules of their own that share the model's parameters, so that the model itself, which
+other threads may be using, is not touched. In the twin, projections of one input are one matrix, attention is `attend` over a
+static cache, and a decoder layer is compiled once and serves all layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import Attention
+from .attention import NAME, LayerCache, register_attention
+from .dispatch import DTYPES, TorchWeight, dispatched, does_more, is_taken
+from .linears import CompressedLinear, whole_of
+from .matrices import groups_of
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_RECOMPILATIONS = 64  # of a layer: layers may differ in kind
+_FARTHEST = {torch.bfloat16: 0.125, torch.float16: 0.03, torch.float32: 0.001}  # see `Step.compare`
+
+
+class CannotStep(Exception):
+    """A model, or its state, that a step cannot be made of; the message says why."""
+
+
+class Step:
+    """A model's decoding step for sequences of up to `capacity` tokens.
+
+    Attributes
+    ----------
+    token : torch.Tensor, (1, 1) int64
+        The token to be fed.
+    position : torch.Tensor, (1,) int64
+        Its position; each `run` moves it on by one.
+    logits : torch.Tensor, (1, vocabulary)
+        What `run` leaves, in the model's dtype.
+    seconds : float
+        What making it took.
+    is_compiled : bool
+        Whether torch.compile has fused the small operations.
+    """
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        start = time.perf_counter()
+        config = model.config.get_text_config(decoder=True)
+        weight = model.get_input_embeddings().weight
+        self.capacity, self.device, self.dtype = capacity, weight.device, weight.dtype
+        attention = _attention_of(config, self.dtype)
+        self._allocate(attention, config.num_hidden_layers)
+        register_attention()
+        self._twin = _twin(model)
+        self.is_compiled = False
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.logits = torch.zeros(1, config.vocab_size, dtype=self.dtype, device=self.device)
+        self._cache = _StepCache()
+        self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._graph: Any = None
+        self._prepare()
+        self.seconds = time.perf_counter() - start
+
+    def _allocate(self, attention: Attention, layers: int) -> None:
+        shape = attention.kv_heads, self.capacity, attention.head_dim
+        nbytes = 2 * layers * math.prod(shape) * self.dtype.itemsize
+        try:
+            self.keys = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
+            self.values = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
+        except torch.OutOfMemoryError as error:
+            del self.keys
+            raise MemoryError(
+                f"generate: a cache of {self.capacity} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} does not have "
+                f"free: ask for fewer tokens ({error})"
+            ) from error
+        self.nbytes = nbytes
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        scratch = torch.zeros(attention.scratch_words, dtype=torch.int32, device=self.device)
+        self._layers = [LayerCache(k, v, self.position, scratch) for k, v in zip(self.keys, self.values, strict=True)]
+
+    def _prepare(self) -> None:
+        """Compile and capture; where torch.compile fails, capture what there is."""
+        decoder = self._twin.get_decoder()
+        if self.device.type != "cuda":
+            _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of_layer)
+            return
+        try:
+            _let_layers_run(decoder.layers, self._layers, self._cache, _compiled(_forward_of_layer))
+            with _recompiling():
+                self._capture()
+            self.is_compiled = True
+        except (RuntimeError, NotImplementedError, AssertionError, TypeError, AttributeError, KeyError) as error:
+            said = str(error).strip().splitlines()
+            warnings.warn(
+                f"generate: torch.compile could not compile a decoder layer ({type(error).__name__}: "
+                f"{said[0] if said else ''}), so its small operations stay unfused and a token takes longer",
+                stacklevel=2,
+            )
+            _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of_layer)
+            self._capture()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.device(self.device), torch.cuda.stream(side):
+            for _ in range(2):  # compiles, and lets libraries allocate what they keep
+                self._once()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._once()
+        self._graph = graph
+
+    def _once(self) -> None:
+        cache, keeps = self._names
+        keywords = {cache: self._cache, "logits_to_keep": 1} if keeps else {cache: self._cache}
+        position_ids = self.position[None]
+        outputs = self._twin(input_ids=self.token, position_ids=position_ids, use_cache=True, return_dict=True, **keywords)
+        self.logits.copy_(outputs.logits[:, -1])
+        self.position.add_(1)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Feed `token` at `position`: stores its keys and values, and leaves `logits`."""
+        if self._graph is None:
+            self._once()
+        else:
+            self._graph.replay()
+
+    @torch.inference_mode()
+    def take(self, cache: Any, length: int) -> None:
+        """Start from a `DynamicCache` of `length` tokens."""
+        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
+            kept = layer.keys.shape[-2]  # fewer than `length` in a layer with a window
+            keys[:, length - kept : length] = layer.keys[0]
+            values[:, length - kept : length] = layer.values[0]
+        self.position.fill_(length)
+
+    @torch.inference_mode()
+    def give(self, cache: Any, start: int, stop: int) -> None:
+        """Append the tokens at positions `start` to `stop` to a `DynamicCache`."""
+        if start < stop:
+            for i, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+                cache.update(keys[None, :, start:stop].clone(), values[None, :, start:stop].clone(), i)
+
+    @torch.inference_mode()
+    def compare(self, model: Any, cache: Any, token: Tensor, length: int) -> None:
+        """CannotStep if the step's logits of a token behind `cache`, of `length`, are not the model's own; `cache` takes it in.
+
+        Attention that goes its own way, or a layer that does something at its first call only, would show here.
+        """
+        self.take(cache, length)
+        self.token.copy_(token)
+        self.run()
+        own = forward(model, token, cache).float()
+        difference, size = (self.logits.float() - own).norm().item(), own.norm().item()
+        if not difference <= _FARTHEST[self.dtype] * size:
+            share = difference / size if size else float("inf")
+            raise CannotStep(f"its step computes something else than the model: logits differ by {share:.2g} of their norm")
+
+
+class _StepCache:
+    """What the model takes for its cache; its layers get a `LayerCache` each."""
+
+    is_compileable = True
+    is_sliding = (False,)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+def cache_name(model: Any) -> str:
+    """How this version of transformers calls the cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def forward(model: Any, input_ids: Tensor, cache: Any) -> Tensor:
+    """The logits behind the last of these tokens, (1, vocabulary); `cache` takes them in."""
+    keywords = {cache_name(model): cache, "use_cache": True, "return_dict": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        keywords["logits_to_keep"] = 1
+    logits: Tensor = model(input_ids=input_ids, **keywords).logits[:, -1]
+    return logits
+
+
+def why_no_step(model: Any) -> str:
+    """Why a step cannot be made of a model as it is, or nothing. What it computes is looked at when it is made."""
+    try:
+        config = model.config.get_text_config(decoder=True)
+        decoder, weight = model.get_decoder(), model.get_input_embeddings().weight
+        layers = decoder.layers
+    except (AttributeError, NotImplementedError) as error:
+        return f"a {type(model).__name__} is no decoder with layers that transformers knows ({error})"
+    if model.config.is_encoder_decoder or not isinstance(layers, nn.ModuleList):
+        return f"a {type(model).__name__} is no decoder with a list of layers"
+    if model.training:
+        return "the model is in training mode: call model.eval()"
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        return f"its parameters are on several devices: {', '.join(sorted(devices))}"
+    if weight.dtype not in DTYPES:
+        return f"its dtype is {weight.dtype}"
+    if misfit := _attention_of(config, weight.dtype).misfit:
+        return misfit
+    if len(layers) != config.num_hidden_layers:
+        return f"it has {len(layers)} layers, its config says {config.num_hidden_layers}"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - _LAYER_TYPES or getattr(config, "attention_chunk_size", None):
+        return f"its layers are of kinds {', '.join(sorted(kinds)) or 'with chunks'}"
+    if _has_windows(config) and not all(_knows_windows(layer) for layer in layers):
+        return "its attention has a window that it does not say"
+    for name, module in model.named_modules():
+        if does_more(module) or module._backward_hooks or hasattr(module, "_hf_hook"):
+            return f"{name or 'the model'} has hooks, or a forward of its own, which a graph would not call"
+    return ""
+
+
+def _attention_of(config: Any, dtype: torch.dtype) -> Attention:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Attention(str(dtype).removeprefix("torch."), heads, kv_heads, head_dim)
+
+
+def _has_windows(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return "sliding_attention" in kinds
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+
+
+def _knows_windows(layer: Any) -> bool:
+    """Whether a layer's attention hands its window to the function that computes it."""
+    attention = getattr(layer, "self_attn", None)
+    try:
+        return attention is not None and "sliding_window=" in inspect.getsource(type(attention).forward)
+    except (OSError, TypeError):
+        return False
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """What a step depends on: where parameters lie, and what modules are and are set to. Another state needs another step."""
+    found = []
+    for module in model.modules():
+        own = module.__dict__
+        settings = [(k, v) for k, v in own.items() if isinstance(v, (bool, int, float, str, type(None)))]
+        tensors = [
+            (name, t.data_ptr(), t.shape, t.dtype, t.stride())
+            for name, t in (*own["_parameters"].items(), *own["_buffers"].items())
+            if t is not None
+        ]
+        scalings = [(k, repr(v)) for k, v in own.items() if k in ("scaling", "_active_adapter", "merged_adapters", "counts")]
+        found.append((type(module), tuple(own["_modules"]), tuple(settings), tuple(tensors), tuple(scalings)))
+    return tuple(found)
+
+
+def _twin(model: Any) -> Any:
+    """Modules of their own on the same parameters, whose attention is `attend` and whose projections are together."""
+    configs: dict[int, Any] = {}
+    modules: dict[int, nn.Module] = {}
+    twin: Any = _copied(model, modules, configs)
+    for holder, group in groups_of(twin):
+        if len(group) > 1:
+            module = twin.get_submodule(holder)
+            linears = [getattr(module, leaf) for leaf in group]
+            whole = whole_of(linears)
+            if whole is not None:
+                for leaf, part in zip(group, _parts(whole, linears), strict=True):
+                    setattr(module, leaf, part)
+    return twin
+
+
+def _copied(module: nn.Module, modules: dict[int, nn.Module], configs: dict[int, Any]) -> nn.Module:
+    if id(module) in modules:
+        return modules[id(module)]
+    new = modules[id(module)] = copy.copy(module)
+    new._modules = {name: None if m is None else _copied(m, modules, configs) for name, m in module._modules.items()}
+    config: Any = module.__dict__.get("config")
+    if hasattr(config, "_attn_implementation"):
+        if id(config) not in configs:
+            configs[id(config)] = copy.deepcopy(config)
+            configs[id(config)]._attn_implementation = NAME
+        new.config = configs[id(config)]
+    return new
+
+
+class _Shared:
+    """What the projections of one input have computed together, for the one that asks first and the others."""
+
+    def __init__(self, whole: TorchWeight) -> None:
+        self.whole = whole
+        self.x: Tensor | None = None
+        self.result: Tensor | None = None
+        self.asked = 0
+
+
+class _Part(nn.Module):
+    """One of them."""
+
+    def __init__(self, shared: _Shared, start: int, stop: int, of: int) -> None:
+        super().__init__()
+        self.shared, self.start, self.stop, self.of = shared, start, stop, of
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.shared
+        if shared.x is not x:
+            token = x.flatten()
+            if not is_taken(token, shared.whole):
+                raise NotImplementedError(f"ffn_1 does not take a token of {tuple(x.shape)} in {x.dtype}")
+            shared.x, shared.asked = x, 0
+            shared.result = dispatched("ffn_1", token, (shared.whole,))
+        result = shared.result
+        assert result is not None
+        shared.asked += 1
+        if shared.asked == self.of:
+            shared.x = shared.result = None
+        return result[self.start : self.stop].view(*x.shape[:-1], -1)
+
+
+def _parts(whole: Tensor | CompressedLinear, linears: Sequence[Any]) -> Iterator[_Part]:
+    shared, start = _Shared(whole), 0
+    for linear in linears:
+        yield _Part(shared, start, start + linear.out_features, len(linears))
+        start += linear.out_features
+
+
+def _let_layers_run(layers: Any, caches: Sequence[LayerCache], step_cache: _StepCache, run: Callable[..., Any]) -> None:
+    """Have each decoder layer of a twin called through `run`, with its own cache."""
+    for layer, own in zip(layers, caches, strict=True):
+        layer.__dict__["forward"] = partial(_with_own_cache, run, layer, step_cache, own)
+
+
+def _with_own_cache(
+    run: Callable[..., Any], layer: Any, step_cache: _StepCache, own: LayerCache, /, *arguments: Any, **keywords: Any
+) -> Any:
+    given = {name: own if value is step_cache else value for name, value in keywords.items()}
+    return run(layer, arguments, {**given, "prosparse_cache": own})
+
+
+def _forward_of_layer(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    return type(layer).forward(layer, *arguments, **keywords)
+
+
+def _compiled(function: types.FunctionType) -> Callable[..., Any]:
+    """By inductor, its kernels launched programmatically as ours are, where this torch can.
+
+    A copy of the function is compiled, since torch keeps and counts what it compiled by the code.
+    """
+    import torch._inductor.config
+
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    options = {"triton.enable_pdl": True} if hasattr(torch._inductor.config.triton, "enable_pdl") else None
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    return compiled
+
+
+@contextmanager
+def _recompiling() -> Iterator[None]:
+    """Let one function be compiled for every kind of layer."""
+    import torch._dynamo.config
+
+    known = hasattr(torch._dynamo.config, "recompile_limit")
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILATIONS) if known else nullcontext():
+        yield
