@@ -43,6 +43,8 @@ def packed_of(arrays: Sequence[Tensor], numbers: Tensor, facts: Facts) -> Compre
     base, escapes = numbers.tolist()
     *words, kept = arrays
     kept = kept.view(torch.bfloat16)
+    if kept.dim() == 2 and len(kept) == 1 < escapes <= (kept.untyped_storage().nbytes() - kept.storage_offset() * 2) // 16:
+        kept = kept.as_strided((escapes, 8), (8, 1))  # only the first was shown, see `CompressedLinear.show_one_escape`
     return CompressedWeight((d_ff, d_model), _LAYOUTS[layout], Packed(tuple(words), kept, base), escapes)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .patch import check_module
 from .step import CannotStep, Step, forward, state_of, why_no_step
+from .steps import kept_for
 
 _AHEAD = 2  # steps that the GPU has been given when the host looks at a token: one that it does, one that waits
 _SMALLEST = 256  # tokens that a cache holds at least; others are powers of two, so that few are made
@@ -140,11 +140,6 @@ def prepare(model: Any, max_length: int) -> Step:
         raise ValueError(f"prepare: {reason}")
     with _Runner.of(model).turn("prepare"):
         return _Runner.of(model).step(model, max_length)
-
-
-def release(model: Any) -> None:
-    """Free the step of a model, its graph and its cache."""
-    _runners.pop(model, None)
 
 
 def _why_not_prepared(model: Any, options: dict[str, Any]) -> str:
@@ -274,8 +269,7 @@ class _Runner:
 
     @staticmethod
     def of(model: Any) -> _Runner:
-        with _runners_lock:
-            return _runners.setdefault(model, _Runner())
+        return kept_for(model, _Runner)
 
     @contextmanager
     def turn(self, function: str) -> Iterator[None]:
@@ -432,7 +426,3 @@ class _Choice:
 @contextmanager
 def _quiet() -> Iterator[None]:
     yield
-
-
-_runners: weakref.WeakKeyDictionary[Any, _Runner] = weakref.WeakKeyDictionary()
-_runners_lock = threading.Lock()

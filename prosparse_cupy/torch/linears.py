@@ -114,6 +114,14 @@ class CompressedLinear(nn.Module):
         """The weight as torch's dispatcher takes it, beside `facts`."""
         return [*self._arrays(), self._numbers]
 
+    def show_one_escape(self) -> None:
+        """Have `parts` show but one of the escapes; the others lie behind it in memory, where `packed_of` finds them.
+
+        Every matrix has another number of them, and code that is compiled for tensors of one shape should serve all.
+        """
+        name = f"part_{self._parts - 1}"
+        self._buffers = {**self._buffers, name: self.get_buffer(name)[:1]}
+
     @property
     def shape(self) -> tuple[int, int]:
         """Of the weight as the operators take it, (d_ff, d_model)."""

@@ -28,6 +28,7 @@ from .linears import CompressedLinear, whole_of
 from .matrices import groups_of
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_AROUND = ("norm", "rotary_emb")  # what a decoder does beside its layers, as transformers names it
 _RECOMPILATIONS = 64  # of a layer: layers may differ in kind
 _FARTHEST = {torch.bfloat16: 0.125, torch.float16: 0.03, torch.float32: 0.001}  # see `Step.compare`
 
@@ -80,8 +81,8 @@ class Step:
         except torch.OutOfMemoryError as error:
             del self.keys
             raise MemoryError(
-                f"generate: a cache of {self.capacity} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} does not have "
-                f"free: ask for fewer tokens ({error})"
+                f"generate: a cache of {self.capacity} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} has not free: "
+                f"ask for fewer tokens ({error})"
             ) from error
         self.nbytes = nbytes
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -91,11 +92,14 @@ class Step:
     def _prepare(self) -> None:
         """Compile and capture; where torch.compile fails, capture what there is."""
         decoder = self._twin.get_decoder()
+        others = [m for name in _AROUND if isinstance(m := getattr(decoder, name, None), nn.Module)]
         if self.device.type != "cuda":
             _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of_layer)
             return
         try:
             _let_layers_run(decoder.layers, self._layers, self._cache, _compiled(_forward_of_layer))
+            for module in others:
+                module.__dict__["forward"] = partial(_with_keywords, _compiled(_forward_of_layer), module)
             with _recompiling():
                 self._capture()
             self.is_compiled = True
@@ -107,6 +111,8 @@ class Step:
                 stacklevel=2,
             )
             _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of_layer)
+            for module in others:
+                module.__dict__.pop("forward", None)
             self._capture()
 
     @torch.inference_mode()
@@ -255,7 +261,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
     found = []
     for module in model.modules():
         own = module.__dict__
-        settings = [(k, v) for k, v in own.items() if isinstance(v, (bool, int, float, str, type(None)))]
+        settings = [(k, v) for k, v in own.items() if isinstance(v, (bool, int, float, str))]
         tensors = [
             (name, t.data_ptr(), t.shape, t.dtype, t.stride())
             for name, t in (*own["_parameters"].items(), *own["_buffers"].items())
@@ -279,6 +285,10 @@ def _twin(model: Any) -> Any:
             if whole is not None:
                 for leaf, part in zip(group, _parts(whole, linears), strict=True):
                     setattr(module, leaf, part)
+    for module in twin.modules():
+        shared = module.shared.whole if isinstance(module, _Part) else module
+        if isinstance(shared, CompressedLinear):
+            shared.show_one_escape()
     return twin
 
 
@@ -347,6 +357,10 @@ def _with_own_cache(
 ) -> Any:
     given = {name: own if value is step_cache else value for name, value in keywords.items()}
     return run(layer, arguments, {**given, "prosparse_cache": own})
+
+
+def _with_keywords(run: Callable[..., Any], module: Any, /, *arguments: Any, **keywords: Any) -> Any:
+    return run(module, arguments, keywords)
 
 
 def _forward_of_layer(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
