@@ -5,12 +5,14 @@ Nothing outside this folder imports torch.
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.prosparse
 from .activation import FATReLU, register_fatrelu
+from .generation import decoding_loop, generate, prepare_generation
 from .linears import CompressedLinear, DecodingLinear
 from .loading import load_compressed
 from .matrices import MatrixPatch
 from .mlp import SparseGatedMLP
 from .patch import LayerPatch, PatchReport, patch_model, unpatch_model
 from .sparsity import LayerSparsity, SparsityMeter, SparsityReport, measure_sparsity
+from .steps import release_generation
 
 __all__ = [
     "CompressedLinear",
@@ -23,9 +25,13 @@ __all__ = [
     "SparseGatedMLP",
     "SparsityMeter",
     "SparsityReport",
+    "decoding_loop",
+    "generate",
     "load_compressed",
     "measure_sparsity",
     "patch_model",
+    "prepare_generation",
     "register_fatrelu",
+    "release_generation",
     "unpatch_model",
 ]

@@ -64,7 +64,8 @@ def decoded(x: Tensor, weight: TorchWeight) -> Tensor | None:
     token = x.flatten()
     if x.is_cuda and not is_watched():
         try:
-            return ffn_1(token, plain_or_packed(weight)).view(*x.shape[:-1], -1)
+            y: Tensor = ffn_1(token, plain_or_packed(weight)).view(*x.shape[:-1], -1)
+            return y
         except (TypeError, ValueError):  # what the operator refuses, torch does, or refuses as it always did
             return None
     if not is_taken(token, weight):

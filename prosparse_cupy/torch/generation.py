@@ -18,6 +18,7 @@ from .step import CannotStep, Step, forward, state_of, why_no_step
 from .steps import kept_for
 
 _AHEAD = 2  # steps that the GPU has been given when the host looks at a token: one that it does, one that waits
+_LATEST = 4  # tokens that the host can still look at
 _SMALLEST = 256  # tokens that a cache holds at least; others are powers of two, so that few are made
 _PURE = {
     "EpsilonLogitsWarper",
@@ -120,7 +121,7 @@ def decoding_loop(
     return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **keywords)
 
 
-def prepare(model: Any, max_length: int) -> Step:
+def prepare_generation(model: Any, max_length: int) -> Step:
     """Compile and capture the step of a model now, for sequences of up to `max_length` tokens, so that no call waits for it.
 
     Returns
@@ -135,11 +136,13 @@ def prepare(model: Any, max_length: int) -> Step:
     MemoryError
         As for `generate`.
     """
-    check_module("prepare", model)
-    if reason := why_no_step(model):
-        raise ValueError(f"prepare: {reason}")
-    with _Runner.of(model).turn("prepare"):
-        return _Runner.of(model).step(model, max_length)
+    check_module("prepare_generation", model)
+    runner = _Runner.of(model)
+    try:
+        with runner.turn("prepare_generation"):
+            return runner.step(model, max_length)
+    except CannotStep as error:
+        raise ValueError(f"prepare_generation: {error}") from None
 
 
 def _why_not_prepared(model: Any, options: dict[str, Any]) -> str:
@@ -198,7 +201,7 @@ class _Loop:
         if not reason:
             runner = _Runner.of(model)
             keeps = self._keeps_cache or generation_config.return_dict_in_generate
-            cache = own if keeps else type(own)()
+            cache: Any = own if keeps or own is None else type(own)()
             try:
                 with runner.turn("generate"):
                     ids = runner.write(
@@ -217,10 +220,10 @@ class _Loop:
 def _output(generation_config: Any, ids: Tensor, cache: Any) -> Any:
     if not generation_config.return_dict_in_generate:
         return ids
-    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     name = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
-    return GenerateDecoderOnlyOutput(sequences=ids, **{name: cache})
+    return GenerateDecoderOnlyOutput(**{"sequences": ids, name: cache})
 
 
 def _why_not(model: Any, input_ids: Tensor, processors: Any, config: Any, synced_gpus: bool, inputs: dict[str, Any]) -> str:
@@ -253,7 +256,7 @@ def _why_not(model: Any, input_ids: Tensor, processors: Any, config: Any, synced
             continue
         if not own or (name not in _PURE and name not in _LENGTHS):
             return f"a {name}"
-    return why_no_step(model)
+    return ""
 
 
 class _Runner:
@@ -265,7 +268,6 @@ class _Runner:
         self._step: Step | None = None
         self._state: Any = None
         self.refused: tuple[Any, str] | None = None
-        self._is_checked = False
 
     @staticmethod
     def of(model: Any) -> _Runner:
@@ -288,8 +290,10 @@ class _Runner:
         state = state_of(model)
         if self.refused is not None and self.refused[0] == state:
             raise CannotStep(self.refused[1])
+        if self._state != state and (reason := why_no_step(model)):
+            raise CannotStep(reason)
         if self._step is None or self._state != state or self._step.capacity < length:
-            self._step, self._is_checked = None, False  # its memory first
+            self._step = None  # its memory first
             console = Console(stderr=True)
             with console.status("compiling the decoding step") if console.is_terminal else _quiet():
                 self._step = Step(model, max(_SMALLEST, 1 << (length - 1).bit_length()))
@@ -313,11 +317,6 @@ class _Runner:
         length = prompt.shape[1]
         with torch.inference_mode():
             logits = forward(model, prompt[:, cache.get_seq_length() :], cache)
-        if not self._is_checked:
-            probe = copy.deepcopy(cache)
-            step.compare(model, probe, logits.argmax(-1, keepdim=True), length)
-            del probe
-            self._is_checked = True
         step.take(cache, length)
         if not keeps_cache:
             cache.layers.clear()
@@ -342,8 +341,10 @@ class _Choice:
         self._processors = [self._bound(processor, length) for processor in processors]
         self._graph: Any = None
         on_gpu = step.device.type == "cuda"
-        self._host = torch.zeros(_AHEAD + 1, dtype=torch.int64, pin_memory=on_gpu, device="cpu")
-        self._events = [torch.cuda.Event() for _ in range(_AHEAD + 1)] if on_gpu else []
+        # The latest tokens, by position, on the GPU and as the host sees them.
+        self._latest = torch.zeros(_LATEST, dtype=torch.int64, device=step.device)
+        self._seen = torch.zeros(_LATEST, dtype=torch.int64, pin_memory=on_gpu, device="cpu")
+        self._events = [torch.cuda.Event() for _ in range(_LATEST)] if on_gpu else []
 
     def _bound(self, processor: Any, length: int) -> Callable[[Tensor, Tensor], Tensor]:
         """A processor that can be captured: lengths are compared on the GPU."""
@@ -351,24 +352,26 @@ class _Choice:
         if name not in _LENGTHS:
             return processor  # type: ignore[no-any-return]
         least = processor.min_length if name.startswith("MinLength") else length + processor.min_new_tokens
-        ends, position = processor.eos_token_id.to(self._step.device), self._step.position
+        position, is_end = self._step.position, torch.zeros_like(self._step.logits, dtype=torch.bool)
+        is_end[:, processor.eos_token_id.to(is_end.device)] = True
 
         def at_least(_: Tensor, scores: Tensor) -> Tensor:
-            is_end = torch.isin(torch.arange(scores.shape[-1], device=scores.device), ends)
             return scores.masked_fill(is_end & (position < least), -torch.inf)
 
         return at_least
 
     def _once(self) -> None:
-        """The next token of the step's logits."""
-        step = self._step
-        scores = step.logits.to(torch.float32, copy=True)
+        """The next token of the step's logits, for the step and for the host."""
+        step, sampled = self._step, self._config.do_sample
+        scores = step.logits.to(torch.float32, copy=True) if self._processors or sampled else step.logits
         for processor in self._processors:
             scores = processor(self._ids[:, :-1], scores)
-        sampled = self._config.do_sample
         token = torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax(-1, keepdim=True)
         step.token.copy_(token)
-        self._ids.index_copy_(1, step.position, token)
+        if self._processors:
+            self._ids.index_copy_(1, step.position, token)
+        self._latest.index_copy_(0, step.position % _LATEST, token[0])
+        self._seen.copy_(self._latest, non_blocking=True)
 
     @torch.inference_mode()
     def _issue(self, i: int) -> None:
@@ -379,16 +382,13 @@ class _Choice:
             self._once()
         else:
             self._graph.replay()
-        place = i % len(self._host)
-        self._host[place].copy_(self._step.token[0, 0], non_blocking=True)
         if self._events:
-            self._events[place].record()
+            self._events[i % _LATEST].record()
 
     def _take(self, i: int) -> int:
-        place = i % len(self._host)
         if self._events:
-            self._events[place].synchronize()
-        return int(self._host[place])
+            self._events[i % _LATEST].synchronize()
+        return int(self._seen[(self._prompt.shape[1] + i) % _LATEST])
 
     def tokens(self, limit: int, criteria: Any, streamer: Any) -> list[int]:
         """Up to `limit` tokens, until a criterion says stop; the streamer gets each as it comes."""

@@ -41,11 +41,11 @@ class DecodingLinear(nn.Linear):
         linear.weight = self.weight
         return linear.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x @ weight.T``, (..., in_features) to (..., out_features)."""
-        if x.numel() == self.in_features and self.bias is None and (y := decoded(x, self.weight)) is not None:
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ weight.T``, (..., in_features) to (..., out_features)."""
+        if input.numel() == self.in_features and self.bias is None and (y := decoded(input, self.weight)) is not None:
             return y
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(input, self.weight, self.bias)
 
 
 class CompressedLinear(nn.Module):
@@ -215,7 +215,7 @@ def place_apart(linear: nn.Linear) -> None:
 def whole_of(linears: Sequence[nn.Module]) -> Tensor | CompressedLinear | None:
     """Projections of one input as one, if they lie one after the other in memory; None if they do not."""
     if all(type(linear) is DecodingLinear and linear.bias is None for linear in linears):
-        return _adjacent([linear.weight.detach() for linear in linears])  # type: ignore[union-attr, operator]
+        return _adjacent([linear.weight.detach() for linear in linears])  # type: ignore[operator]
     compressed = [linear for linear in linears if type(linear) is CompressedLinear and not linear.transposed]
     if len(compressed) < len(linears):
         return None

@@ -127,11 +127,11 @@ class SparseGatedMLP(nn.Module):
         w_gate, w_up, w_down_t = weights
         if isinstance(w_gate, Tensor) and isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor):
             return sparse_ffn(token, w_gate, w_up, w_down_t, threshold)
-        operands = [plain_or_packed(w) for w in weights]
+        operands: tuple[Any, Any, Any] = (plain_or_packed(w_gate), plain_or_packed(w_up), plain_or_packed(w_down_t))
         key = (threshold, *((w.data_ptr(), w.dtype) if isinstance(w, Tensor) else id(w) for w in operands))
         bound = self._bound
         if bound is None or bound[0] != key:
-            bound = self._bound = key, SparseFFN(*operands, threshold)
+            bound = self._bound = key, SparseFFN(*operands, threshold=threshold)
         return bound[1](token)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseGatedMLP:

@@ -21,7 +21,7 @@ from .dispatch import DTYPES, does_more
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, put_back_matrices, replace_matrices, rows_of_report
 from .mlp import PROJECTIONS, SparseGatedMLP, unpack
-from .steps import release
+from .steps import release_generation
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def patch_model(
     if compress:
         _check_compressible(found)
     own = [_own_or_dense(model, name, mlp, given, linears) for name, mlp in found]
-    release(model)
+    release_generation(model)
     layers, matrices = list[LayerPatch](), list[MatrixPatch]()
     try:
         for (name, mlp), was in zip(found, own, strict=True):
@@ -240,7 +240,7 @@ def unpatch_model(model: nn.Module) -> None:
     Projections that were replaced since then, by LoRA adapters for instance, stay.
     """
     check_module("unpatch_model", model)
-    release(model)
+    release_generation(model)
     for name, mlp in list(gated_mlps(model)):
         if isinstance(mlp, SparseGatedMLP) and mlp.replaced is not None:
             _put_back(model, name, mlp)

@@ -27,10 +27,12 @@ from .dispatch import DTYPES, TorchWeight, dispatched, does_more, is_taken
 from .linears import CompressedLinear, whole_of
 from .matrices import groups_of
 
+_CHECKED = 16  # tokens of the prompt behind which a step is compared with the model
+_REFUSALS = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, AttributeError, LookupError, OSError)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _AROUND = ("norm", "rotary_emb")  # what a decoder does beside its layers, as transformers names it
 _RECOMPILATIONS = 64  # of a layer: layers may differ in kind
-_FARTHEST = {torch.bfloat16: 0.125, torch.float16: 0.03, torch.float32: 0.001}  # see `Step.compare`
+_FARTHEST = {torch.bfloat16: 0.125, torch.float16: 0.03, torch.float32: 0.001}  # see `Step._check`
 
 
 class CannotStep(Exception):
@@ -69,7 +71,13 @@ class Step:
         self._cache = _StepCache()
         self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graph: Any = None
-        self._prepare()
+        try:
+            self._prepare()
+            self._check(model)
+        except torch.OutOfMemoryError:
+            raise
+        except _REFUSALS as error:
+            raise CannotStep(f"its step cannot be made ({type(error).__name__}: {_first_line(error)})") from error
         self.seconds = time.perf_counter() - start
 
     def _allocate(self, attention: Attention, layers: int) -> None:
@@ -81,8 +89,8 @@ class Step:
         except torch.OutOfMemoryError as error:
             del self.keys
             raise MemoryError(
-                f"generate: a cache of {self.capacity} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} has not free: "
-                f"ask for fewer tokens ({error})"
+                f"generate: a cache of {self.capacity} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} has not "
+                f"free: ask for fewer tokens ({error})"
             ) from error
         self.nbytes = nbytes
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -92,25 +100,28 @@ class Step:
     def _prepare(self) -> None:
         """Compile and capture; where torch.compile fails, capture what there is."""
         decoder = self._twin.get_decoder()
-        others = [m for name in _AROUND if isinstance(m := getattr(decoder, name, None), nn.Module)]
+        _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of)
+        with torch.inference_mode():
+            self._once()  # shows what cannot be done, whoever runs it
         if self.device.type != "cuda":
-            _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of_layer)
             return
+        others = [m for name in _AROUND if isinstance(m := getattr(decoder, name, None), nn.Module)]
         try:
-            _let_layers_run(decoder.layers, self._layers, self._cache, _compiled(_forward_of_layer))
+            _let_layers_run(decoder.layers, self._layers, self._cache, _compiled(_forward_of))
             for module in others:
-                module.__dict__["forward"] = partial(_with_keywords, _compiled(_forward_of_layer), module)
+                module.__dict__["forward"] = partial(_with_keywords, _compiled(_forward_of), module)
             with _recompiling():
                 self._capture()
             self.is_compiled = True
-        except (RuntimeError, NotImplementedError, AssertionError, TypeError, AttributeError, KeyError) as error:
-            said = str(error).strip().splitlines()
+        except torch.OutOfMemoryError:
+            raise
+        except _REFUSALS as error:
             warnings.warn(
-                f"generate: torch.compile could not compile a decoder layer ({type(error).__name__}: "
-                f"{said[0] if said else ''}), so its small operations stay unfused and a token takes longer",
+                f"generate: torch.compile failed ({type(error).__name__}: {_first_line(error)}), so small operations stay "
+                "apart and a token takes longer",
                 stacklevel=2,
             )
-            _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of_layer)
+            _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of)
             for module in others:
                 module.__dict__.pop("forward", None)
             self._capture()
@@ -162,11 +173,17 @@ class Step:
                 cache.update(keys[None, :, start:stop].clone(), values[None, :, start:stop].clone(), i)
 
     @torch.inference_mode()
-    def compare(self, model: Any, cache: Any, token: Tensor, length: int) -> None:
-        """CannotStep if the step's logits of a token behind `cache`, of `length`, are not the model's own; `cache` takes it in.
+    def _check(self, model: Any) -> None:
+        """CannotStep if the logits of a token are not the model's own.
 
         Attention that goes its own way, or a layer that does something at its first call only, would show here.
         """
+        from transformers import DynamicCache
+
+        length = min(_CHECKED, self.capacity - 1)
+        prompt = torch.arange(1, length + 1, device=self.device)[None] % self.logits.shape[-1]
+        cache = DynamicCache()
+        token = forward(model, prompt, cache).argmax(-1, keepdim=True)
         self.take(cache, length)
         self.token.copy_(token)
         self.run()
@@ -185,6 +202,10 @@ class _StepCache:
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def cache_name(model: Any) -> str:
@@ -267,8 +288,9 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
             for name, t in (*own["_parameters"].items(), *own["_buffers"].items())
             if t is not None
         ]
+        hooked = does_more(module), bool(module._backward_hooks), "_hf_hook" in own, module.training
         scalings = [(k, repr(v)) for k, v in own.items() if k in ("scaling", "_active_adapter", "merged_adapters", "counts")]
-        found.append((type(module), tuple(own["_modules"]), tuple(settings), tuple(tensors), tuple(scalings)))
+        found.append((type(module), tuple(own["_modules"]), tuple(settings), hooked, tuple(tensors), tuple(scalings)))
     return tuple(found)
 
 
@@ -363,11 +385,11 @@ def _with_keywords(run: Callable[..., Any], module: Any, /, *arguments: Any, **k
     return run(module, arguments, keywords)
 
 
-def _forward_of_layer(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    return type(layer).forward(layer, *arguments, **keywords)
+def _forward_of(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    return type(module).forward(module, *arguments, **keywords)
 
 
-def _compiled(function: types.FunctionType) -> Callable[..., Any]:
+def _compiled(function: Any) -> Callable[..., Any]:
     """By inductor, its kernels launched programmatically as ours are, where this torch can.
 
     A copy of the function is compiled, since torch keeps and counts what it compiled by the code.
@@ -375,7 +397,7 @@ def _compiled(function: types.FunctionType) -> Callable[..., Any]:
     import torch._inductor.config
 
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    options = {"triton.enable_pdl": True} if hasattr(torch._inductor.config.triton, "enable_pdl") else None
+    options: Any = {"triton.enable_pdl": True} if hasattr(torch._inductor.config.triton, "enable_pdl") else None
     compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=options)
     return compiled
 

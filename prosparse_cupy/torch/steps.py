@@ -19,7 +19,7 @@ def kept_for(model: Any, make: Callable[[], T]) -> T:
         return found
 
 
-def release(model: Any) -> None:
-    """Free what `generate` keeps of a model: its decoding step, with the graph and the cache. The next call makes them again."""
+def release_generation(model: Any) -> None:
+    """Free what `generate` keeps of a model: its decoding step, with graph and cache. The next call makes them again."""
     with _lock:
         _kept.pop(model, None)
