@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prosparse_cupy.device import NoGPUError, cupy, current_device
 from prosparse_cupy.libraries import NUMPY_DTYPES
-from prosparse_cupy.models import LLAMA_2_7B, LLAMA_2_13B, MINICPM_S_1B
+from prosparse_cupy.models import LLAMA_2_7B, LLAMA_2_13B, MINICPM_S_1B, Model
 from prosparse_cupy.testing import best_dense
 from prosparse_cupy.testing.layers import STEPS, Layers
 
@@ -26,6 +26,7 @@ from .paper import PUBLISHED
 from .results import DecodeRow, Result, Row, read_json, write_csv, write_json
 
 MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B}
+_WHOLE = {"7B": LLAMA_2_7B, "13B": LLAMA_2_13B, "7B SiLU": Model("llama-2-7b", 4096, 11008, 32, 0.0, 0.0)}
 Show = Callable[[str, int], None]
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +124,7 @@ def host(json_path: Path | None, csv_path: Path | None, quick: bool) -> None:
 @_json
 @_csv
 @_quick
-@click.option("--model", "names", type=click.Choice(["7B", "13B"]), multiple=True, default=["7B", "13B"], show_default=True)
+@click.option("--model", "names", type=click.Choice(list(_WHOLE)), multiple=True, help="Only these.  [default: all]")
 @click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A model on disk instead.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the checkpoint bring its own model code, and run it.")
 def decode(
@@ -134,7 +135,7 @@ def decode(
     csv_path: Path | None,
     quick: bool,
 ) -> None:
-    """Tokens a second of whole models, dense and patched: LLaMA shapes, random weights, as sparse as the published ones."""
+    """Tokens a second of whole models, dense, patched and compressed: LLaMA shapes, random weights, published sparsities."""
     _need_gpu()
     try:
         from . import decode as models
@@ -143,8 +144,8 @@ def decode(
     yard, watch = conditions.prepare()
     rows: list[DecodeRow] = []
     dense = best_dense(NUMPY_DTYPES["bfloat16"])
-    repeats, contexts = (15, models.CONTEXTS[:1]) if quick else (40, models.CONTEXTS)
-    labels = [checkpoint.name] if checkpoint else names
+    repeats = 16 if quick else 48
+    labels = [checkpoint.name] if checkpoint else names or tuple(_WHOLE)
     with _progress(len(labels)) as show:
 
         def measure(label: str, say: Callable[[str], None]) -> list[DecodeRow]:
@@ -152,9 +153,9 @@ def decode(
             if checkpoint:
                 model, prompt = models.load(checkpoint, trust_remote_code)
             else:
-                model = models.random_model(MODELS[label])
+                model = models.random_model(_WHOLE[label])
                 prompt = models.random_prompt(model)
-            found = models.measure_model(model, prompt, label, dense, yard, repeats, say, contexts)
+            found = models.measure_model(model, prompt, label, yard, repeats, say)
             del model
             models.free_memory()
             return found

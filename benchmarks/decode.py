@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,40 @@ import numpy as np
 import torch
 import torch._inductor.config
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
 
 from prosparse_cupy.device import cupy
-from prosparse_cupy.formula import Formula
+from prosparse_cupy.formula import Formula, said_by
 from prosparse_cupy.models import Model
 from prosparse_cupy.numerics import within_contract
 from prosparse_cupy.testing import synthetic, truth
-from prosparse_cupy.testing.dense import Dense
-from prosparse_cupy.testing.layers import Layers
-from prosparse_cupy.testing.measure import OURS
 from prosparse_cupy.testing.timing import Times, graph_clock, interleave, summarise
 from prosparse_cupy.testing.torch_dense import capture
-from prosparse_cupy.torch import SparsityMeter, patch_model, register_fatrelu, unpatch_model
-from prosparse_cupy.torch.mlp import PROJECTIONS
+from prosparse_cupy.torch import (
+    CompressedLinear,
+    SparseGatedMLP,
+    SparsityMeter,
+    generate,
+    patch_model,
+    prepare_generation,
+    register_fatrelu,
+    release_generation,
+    unpatch_model,
+)
 from prosparse_cupy.torch.patch import gated_mlps
+from prosparse_cupy.torch.step import Step, cache_name
 
 from .conditions import Yardsticks
-from .measure import GRAPH as METHOD
-from .measure import Setting, measure
 from .results import DecodeRow
 
-CONTEXTS = (512, 128)
-"""Positions of the static cache: attention reads all of them at every step. Where the time goes is told for the first."""
-GRAPH, COMPILED = "CUDA graph", "compiled"
-_NAMES = {"plain": "sparse", "bf12": "compressed"}
-"""How the steps of a patched model are called, by the format of its FFNs' weights."""
+CONTEXT = 512
+"""Tokens of prompt and answer, and of the cache."""
+EAGER, STATIC = "transformers' generate()", "transformers' generate(), static cache"
+COMPILED, STEP, GENERATE = "compiled step", "step", "generate()"
+"""A step of the whole model by torch.compile in a CUDA graph; the step of our `generate`, and `generate` as called."""
+_LAST = 16  # positions of the context that steps are timed on
+_PROFILED = 8  # steps
 _PROMPT = 32
 _NEW_TOKENS = 16
 _TEXT = (
@@ -59,22 +67,27 @@ def random_prompt(model: nn.Module) -> torch.Tensor:
 
 
 def random_model(record: Model) -> nn.Module:
-    """A LLaMA of these dims with random weights in bfloat16 on the GPU, each layer as sparse as `shares` says."""
+    """A LLaMA of these dims with random weights in bfloat16 on the GPU, each layer as sparse as `shares` says.
+
+    One whose record has no sparsity has SiLU.
+    """
     register_fatrelu()
+    has_zeros = record.sparsity > 0
+    activation = {"hidden_act": "fatrelu", "hidden_act_param": record.threshold} if has_zeros else {"hidden_act": "silu"}
     config = LlamaConfig(
         hidden_size=record.d_model,
         intermediate_size=record.d_ff,
         num_hidden_layers=record.n_layers,
         num_attention_heads=record.d_model // _HEAD_SIZE,
         num_key_value_heads=record.d_model // _HEAD_SIZE,
-        hidden_act="fatrelu",
-        hidden_act_param=record.threshold,
+        **activation,
         max_position_embeddings=4096,
         attn_implementation="sdpa",
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    calibrate(model, shares(record), record.threshold)
+    if has_zeros:
+        calibrate(model, shares(record), record.threshold)
     return model
 
 
@@ -110,36 +123,18 @@ def _neuron_shares(share: float, d_ff: int, rng: np.random.Generator) -> np.ndar
     return clipped
 
 
-class _NoAttention(nn.Module):
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        return hidden_states, None
+def compiled_step(model: nn.Module, prompt: torch.Tensor, context: int) -> Callable[[], None]:
+    """What transformers and torch offer: prefill, then one greedy step, compiled as a whole, as a CUDA graph.
 
-
-@contextmanager
-def _without(model: nn.Module, part: str) -> Iterator[None]:
-    """The model with its FFNs, or its attentions, handing on what they get."""
-    decoder_layers = model.get_decoder().layers
-    removed = [getattr(layer, part) for layer in decoder_layers]
-    for layer in decoder_layers:
-        setattr(layer, part, nn.Identity() if part == "mlp" else _NoAttention())
-    try:
-        yield
-    finally:
-        for layer, module in zip(decoder_layers, removed, strict=True):
-            setattr(layer, part, module)
-
-
-def step_graph(model: nn.Module, prompt: torch.Tensor, context: int, compiled: bool = False) -> Callable[[], None]:
-    """Prefill, then one greedy step as a CUDA graph: each replay decodes one more token into a static cache.
-
-    Where the cache is full, decoding goes on behind the prompt again.
+    Each replay decodes one more token into a static cache. Where the cache is full, decoding goes on behind the prompt again.
     """
     cache = StaticCache(config=model.config, max_cache_len=context)
-    token = model(prompt, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-    forward = _compiled(model.forward) if compiled else model
+    keywords = {cache_name(model): cache}
+    token = model(prompt, **keywords).logits[:, -1].argmax(-1, keepdim=True)
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, options=_with_programmatic_launches())
 
     def step() -> None:
-        token.copy_(forward(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+        token.copy_(forward(token, **keywords).logits[:, -1].argmax(-1, keepdim=True))
 
     replay_step = capture([step], runs_before=3)
     start = prompt.shape[1]
@@ -154,29 +149,77 @@ def step_graph(model: nn.Module, prompt: torch.Tensor, context: int, compiled: b
     return replay
 
 
-def _compiled(forward: Callable) -> Callable:
-    """By inductor, its kernels launched programmatically as ours are, where this torch can."""
-    options = {"triton.enable_pdl": True} if hasattr(torch._inductor.config.triton, "enable_pdl") else None
-    return torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+def _with_programmatic_launches() -> dict[str, Any] | None:
+    return {"triton.enable_pdl": True} if hasattr(torch._inductor.config.triton, "enable_pdl") else None
 
 
-def _graphs(model: nn.Module, prompt: torch.Tensor, name: str, contexts: Sequence[int]) -> dict[str, Callable[[], None]]:
-    """Steps of every kind: as they are, compiled, and with parts left out."""
-    graphs = {}
-    for context in contexts:
-        graphs[f"{name} {context}"] = step_graph(model, prompt, context)
-        graphs[f"{name} {context} {COMPILED}"] = step_graph(model, prompt, context, compiled=True)
-    for part in ("mlp", "self_attn"):
-        with _without(model, part):
-            graphs[f"{name} without {part}"] = step_graph(model, prompt, contexts[0])
-    return graphs
+def _our_step(step: Step, context: int) -> Callable[[], None]:
+    """`generate`'s step, over and over on the last positions of the context, where it takes longest."""
+    positions = itertools.cycle(range(context - _LAST, context))
+
+    def replay() -> None:
+        if next(positions) == context - _LAST:
+            step.position.fill_(context - _LAST)
+        step.run()
+
+    return replay
 
 
-def _parts(times: dict[str, Times], name: str, context: int) -> tuple[float, float, float]:
-    """Milliseconds that a step takes less without its FFNs, without its attentions, and the rest."""
-    step = times[f"{name} {context}"].median
-    ffn, attention = (step - times[f"{name} without {part}"].median for part in ("mlp", "self_attn"))
-    return ffn * 1e-3, attention * 1e-3, (step - ffn - attention) * 1e-3
+def _times(replay: Callable[[], None], repeats: int) -> Times:
+    return interleave({"step": replay}, graph_clock, {"step": 1}, repeats)["step"]
+
+
+def _generate_times(call: Callable[[], Any], tokens: int, rounds: int) -> Times:
+    """Microseconds a token of a call that writes so many, prefill and all."""
+    samples = []
+    for turn in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        if turn:  # the first one warms up
+            samples.append((time.perf_counter() - start) * 1e6 / tokens)
+    return summarise(np.array(samples))
+
+
+_KINDS = (  # what a kernel is for, by a part of its name; those of cuBLAS and of torch among them
+    ("sparse_ffn_us", ("ffn_123", "ffn_23", "ffn_4")),
+    ("attention_us", ("attend", "fmha", "flash", "cudnn", "attention")),
+    ("matrices_us", ("ffn_1", "gemv", "gemm", "cutlass", "splitk", "nvjet", "xmma")),
+)
+
+
+def _kernel_times(replay: Callable[[], None]) -> dict[str, float]:
+    """Microseconds that a token's kernels take, summed by what they are for."""
+    replay()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(_PROFILED):
+            replay()
+        torch.cuda.synchronize()
+    sums = dict.fromkeys((*(kind for kind, _ in _KINDS), "small_us"), 0.0)
+    for kernel in profiler.key_averages():
+        # Kernels that inductor fuses are named after the operators that they stand between.
+        name = "" if kernel.key.startswith("triton_") else kernel.key.lower()
+        kind = next((kind for kind, parts in _KINDS if any(part in name for part in parts)), "small_us")
+        sums[kind] += kernel.self_device_time_total / _PROFILED
+    return sums
+
+
+def _bytes_of_a_token(model: nn.Module, sparsity: float, context: int) -> int:
+    """What a token must read: every matrix once, of sparse FFNs only active rows, and the keys and values before it."""
+    total = 0
+    for _, module in model.named_modules():
+        if isinstance(module, (nn.Linear, CompressedLinear)):
+            total += module.packed.nbytes if isinstance(module, CompressedLinear) else module.weight.nbytes
+    for _, mlp in gated_mlps(model):
+        if isinstance(mlp, SparseGatedMLP):
+            for linear in (mlp.up_proj, mlp.down_proj):
+                whole = linear.packed.nbytes if isinstance(linear, CompressedLinear) else linear.weight.nbytes
+                total -= round(sparsity * whole)
+    config = model.config
+    heads, head_dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    return total + 2 * config.num_hidden_layers * heads * head_dim * 2 * context
 
 
 @torch.inference_mode()
@@ -184,111 +227,114 @@ def measure_model(
     model: nn.Module,
     prompt: torch.Tensor,
     label: str,
-    dense: Dense,
     yard: Yardsticks,
     repeats: int,
     tell: Callable[[str], None],
-    contexts: Sequence[int] = CONTEXTS,
+    context: int = CONTEXT,
 ) -> list[DecodeRow]:
-    """Rows of one unpatched model, which is patched in the end: a step in a CUDA graph, compiled or not, and `generate`."""
-    tell("dense graphs")
-    graphs = _graphs(model, prompt, "dense", contexts)
-    # The graphs read weights where they are, wherever patching and compressing lay them.
-    kept = [getattr(mlp, name).weight.data for _, mlp in gated_mlps(model) for name in PROJECTIONS]
-    report = patch_model(model)
-    if len(report.sparse) < len(report.layers):
-        raise ValueError(f"{label} was not patched whole:\n{report}")
-    tell("patched graphs")
-    graphs |= _graphs(model, prompt, "sparse", contexts)
-    kept += [mlp.down_proj.weight.data for _, mlp in gated_mlps(model)]
-    tell("compressed graphs")
-    unpatch_model(model)
-    patch_model(model, compress=True)
-    graphs |= _graphs(model, prompt, "compressed", contexts)
-    tell("steps")
-    times = interleave(graphs, graph_clock, dict.fromkeys(graphs, 1), repeats)
-    del graphs, kept
-    free_memory()
-    unpatch_model(model)
-    patch_model(model)
-    tell("generate")
-    eager = _generate_times(model, prompt, rounds=repeats // 2)
-    sparsity, errors = _sparsity_and_errors(model, prompt)
-    config, threshold = model.config, report.layers[0].threshold
-    record = Model(label, config.hidden_size, config.intermediate_size, config.num_hidden_layers, threshold, sparsity)
-    tell("SparseFFN by itself")
-    operator_us = {weights: _operator_us(record, weights, dense, yard, repeats) for weights in _NAMES}
-
-    epsilon = float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
-    common = {
-        "op": "decode",
-        "model": label,
-        "d_model": record.d_model,
-        "d_ff": record.d_ff,
-        "n_layers": record.n_layers,
-        "dtype": "bfloat16",
-        "sparsity": sparsity,
-        "error": max(e for e, _ in errors),
-        "dense_error": max(d for _, d in errors),
-        "checked": all(within_contract(e, d, epsilon) for e, d in errors),
-    }
-    rows = []
-    for context in contexts:
-        as_is = times[f"dense {context}"]
-        fastest = min(times[f"dense {context} {COMPILED}"], as_is)
-        for weights, name in _NAMES.items():
-            split = _split(times, name, context, operator_us[weights]) if context == contexts[0] else {}
-            of = {"context": context, "weights": weights, **common}
-            rows.append(DecodeRow(variant=GRAPH, **_times_of(times[f"{name} {context}"], as_is), **split, **of))
-            compiled = _times_of(times[f"{name} {context} {COMPILED}"], fastest)
-            rows.append(DecodeRow(variant=f"{COMPILED}, {GRAPH}", **compiled, **of))
-    rows.append(
-        DecodeRow(variant="generate()", context=_PROMPT + _NEW_TOKENS, **_times_of(eager["sparse"], eager["dense"]), **common)
-    )
-    return rows
+    """Rows of one unpatched model, which is patched and compressed in turn: steps, and what users call."""
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    has_zeros = said_by(model.config)[0] in ("relu", "fatrelu")
+    facts: dict[str, Any] = {"sparsity": 0.0, "error": 0.0, "dense_error": 0.0, "checked": True}
+    if has_zeros:
+        tell("sparsity and errors")
+        patch_model(model)
+        facts = _sparsity_and_errors(model, prompt)
+        unpatch_model(model)
+    rows = _Rows(model, prompt, label, facts, yard, repeats, tell, context)
+    rows.add_compiled()
+    if has_zeros:
+        rows.add_transformers("unpatched")
+    for weights in ("plain", "bf12"):
+        tell(f"{weights}: patching")
+        unpatch_model(model)
+        patch_model(model, compress=weights == "bf12")
+        if has_zeros and weights == "plain":
+            rows.add_transformers(weights)
+        rows.add_ours(weights)
+    return rows.found
 
 
-def _times_of(ours: Times, dense: Times) -> dict[str, Any]:
-    """A row's times, µs a token."""
-    noisy = ours.is_noisy or dense.is_noisy
-    return {"time_us": ours.median, "p10_us": ours.p10, "p90_us": ours.p90, "dense_us": dense.median, "noisy": noisy}
+class _Rows:
+    """The rows of one model, as it is patched in turn."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt: torch.Tensor,
+        label: str,
+        facts: dict[str, Any],
+        yard: Yardsticks,
+        repeats: int,
+        tell: Callable[[str], None],
+        context: int,
+    ) -> None:
+        self.found: list[DecodeRow] = []
+        self._model, self._prompt, self._tell, self._context = model, prompt, tell, context
+        self._repeats, self._rounds = repeats, max(2, repeats // 16)
+        self._peak_GBps, self._facts = yard.read_peak_GBps, facts
+        self._dense_us: dict[str, float] = {}
+        """Of the unpatched model, by variant."""
+        config = model.config
+        self._model_of_row = {
+            "op": "decode",
+            "model": label,
+            "d_model": config.hidden_size,
+            "d_ff": config.intermediate_size,
+            "n_layers": config.num_hidden_layers,
+            "dtype": "bfloat16",
+        }
+
+    def add_compiled(self) -> None:
+        """The unpatched model's step, compiled whole by torch."""
+        self._tell("unpatched: compiled step")
+        replay = compiled_step(self._model, self._prompt, self._context)
+        kinds = _kernel_times(replay)
+        self._add(COMPILED, "unpatched", COMPILED, _times(replay, self._repeats), **kinds, floor_us=self._floor_us())
+        del replay
+        free_memory()
+
+    def add_transformers(self, weights: str) -> None:
+        """What transformers' own `generate` gives, as it is and with a static cache, for which it compiles the step."""
+        self._tell(f"{weights}: transformers' generate")
+        new = self._context - self._prompt.shape[1]
+        call = partial(self._model.generate, self._prompt, do_sample=False)
+        few = _generate_times(partial(call, max_new_tokens=_NEW_TOKENS), _NEW_TOKENS, 2 * self._rounds)
+        self._add(EAGER, weights, EAGER, few)
+        static = partial(call, max_new_tokens=new, cache_implementation="static")
+        self._add(STATIC, weights, STATIC, _generate_times(static, new, self._rounds))
+        free_memory()
+
+    def add_ours(self, weights: str) -> None:
+        """`generate` and its step."""
+        self._tell(f"{weights}: step and generate")
+        free_memory()
+        torch.cuda.reset_peak_memory_stats()
+        step = prepare_generation(self._model, self._context)
+        replay = _our_step(step, self._context)
+        known = {**_kernel_times(replay), "floor_us": self._floor_us(), "prepare_s": step.seconds}
+        self._add(STEP, weights, COMPILED, _times(replay, self._repeats), **known)
+        new = self._context - self._prompt.shape[1]
+        call = partial(generate, self._model, self._prompt, max_new_tokens=new, do_sample=False)
+        times = _generate_times(call, new, self._rounds)
+        self._add(GENERATE, weights, COMPILED, times, peak_MiB=torch.cuda.max_memory_allocated() / 2**20)
+        release_generation(self._model)
+
+    def _floor_us(self) -> float:
+        return _bytes_of_a_token(self._model, self._facts["sparsity"], self._context) / self._peak_GBps * 1e-3
+
+    def _add(self, variant: str, weights: str, beside: str, times: Times, **more: Any) -> None:
+        if weights == "unpatched":
+            self._dense_us[variant] = times.median
+        known = {"time_us": times.median, "p10_us": times.p10, "p90_us": times.p90, "noisy": times.is_noisy}
+        known |= {"dense_us": self._dense_us[beside], "context": self._context, "weights": weights}
+        self.found.append(DecodeRow(variant=variant, **self._model_of_row, **known, **self._facts, **more))
 
 
-def _split(times: dict[str, Times], name: str, context: int, operator_us: float) -> dict[str, float]:
-    """Where a step's time goes, patched and dense."""
-    names = ("ffn_ms", "attention_ms", "rest_ms")
-    ours, dense = (_parts(times, kind, context) for kind in (name, "dense"))
-    return {
-        **dict(zip(names, ours, strict=True)),
-        **{f"dense_{name}": ms for name, ms in zip(names, dense, strict=True)},
-        "operator_us": operator_us,
-    }
-
-
-def _generate_times(model: nn.Module, prompt: torch.Tensor, rounds: int) -> dict[str, Times]:
-    """Microseconds a token of eager `generate` on a patched model, its own MLPs and those of before in turns; with prefill."""
-    sparse = dict(gated_mlps(model))
-    mlps = {"dense": {name: mlp.replaced for name, mlp in sparse.items()}, "sparse": sparse}
-    samples: dict[str, list[float]] = {kind: [] for kind in mlps}
-    for turn in range(rounds + 1):
-        for kind in sorted(mlps, reverse=bool(turn % 2)):  # who goes first changes: the host's pace drifts
-            for name, module in mlps[kind].items():
-                model.set_submodule(name, module)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            model.generate(prompt, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False)
-            torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                samples[kind].append((time.perf_counter() - start) * 1e6 / _NEW_TOKENS)
-    for name, module in sparse.items():
-        model.set_submodule(name, module)
-    return {kind: summarise(np.array(values)) for kind, values in samples.items()}
-
-
-def _sparsity_and_errors(model: nn.Module, prompt: torch.Tensor) -> tuple[float, list[tuple[float, float]]]:
-    """Average sparsity of decoded tokens, and each layer's error on one of them: the patched MLP's and the dense path's."""
+def _sparsity_and_errors(model: nn.Module, prompt: torch.Tensor) -> dict[str, Any]:
+    """Average sparsity of decoded tokens, and on one of them the largest error of a layer: patched MLP and dense path."""
     with SparsityMeter(model) as meter:
-        cache = StaticCache(config=model.config, max_cache_len=CONTEXTS[0])
+        cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
         token = model(prompt, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
         meter.reset()
         for _ in range(_NEW_TOKENS):
@@ -303,7 +349,14 @@ def _sparsity_and_errors(model: nn.Module, prompt: torch.Tensor) -> tuple[float,
     model(token, past_key_values=cache)
     for hook in hooks:
         hook.remove()
-    return sparsity, [_errors_of(mlp, inputs[name]) for name, mlp in mlps.items()]
+    errors = [_errors_of(mlp, inputs[name]) for name, mlp in mlps.items()]
+    epsilon = float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
+    return {
+        "sparsity": sparsity,
+        "error": max(e for e, _ in errors),
+        "dense_error": max(d for _, d in errors),
+        "checked": all(within_contract(e, d, epsilon) for e, d in errors),
+    }
 
 
 def _errors_of(mlp: nn.Module, x: torch.Tensor) -> tuple[float, float]:
@@ -317,15 +370,6 @@ def _errors_of(mlp: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     outputs = mlp(x), mlp(x.expand(1, 2, -1))[:, :1]
     sparse, dense = (truth.relative_error(cupy().from_dlpack(out.detach().reshape(-1)), wanted) for out in outputs)
     return sparse, dense
-
-
-def _operator_us(record: Model, weights: str, dense: Dense, yard: Yardsticks, repeats: int) -> float:
-    """Microseconds of `SparseFFN` by itself at these dims and this sparsity, as `ffn` and `sweep` measure it."""
-    setting = Setting("SparseFFN", record, record.name, "bfloat16", "hot", record.sparsity, weights)
-    (row,) = (r for r in measure(Layers(record, "bfloat16", dense), setting, dense, yard, METHOD, repeats) if r.variant == OURS)
-    if not row.checked:
-        raise ValueError(f"SparseFFN failed its check at the dims of {record.name}")
-    return row.time_us
 
 
 def free_memory() -> None:

@@ -112,29 +112,31 @@ def paper(result: Result) -> Any:
 
 
 def decode(result: Result) -> Any:
-    """Where a token's time goes, dense, patched and compressed, in steps captured as they are."""
+    """Where a token's time goes, by kind of kernel, beside the time that its bytes take; and what calls give."""
     with plt.rc_context(_STYLE):
-        rows = [r for r in result.rows if not np.isnan(r.ffn_ms)]
-        bars = []  # a label, the milliseconds of each part, tokens a second
-        for r in rows:
-            if r.weights == "plain":
-                bars.append((f"{r.model} dense", (r.dense_ffn_ms, r.dense_attention_ms, r.dense_rest_ms), r.dense_tokens_per_s))
-            how = "patched" if r.weights == "plain" else "compressed"
-            bars.append((f"{r.model} {how}", (r.ffn_ms, r.attention_ms, r.rest_ms), r.tokens_per_s))
-        labels, parts, paces = zip(*bars, strict=True)
-        figure, axes = plt.subplots(figsize=(7, 0.42 * len(bars) + 1.3))
-        left = np.zeros(len(bars))
-        kinds = (("FFN", "#0072b2"), ("attention", "#e69f00"), ("rest", "#9aa4b2"))
-        for (part, colour), widths in zip(kinds, zip(*parts, strict=True), strict=True):
-            axes.barh(labels, widths, left=left, color=colour, label=part)
+        rows = [r for r in result.rows if not np.isnan(r.matrices_us)]
+        names = {"unpatched": "dense, compiled", "plain": "patched", "bf12": "12 bits"}
+        labels = [f"{r.model} {names[r.weights]}" for r in rows]
+        figure, axes = plt.subplots(figsize=(7, 0.42 * len(rows) + 1.5))
+        left = np.zeros(len(rows))
+        kinds = (
+            ("sparse FFN", "#0072b2", "sparse_ffn_us"),
+            ("other matrices", "#56b4e9", "matrices_us"),
+            ("attention", "#e69f00", "attention_us"),
+            ("small kernels", "#9aa4b2", "small_us"),
+        )
+        for label, colour, name in kinds:
+            widths = [getattr(r, name) * 1e-3 for r in rows]
+            axes.barh(labels, widths, left=left, color=colour, label=label)
             left += widths
-        for i, pace in enumerate(paces):
-            axes.text(left[i], i, f" {pace:.0f} tokens/s", va="center", fontsize=8, color=_INK)
+        for i, row in enumerate(rows):
+            axes.plot([row.floor_us * 1e-3] * 2, [i - 0.4, i + 0.4], color="#d55e00", lw=2, label=None if i else "byte floor")
+            axes.text(left[i], i, f" {row.tokens_per_s:.0f} tokens/s", va="center", fontsize=8, color=_INK)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set(xlabel="ms per token", xlim=(0, 1.16 * left.max()))
+        axes.set(xlabel="ms per token", xlim=(0, 1.18 * left.max()))
         axes.set_title(f"One token, context {rows[0].context}, {rows[0].dtype}, {result.head.gpu}", loc="left", fontsize=10)
-        axes.legend(fontsize=8, loc="upper right")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.22), ncols=5)
         figure.tight_layout()
         return figure
 

@@ -97,9 +97,9 @@ class Row:
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One model decoding greedily at batch 1: µs and milliseconds per token, of the patched model and of the dense one.
+    """One model decoding greedily at batch 1: µs per token in the dtype given, and of what.
 
-    An FFN's or attention's share is what a step takes less without it. Errors are the largest of an FFN's, as in `Row`.
+    Sums by kind of kernel are those of torch's profiler. Errors are the largest of an FFN's, as in `Row`.
     """
 
     op: str
@@ -116,27 +116,28 @@ class DecodeRow:
     p10_us: float
     p90_us: float
     dense_us: float
-    """Of the model unpatched; beside a compiled step, of the faster way: as it is, or compiled."""
+    """Of the unpatched model: its compiled step in a CUDA graph, or, beside transformers' generate(), that."""
     error: float
     dense_error: float
     checked: bool
     """Whether every layer's FFN on a decoded token was within twice the dense path's error."""
     noisy: bool
-    ffn_ms: float = math.nan
-    attention_ms: float = math.nan
-    rest_ms: float = math.nan
-    dense_ffn_ms: float = math.nan
-    dense_attention_ms: float = math.nan
-    dense_rest_ms: float = math.nan
-    operator_us: float = math.nan
-    """`SparseFFN` by itself at these dims and this sparsity, µs per layer."""
+    sparse_ffn_us: float = math.nan
+    matrices_us: float = math.nan
+    """All other matrices; of an unpatched model, its FFNs' too."""
+    attention_us: float = math.nan
+    small_us: float = math.nan
+    floor_us: float = math.nan
+    """The bytes that a token must read at the read peak: matrices, of sparse FFNs active rows, keys and values."""
+    peak_MiB: float = math.nan
+    """Of GPU memory, as torch's allocator counts it."""
+    prepare_s: float = math.nan
+    """To compile and capture the step: the first of a process pays for the compiler's own start."""
     weights: str = "plain"
-    """Of the patched model's FFNs, `plain` or `bf12`; the dense one's are plain."""
+    """`unpatched`, or patched and `plain` or `bf12`."""
     tokens_per_s: float = field(init=False)
     dense_tokens_per_s: float = field(init=False)
     speedup: float = field(init=False)
-    ffn_us: float = field(init=False)
-    """Of one layer in the model."""
 
     def __post_init__(self) -> None:
         _derive(
@@ -144,7 +145,6 @@ class DecodeRow:
             tokens_per_s=1e6 / self.time_us,
             dense_tokens_per_s=1e6 / self.dense_us,
             speedup=self.dense_us / self.time_us,
-            ffn_us=self.ffn_ms * 1e3 / self.n_layers,
         )
 
     @property

@@ -50,33 +50,30 @@ _DECODE = (
     "weights",
     "context",
     "sparsity",
-    "dense tokens/s",
     "tokens/s",
-    "speed-up",
-    "dense ms: FFN, attention, rest",
-    "ms: FFN, attention, rest",
-    "FFN µs a layer",
-    "`SparseFFN` alone µs",
+    "over dense",
+    "µs: matrices, sparse FFN, attention, small",
+    "floor µs",
+    "peak GiB",
 )
 
 
 def _decode_cells(row: DecodeRow) -> list[str]:
-    def split(*parts: float) -> str:
-        return "" if math.isnan(parts[0]) else " + ".join(f"{ms:.2f}" for ms in parts)
+    def number(value: float, digits: int = 0) -> str:
+        return "" if math.isnan(value) else f"{value:.{digits}f}"
 
-    alone = [f"{us:.1f}" if not math.isnan(us) else "" for us in (row.ffn_us, row.operator_us)]
+    kinds = row.matrices_us, row.sparse_ffn_us, row.attention_us, row.small_us
     return [
         row.model,
         row.variant,
         row.weights,
         str(row.context),
         f"{row.sparsity:.2%}",
-        f"{row.dense_tokens_per_s:.1f}",
         f"{row.tokens_per_s:.1f}{' ~' if row.noisy else ''}",
         f"{row.speedup:.2f}x",
-        split(row.dense_ffn_ms, row.dense_attention_ms, row.dense_rest_ms),
-        split(row.ffn_ms, row.attention_ms, row.rest_ms),
-        *alone,
+        "" if math.isnan(kinds[0]) else " + ".join(map(number, kinds)),
+        number(row.floor_us),
+        number(row.peak_MiB / 1024, 1),
     ]
 
 
@@ -176,9 +173,9 @@ def summary(results: dict[str, Result]) -> str:
     """The README's four rows, of two results: whole models, and one layer's FFN."""
     rows = []
     for model in ("7B", "13B"):
-        row = results["decode"].find(model=model, variant="compiled, CUDA graph", context=512, weights="plain")
+        row = results["decode"].find(model=model, variant="generate()", weights="bf12")
         pace = (f"{tokens:.1f} tokens/s" for tokens in (row.dense_tokens_per_s, row.tokens_per_s))
-        rows.append([f"{model}, whole model", f"{row.sparsity:.2%}", *pace, f"{row.speedup:.2f}x"])
+        rows.append([f"{model}, whole model, 12 bits", f"{row.sparsity:.2%}", *pace, f"{row.speedup:.2f}x"])
     for model in ("7B", "13B"):
         row = results["ffn"].find(model=model, op="SparseFFN", variant="prosparse", weights="plain")
         times = (f"{us:.1f} µs" for us in (row.dense_us, row.time_us))

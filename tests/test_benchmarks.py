@@ -73,7 +73,7 @@ def _row(op: str = "ffn_23", time_us: float = 6.0, **changes) -> Row:
 def _decode_row(**changes) -> DecodeRow:
     given = {
         "op": "decode",
-        "variant": "CUDA graph",
+        "variant": "step",
         "model": "7B",
         "d_model": 4096,
         "d_ff": 11008,
@@ -89,13 +89,12 @@ def _decode_row(**changes) -> DecodeRow:
         "dense_error": 0.004,
         "checked": True,
         "noisy": False,
-        "ffn_ms": 1.28,
-        "attention_ms": 2.0,
-        "rest_ms": 1.72,
-        "dense_ffn_ms": 4.0,
-        "dense_attention_ms": 2.1,
-        "dense_rest_ms": 1.9,
-        "operator_us": 39.5,
+        "sparse_ffn_us": 1280.0,
+        "matrices_us": 1560.0,
+        "attention_us": 206.0,
+        "small_us": 230.0,
+        "floor_us": 2500.0,
+        "peak_MiB": 14336.0,
     }
     return DecodeRow(**{**given, **changes})
 
@@ -380,15 +379,19 @@ def test_host_times_too_are_measured_once_more(monkeypatch, no_gpu_needed, tmp_p
 
 def test_decode_rows_come_back_and_compare(tmp_path):
     head = dataclasses.replace(HEAD, command="decode")
-    nothing = dict.fromkeys(("ffn_ms", "attention_ms", "rest_ms", "operator_us"), math.nan)
+    nothing = dict.fromkeys(("sparse_ffn_us", "matrices_us", "attention_us", "small_us", "floor_us"), math.nan)
     old = Result(head, (_decode_row(), _decode_row(variant="generate()", time_us=20_000.0, noisy=True, **nothing)))
     write_json(old, tmp_path / "a.json")
     write_csv(old, tmp_path / "a.csv")
     read = read_json(tmp_path / "a.json")
-    assert read.rows[0] == old.rows[0] and math.isnan(read.rows[1].ffn_ms) and "NaN" not in (tmp_path / "a.json").read_text()
+    assert (
+        read.rows[0] == old.rows[0]
+        and math.isnan(read.rows[1].sparse_ffn_us)
+        and "NaN" not in (tmp_path / "a.json").read_text()
+    )
     assert (tmp_path / "a.csv").read_text().splitlines()[0].startswith("op,variant,model")
     row = read.rows[0]
-    assert (row.tokens_per_s, row.dense_tokens_per_s, row.speedup, row.ffn_us) == (200.0, 125.0, 1.6, 40.0)
+    assert (row.tokens_per_s, row.dense_tokens_per_s, row.speedup) == (200.0, 125.0, 1.6)
     new = Result(head, (_decode_row(time_us=6000.0, p10_us=5990.0, p90_us=6010.0),))
     [change] = compare.compare(read, new, 3.0)
     assert change.verdict is compare.Verdict.REGRESSION and change.percent == pytest.approx(20)
@@ -404,7 +407,7 @@ def test_a_disturbed_model_is_made_and_measured_once_more(monkeypatch, no_gpu_ne
     monkeypatch.setattr(decode, "random_prompt", lambda model: None)
     monkeypatch.setattr(decode, "free_memory", lambda: None)
 
-    def measured(model, prompt, label, dense, yard, repeats, say, contexts):
+    def measured(model, prompt, label, yard, repeats, say):
         say("steps")
         assert not model, "patched already"
         model.append("patched")
@@ -415,32 +418,34 @@ def test_a_disturbed_model_is_made_and_measured_once_more(monkeypatch, no_gpu_ne
     done = CliRunner().invoke(cli.main, ["decode", "--json", str(tmp_path / "r.json")])
     assert done.exit_code == 0 and "disturbed: 7B: 1 other process(es) on the GPU" in done.output, done.output
     rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
-    assert [(row["model"], row["time_us"]) for row in rows] == [("7B", 2000.0), ("13B", 3000.0)]
-    assert made == [cli.MODELS["7B"], cli.MODELS["7B"], cli.MODELS["13B"]]
+    assert [(row["model"], row["time_us"]) for row in rows] == [("7B", 2000.0), ("13B", 3000.0), ("7B SiLU", 4000.0)]
+    assert made == [cli._WHOLE[label] for label in ("7B", "7B", "13B", "7B SiLU")]
 
 
 def test_the_picture_of_decode_has_a_bar_for_each_way(stored):
     figures = pytest.importorskip("benchmarks.figures", reason='the extra "bench" brings matplotlib')
     axes = figures.decode(stored["decode"]).axes[0]
-    ways = [f"{model} {way}" for model in ("7B", "13B") for way in ("dense", "patched", "compressed")]
+    ways = [f"{model} {way}" for model in ("7B", "13B", "7B SiLU") for way in ("dense, compiled", "patched", "12 bits")]
     assert [label.get_text() for label in axes.get_yticklabels()] == ways
     ends = [max(bar.get_x() + bar.get_width() for bars in axes.containers for bar in [bars[i]]) for i in range(len(ways))]
     assert [(text.get_position()[1], text.get_position()[0]) for text in axes.texts] == [
         *enumerate(pytest.approx(e) for e in ends)
     ]
-    rows = stored["decode"].rows
-    paces = [(r.dense_tokens_per_s, r.tokens_per_s) for r in rows if not math.isnan(r.ffn_ms)]
-    expected = [pace for plain, compressed in zip(paces[::2], paces[1::2], strict=True) for pace in (*plain, compressed[1])]
-    assert [text.get_text().strip() for text in axes.texts] == [f"{pace:.0f} tokens/s" for pace in expected]
+    rows = [r for r in stored["decode"].rows if not math.isnan(r.matrices_us)]
+    assert [text.get_text().strip() for text in axes.texts] == [f"{r.tokens_per_s:.0f} tokens/s" for r in rows]
+    for row, end in zip(rows, ends, strict=True):
+        assert end == pytest.approx(1e-3 * (row.sparse_ffn_us + row.matrices_us + row.attention_us + row.small_us))
 
 
 def test_decode_table():
     text = tables.decode(
-        Result(HEAD, (_decode_row(), _decode_row(variant="generate()", ffn_ms=math.nan, operator_us=math.nan)))
+        Result(HEAD, (_decode_row(), _decode_row(variant="generate()", matrices_us=math.nan, floor_us=math.nan)))
     )
     cells = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
-    assert cells[:8] == ["7B", "CUDA graph", "plain", "512", "89.30%", "125.0", "200.0", "1.60x"]
-    assert cells[8:] == ["4.00 + 2.10 + 1.90", "1.28 + 2.00 + 1.72", "40.0", "39.5"]
+    assert cells[:7] == ["7B", "step", "plain", "512", "89.30%", "200.0", "1.60x"]
+    assert cells[7:] == ["1560 + 1280 + 206 + 230", "2500", "14.0"]
+    other = [cell.strip() for cell in text.splitlines()[3].split("|")[1:-1]]
+    assert other[1] == "generate()" and other[7:] == ["", "", "14.0"]
 
 
 def test_random_models_are_as_sparse_as_wanted():
@@ -465,20 +470,20 @@ def test_random_models_are_as_sparse_as_wanted():
     assert 0.3 < float(often[:150].sum() / often.sum()) < 0.45, "the top tenth has about 36 % of the activations"
 
 
-def test_parts_left_out_come_back():
+def test_the_bytes_of_a_token():
+    """What a token must read, against a sum by hand."""
     torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
     pytest.importorskip("transformers", reason='the extra "hf" brings it')
     from benchmarks import decode
     from prosparse_cupy.models import Model
+    from prosparse_cupy.torch import patch_model
 
-    model = decode.random_model(Model("small", 128, 64, 2, 0.01, 0.9))
-    ids = torch.randint(1, 32000, (1, 5), device=model.device)
-    with torch.inference_mode():
-        whole = model(ids).logits
-        for part in ("mlp", "self_attn"):
-            with decode._without(model, part):
-                assert not torch.equal(model(ids).logits, whole)
-            assert torch.equal(model(ids).logits, whole)
+    model = decode.random_model(Model("small", 256, 1504, 2, 0.01, 0.9)).to("cpu")
+    ffn, others, cached = 256 * 1504 * 2, (2 * 4 * 256 * 256 + 32000 * 256) * 2, 2 * 2 * 256 * 2 * 100
+    assert decode._bytes_of_a_token(model, 0.0, 100) == 2 * 3 * ffn + others + cached
+    patch_model(model)
+    assert decode._bytes_of_a_token(model, 0.75, 100) == 2 * round(1.5 * ffn) + others + cached
+    assert torch.is_tensor(model.lm_head.weight)
 
 
 @pytest.mark.gpu
@@ -486,20 +491,20 @@ def test_decode_measures_a_small_model(torch):
     pytest.importorskip("transformers", reason='the extra "hf" brings it')
     from benchmarks import decode
     from prosparse_cupy.models import Model
-    from prosparse_cupy.testing import best_dense
 
-    model = decode.random_model(Model("small", 256, 1500, 3, 0.01, 0.9))
-    dense, yard = best_dense(np.dtype(np.float16)), conditions.Yardsticks(3e6, 1.0)
+    model, yard = decode.random_model(Model("small", 256, 1504, 3, 0.01, 0.9)), conditions.Yardsticks(3e6, 1.0)
     told: list[str] = []
-    rows = decode.measure_model(model, decode.random_prompt(model), "small", dense, yard, 8, told.append, (64,))
-    steps = [("CUDA graph", weights) for weights in ("plain", "bf12")]
-    compiled = [("compiled, CUDA graph", weights) for _, weights in steps]
-    expected = [row for both in zip(steps, compiled, strict=True) for row in both]
-    assert [(r.variant, r.weights) for r in rows] == [*expected, ("generate()", "plain")]
-    assert told[-1] == "SparseFFN by itself"
+    rows = decode.measure_model(model, decode.random_prompt(model), "small", yard, 16, told.append, 64)
+    ours = [(variant, weights) for weights in ("plain", "bf12") for variant in (decode.STEP, decode.GENERATE)]
+    theirs = [(variant, weights) for weights in ("unpatched", "plain") for variant in (decode.EAGER, decode.STATIC)]
+    assert [(r.variant, r.weights) for r in rows] == [(decode.COMPILED, "unpatched"), *theirs, *ours]
+    assert told[-1] == "bf12: step and generate"
     assert all(r.checked and r.time_us > 0 and r.dense_us > 0 and abs(r.sparsity - 0.9) < 0.03 for r in rows)
-    assert rows[0].ffn_ms + rows[0].attention_ms + rows[0].rest_ms == pytest.approx(rows[0].time_us * 1e-3)
-    assert rows[0].operator_us > 0 and math.isnan(rows[1].operator_us) and rows[2].operator_us > 0
+    for row in (r for r in rows if r.variant == decode.STEP):
+        assert min(row.sparse_ffn_us, row.matrices_us, row.attention_us, row.small_us, row.floor_us, row.prepare_s) > 0
+    assert rows[0].sparse_ffn_us == 0 < rows[0].matrices_us and all(
+        r.peak_MiB > 0 for r in rows if r.variant == decode.GENERATE
+    )
 
 
 # The committed results, and what is made of them
@@ -547,7 +552,7 @@ def test_figures_are_drawings_with_axes_named(stored, tmp_path):
         "paper": (figures.paper(stored["paper"]), ["speed-up over dense", "published", "measured", "ProSparse-13B", "H100"]),
         "decode": (
             figures.decode(stored["decode"]),
-            ["ms per token", "FFN", "attention", "13B patched", "13B compressed", "tokens/s", "H100"],
+            ["ms per token", "sparse FFN", "attention", "13B patched", "13B 12 bits", "byte floor", "tokens/s", "H100"],
         ),
     }
     for name, (figure, words) in drawn.items():
