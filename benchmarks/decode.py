@@ -272,7 +272,7 @@ class _Rows:
         self.found: list[DecodeRow] = []
         self._model, self._prompt, self._tell, self._context = model, prompt, tell, context
         self._repeats, self._rounds = repeats, max(2, repeats // 16)
-        self._peak_GBps, self._facts = yard.read_peak_GBps, facts
+        self._yard, self._facts = yard, facts
         self._dense_us: dict[str, float] = {}
         """Of the unpatched model, by variant."""
         config = model.config
@@ -321,7 +321,7 @@ class _Rows:
         release_generation(self._model)
 
     def _floor_us(self) -> float:
-        return _bytes_of_a_token(self._model, self._facts["sparsity"], self._context) / self._peak_GBps * 1e-3
+        return _bytes_of_a_token(self._model, self._facts["sparsity"], self._context) / self._yard.read_peak
 
     def _add(self, variant: str, weights: str, beside: str, times: Times, **more: Any) -> None:
         if weights == "unpatched":

@@ -1,7 +1,8 @@
-"""Compressed checkpoints: a Hugging Face checkpoint whose FFN weights are in 12 bits on disk too.
+"""Compressed checkpoints: a Hugging Face checkpoint whose matrices are in 12 bits on disk too.
 
-A folder as before, with the same files, in which the weight ``X.weight`` of a projection is the tensors ``X.weight.part_0``,
-``part_1``, ... of its `CompressedWeight`. ``prosparse.json`` says what they are, and the checksum of every file of weights.
+A folder as before, with the same files, in which the weight ``X.weight`` of an FFN's or attention's projection, or of the head,
+is the tensors ``X.weight.part_0``, ``part_1``, ... of its `CompressedWeight`. ``prosparse.json`` says what they are, and the
+checksum of every file of weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ MANIFEST = "prosparse.json"
 VERSION = 1
 _INDEX = "model.safetensors.index.json"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HEAD = "lm_head.weight"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
 
 Tell = Callable[[str, int, int], None]
@@ -52,13 +55,15 @@ class Summary(NamedTuple):
     compressed: int
     """Weights."""
     plain: dict[str, str]
-    """Those of the FFNs that were left as they are, and why."""
+    """Those that were left as they are, and why."""
     bytes_before: int
     bytes_after: int
 
 
 def compress_checkpoint(folder: Path, out: Path, tell: Tell = lambda doing, done, total: None) -> Summary:
-    """Write the checkpoint in `folder` to `out`, the weights of its FFNs in 12 bits; on the GPU where there is one.
+    """Write the checkpoint in `folder` to `out`, its matrices in 12 bits; on the GPU where there is one.
+
+    These are the projections of FFNs and of attention, and the head where it is not the embedding too.
 
     `out` appears when all of it is written. A file of weights is in memory at a time.
 
@@ -70,11 +75,16 @@ def compress_checkpoint(folder: Path, out: Path, tell: Tell = lambda doing, done
     """
     if (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder}: is a compressed checkpoint already")
-    threshold_of(read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    threshold_of(config)
     files = files_by_name(folder)
-    projections = _projections(files)
+    projections = _side_by_side(files, _PROJECTIONS)
     if not projections:
         raise CheckpointError(f"{folder}: has no gated FFN: no weights named {', '.join(_PROJECTIONS)} side by side")
+    projections |= _side_by_side(files, _ATTENTION)
+    if _HEAD in files and not config.get("tie_word_embeddings", False):
+        projections.add(_HEAD)
+    projections = {name for name in projections if f"{name.removesuffix('weight')}bias" not in files}
     if out.exists():
         raise CheckpointError(f"{out}: exists already: choose another folder, or remove it")
     try:
@@ -128,11 +138,11 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**said, "checksum": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
-def _projections(files: dict[str, str]) -> set[str]:
-    """Names of the weights of gated FFNs."""
-    ending = f".{_PROJECTIONS[0]}.weight"
+def _side_by_side(files: dict[str, str], leaves: tuple[str, ...]) -> set[str]:
+    """Names of weights of modules that have all of these projections."""
+    ending = f".{leaves[0]}.weight"
     stems = [name.removesuffix(ending) for name in files if name.endswith(ending)]
-    names = {stem: [f"{stem}.{projection}.weight" for projection in _PROJECTIONS] for stem in stems}
+    names = {stem: [f"{stem}.{leaf}.weight" for leaf in leaves] for stem in stems}
     return {name for several in names.values() if all(n in files for n in several) for name in several}
 
 

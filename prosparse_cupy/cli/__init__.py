@@ -157,7 +157,7 @@ def _tune(
 @click.argument("checkpoint", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 def _compress(checkpoint: Path, out: Path) -> None:
-    """Write the Hugging Face CHECKPOINT to the folder OUT, its FFNs' weights in 12 bits, without loss.
+    """Write the Hugging Face CHECKPOINT to the folder OUT, its matrices in 12 bits, without loss.
 
     prosparse_cupy.torch.load_compressed(OUT) loads it.
     """
@@ -171,8 +171,7 @@ def _compress(checkpoint: Path, out: Path) -> None:
         console.print(f"{name} stays plain: {why}", soft_wrap=True, highlight=False)
     before, after = done.bytes_before / 2**30, done.bytes_after / 2**30
     console.print(
-        f"{done.compressed} weights of FFNs compressed: {before:.2f} GiB became {after:.2f} ({after / before:.1%}). "
-        f"Written to {out}.",
+        f"{done.compressed} matrices compressed: {before:.2f} GiB became {after:.2f} ({after / before:.1%}). Written to {out}.",
         soft_wrap=True,
         highlight=False,
     )

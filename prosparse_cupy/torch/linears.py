@@ -114,6 +114,12 @@ class CompressedLinear(nn.Module):
         """The weight as torch's dispatcher takes it, beside `facts`."""
         return [*self._arrays(), self._numbers]
 
+    def take_place_of(self, linear: nn.Linear) -> None:
+        """Remember what `unpatch_model` puts back, without its weight."""
+        self.train(linear.training)
+        self._replaced = (linear,)
+        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=linear.weight.requires_grad)
+
     def show_one_escape(self) -> None:
         """Have `parts` show but one of the escapes; the others lie behind it in memory, where `packed_of` finds them.
 

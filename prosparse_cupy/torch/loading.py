@@ -1,4 +1,4 @@
-"""Load a compressed checkpoint, without ever holding the plain weights of its FFNs."""
+"""Load a compressed checkpoint, without ever holding the plain weights of more than one attention."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..packed import MANIFEST, Entry, read_manifest
 from .acceptance import why_another_formula
 from .compressed import checked_packed_of
 from .linears import CompressedLinear
+from .matrices import rejoin_matrices
 from .mlp import SparseGatedMLP, pack
 from .patch import gated_mlps, own_threshold
 
@@ -72,6 +73,7 @@ def load_compressed(folder: str | Path, device: Any = "cuda", *, verify: bool = 
     for module in sparse:
         pack(module.down_proj)
     model.tie_weights()
+    rejoin_matrices(model)
     if left := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
         raise CheckpointError(f"{path}: has no {left[0]}, and {len(left) - 1} more that the model needs")
     _take_generation_config(model, path)
@@ -180,13 +182,14 @@ def _set_packed(model: nn.Module, path: Path, name: str, entry: Entry, parts: li
         old = getattr(module, leaf)
     except AttributeError:
         raise CheckpointError(f"{path}: {name} is no weight of a {type(model).__name__}") from None
-    if not isinstance(module, SparseGatedMLP) or (old.out_features, old.in_features) != (
-        linear.out_features,
-        linear.in_features,
-    ):
-        raise CheckpointError(f"{path}: {name} has other dims than the model's config says")
-    for owner in (module, module.replaced):
-        setattr(owner, leaf, linear)
+    dims = linear.out_features, linear.in_features
+    if not isinstance(old, nn.Linear) or old.bias is not None or (old.out_features, old.in_features) != dims:
+        raise CheckpointError(f"{path}: {name} has other dims than the model's config says, or is no plain projection there")
+    if isinstance(module, SparseGatedMLP):
+        setattr(module.replaced, leaf, linear)
+    else:
+        linear.take_place_of(old)
+    setattr(module, leaf, linear)
 
 
 def _take_generation_config(model: Any, path: Path) -> None:

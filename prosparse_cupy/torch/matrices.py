@@ -104,10 +104,11 @@ def _replace_group(model: nn.Module, holder: str, group: tuple[str, ...], to_com
     if any(_tried(linear) is None for linear in made):
         return [MatrixPatch(name, False, "ffn_1 does not take it") for name in names]
     for leaf, linear, new in zip(group, linears, made, strict=True):
-        new.train(linear.training)._replaced = (linear,)
         setattr(module, leaf, new)
         if isinstance(new, CompressedLinear):
-            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=linear.weight.requires_grad)
+            new.take_place_of(linear)
+        else:
+            new.train(linear.training)._replaced = (linear,)
     return [MatrixPatch(name, True, reason, ratio) for name in names]
 
 
@@ -143,6 +144,24 @@ def _compressed(model: nn.Module, linears: Sequence[nn.Linear]) -> tuple[list[An
         if not torch.equal(made[-1].weight.view(torch.int16), linear.weight.view(torch.int16)):
             raise RuntimeError("patch_model: a matrix did not come back to the bit: a defect, please report it")
     return made, whole.ratio, ""
+
+
+@torch.no_grad()
+def rejoin_matrices(model: nn.Module) -> None:
+    """Where `CompressedLinear`s were set one by one: those of one input become one matrix, and plain matrices are replaced."""
+    for holder, group in list(groups_of(model)):
+        module = model.get_submodule(holder)
+        linears: list[Any] = [getattr(module, leaf) for leaf in group]
+        if len(group) == 1 or not all(isinstance(linear, CompressedLinear) for linear in linears):
+            for leaf, linear in zip(group, linears, strict=True):
+                if not isinstance(linear, CompressedLinear):
+                    _replace_group(model, holder, (leaf,), False)
+            continue
+        plain = [linear.linear() for linear in linears]
+        made, *_ = _compressed(model, plain) if _fit(plain, True) else ([],)
+        for leaf, linear, new in zip(group, linears, made, strict=False):
+            new.take_place_of(linear._replaced[0])
+            setattr(module, leaf, new)
 
 
 def put_back_matrices(model: nn.Module) -> None:
