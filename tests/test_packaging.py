@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADERS = {"activation", "bf12", "elements", "memory", "plain", "programmatic", "row_dot", "warp", "weights"}
 KERNELS = {
     *(f"{name}.cuh" for name in HEADERS),
+    "attend.cu",
     "ffn_1.cu",
     "ffn_123.cu",
     "ffn_23.cu",

@@ -33,6 +33,8 @@ from prosparse_cupy.torch import ops as torch_ops  # noqa: E402
 from prosparse_cupy.torch.compressed import facts_of, parts_of  # noqa: E402
 
 WIDE, NARROW = 2656, 64  # whose slices in ffn_4 are units, and are not
+MATRICES = 2 * (3 + 4) + 1  # of `_model`: two layers' FFNs and attentions, and the head
+LEFT_PLAIN = {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"}
 
 
 def _model(hidden: int = WIDE, device: str = "cpu", dtype=torch.bfloat16, **changes):
@@ -42,6 +44,8 @@ def _model(hidden: int = WIDE, device: str = "cpu", dtype=torch.bfloat16, **chan
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
         vocab_size=64,
         max_position_embeddings=64,
         eos_token_id=None,
@@ -97,15 +101,18 @@ def test_a_compressed_model_gives_the_bits_of_a_patched_one_and_unpatching_those
     assert len(report.sparse) == 2 and all(0.75 < layer.ratio < 0.8 and not layer.plain for layer in report.layers)
     assert "their weights in 7" in str(report)
     linears = [m for m in model.modules() if isinstance(m, CompressedLinear)]
-    assert len(linears) == 6 and not any("mlp" in name for name, _ in model.named_parameters())
+    assert len(linears) == MATRICES and {n.split(".")[-2] for n, _ in model.named_parameters()} == LEFT_PLAIN
+    assert len(report.decoding) == len(report.matrices) == MATRICES - 6
+    assert all(0.75 <= matrix.ratio < 0.8 and not matrix.reason for matrix in report.matrices)
     found = _text(model)
     assert torch.equal(found.sequences, expected.sequences)
     for one, other in zip(found.logits, expected.logits, strict=True):  # prefill and decoding
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))
     _same_state(model.state_dict(), state)
-    assert all(value.device.type == "cpu" for key, value in model.state_dict().items() if "mlp" in key)
+    assert all(v.device.type == "cpu" for k, v in model.state_dict().items() if k.split(".")[-2] not in LEFT_PLAIN)
     unpatch_model(model)
-    assert all(type(layer.mlp.gate_proj) is nn.Linear for layer in model.model.layers)
+    projections = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    assert len(projections) == MATRICES and all(type(m) is nn.Linear for m in projections)
     _same_state(model.state_dict(), state)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -326,7 +333,7 @@ def compressed(tmp_path_factory):
 
 def test_a_compressed_checkpoint_is_smaller_and_has_all_files(compressed):
     folder, said, _ = compressed
-    assert "6 weights of FFNs compressed" in said and "(75." in said
+    assert f"{MATRICES} matrices compressed" in said and "(75." in said
     plain, small = ({f.name for f in (folder / name).iterdir()} for name in ("plain", "small"))
     assert small == plain | {"prosparse.json"} and len([n for n in plain if n.endswith(".safetensors")]) > 1
     assert {f.name for f in folder.iterdir()} == {"plain", "small"}, "something unfinished was left"
@@ -336,7 +343,7 @@ def test_a_compressed_checkpoint_is_smaller_and_has_all_files(compressed):
 def test_a_compressed_checkpoint_loads(compressed, device, tmp_path):
     folder, _, model = compressed
     loaded = load_compressed(folder / "small", device)
-    assert sum(isinstance(m, CompressedLinear) for m in loaded.modules()) == 6
+    assert sum(isinstance(m, CompressedLinear) for m in loaded.modules()) == MATRICES
     assert loaded.generation_config.max_new_tokens == 5 and not loaded.training
     assert {p.device.type for p in (*loaded.parameters(), *loaded.buffers())} == {device}
     _same_state(loaded.state_dict(), model.state_dict())

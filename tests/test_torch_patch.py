@@ -15,6 +15,8 @@ from torch import nn  # noqa: E402
 from torch_devices import DEVICES  # noqa: E402
 
 from prosparse_cupy.torch import (  # noqa: E402
+    CompressedLinear,
+    DecodingLinear,
     FATReLU,
     SparseGatedMLP,
     SparsityMeter,
@@ -57,7 +59,8 @@ def _text(model, **keywords):
 
 
 def _unchanged(model) -> bool:
-    return not any(isinstance(m, SparseGatedMLP) for m in model.modules()) and all(
+    ours = SparseGatedMLP, DecodingLinear, CompressedLinear
+    return not any(isinstance(m, ours) for m in model.modules()) and all(
         layer.mlp.down_proj.weight.is_contiguous() for layer in model.model.layers
     )
 
@@ -168,14 +171,31 @@ def test_a_threshold_of_the_users_moves_the_activation():
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_what_is_not_relu_is_refused(activation):
+def test_what_is_not_relu_is_refused_where_its_matrices_are_not_asked_for(activation):
     model = _model(hidden_act=activation)
-    for threshold in (None, 0.01):
+    for threshold, linears in ((None, False), (0.01, False), (0.01, True)):
         with pytest.raises(
             ValueError, match=rf"layers.0.mlp: the config says hidden_act='{activation}': gated FFNs with relu or"
         ):
-            patch_model(model, threshold)
-    assert _unchanged(model)
+            patch_model(model, threshold, linears=linears)
+        assert _unchanged(model)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_what_is_not_relu_decodes_through_ffn_1(activation, device):
+    model = _model(device=device, hidden_act=activation)
+    before, mlps = _text(model), [layer.mlp for layer in model.model.layers]
+    report = patch_model(model)
+    assert len(report.layers) == 3 and not report.sparse
+    assert all(f"hidden_act='{activation}': gated FFNs with relu or" in layer.reason for layer in report.layers)
+    assert len(report.decoding) == len(report.matrices) == 3 * 7 + 1
+    assert str(report).startswith("0 of 3 gated MLPs decode sparsely")
+    assert "22 of 22 other matrices decode through ffn_1" in str(report)
+    assert [layer.mlp for layer in model.model.layers] == mlps
+    assert torch.equal(_text(model), before)
+    unpatch_model(model)
+    assert _unchanged(model) and torch.equal(_text(model), before)
 
 
 def test_refusals_change_nothing():
@@ -220,7 +240,11 @@ def test_without_a_config_the_activation_module_decides():
     del model.config
     model.mlp.act_fn = nn.SiLU()
     with pytest.raises(ValueError, match="the config has no hidden_act, and act_fn is a SiLU"):
-        patch_model(model)
+        patch_model(model, linears=False)
+    report = patch_model(model)
+    assert not report.sparse and "the config has no hidden_act, and act_fn is a SiLU" in report.layers[0].reason
+    assert [m.name for m in report.decoding] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    unpatch_model(model)
     model.mlp.act_fn = FATReLU(0.05)
     assert patch_model(model).layers[0].sparse
 
