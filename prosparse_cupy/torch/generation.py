@@ -19,7 +19,10 @@ from .steps import kept_for
 
 _AHEAD = 2  # steps that the GPU has been given when the host looks at a token: one that it does, one that waits
 _LATEST = 4  # tokens that the host can still look at
-_SMALLEST = 256  # tokens that a cache holds at least; others are powers of two, so that few are made
+_SMALLEST, _LARGER = (
+    256,
+    1024,
+)  # tokens of a cache: powers of two up to the one, then multiples of the other, so that few are made
 _PURE = {
     "EpsilonLogitsWarper",
     "EtaLogitsWarper",
@@ -139,7 +142,7 @@ def prepare_generation(model: Any, max_length: int) -> Step:
     check_module("prepare_generation", model)
     runner = _Runner.of(model)
     try:
-        with runner.turn("prepare_generation"):
+        with runner.turn("prepare_generation"), _on(model.device):
             return runner.step(model, max_length)
     except CannotStep as error:
         raise ValueError(f"prepare_generation: {error}") from None
@@ -203,7 +206,7 @@ class _Loop:
             keeps = self._keeps_cache or generation_config.return_dict_in_generate
             cache: Any = own if keeps or own is None else type(own)()
             try:
-                with runner.turn("generate"):
+                with runner.turn("generate"), _on(model.device):
                     ids = runner.write(
                         model, input_ids, logits_processor, stopping_criteria, generation_config, self._streamer, cache, keeps
                     )
@@ -237,6 +240,8 @@ def _why_not(model: Any, input_ids: Tensor, processors: Any, config: Any, synced
     for name in _OUTPUTS:
         if config.return_dict_in_generate and getattr(config, name, None):
             return name
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast"
     if synced_gpus or not config.use_cache:
         return "synced_gpus" if synced_gpus else "use_cache=False"
     if other := sorted(name for name, value in inputs.items() if value is not None and name not in _KNOWN_INPUTS):
@@ -268,6 +273,8 @@ class _Runner:
         self._step: Step | None = None
         self._state: Any = None
         self.refused: tuple[Any, str] | None = None
+        self._ended: Any = None
+        """Of the last call: the next one may come on another stream."""
 
     @staticmethod
     def of(model: Any) -> _Runner:
@@ -296,7 +303,7 @@ class _Runner:
             self._step = None  # its memory first
             console = Console(stderr=True)
             with console.status("compiling the decoding step") if console.is_terminal else _quiet():
-                self._step = Step(model, max(_SMALLEST, 1 << (length - 1).bit_length()))
+                self._step = Step(model, _capacity_for(length))
             self._state = state
         return self._step
 
@@ -313,6 +320,8 @@ class _Runner:
     ) -> Tensor:
         """Prompt and new tokens."""
         step = self.step(model, config.max_length)
+        if self._ended is not None:
+            self._ended.wait()
         prompt = input_ids.to(step.device)
         length = prompt.shape[1]
         with torch.inference_mode():
@@ -322,11 +331,21 @@ class _Runner:
             cache.layers.clear()
         step.logits.copy_(logits)
         choice = _Choice(step, prompt, processors, config)
-        tokens = choice.tokens(config.max_length - length, criteria, streamer)
+        try:
+            tokens = choice.tokens(config.max_length - length, criteria, streamer)
+        finally:
+            self._ended = torch.cuda.current_stream().record_event() if step.device.type == "cuda" else None
         if keeps_cache:
             step.give(cache, length, length + len(tokens) - 1)
         new = torch.tensor([tokens], dtype=input_ids.dtype, device="cpu").to(input_ids.device)
         return torch.cat([input_ids, new], dim=1)
+
+
+def _capacity_for(length: int) -> int:
+    """Of a cache for sequences of so many tokens."""
+    if length > _LARGER:
+        return -(-length // _LARGER) * _LARGER
+    return max(_SMALLEST, 1 << (length - 1).bit_length())
 
 
 class _Choice:
@@ -421,6 +440,11 @@ class _Choice:
         with torch.cuda.device(self._step.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._once()
         self._graph = graph
+
+
+def _on(device: torch.device) -> Any:
+    """The GPU's own streams and graphs, where it is not the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else _quiet()
 
 
 @contextmanager

@@ -279,7 +279,7 @@ def _knows_windows(layer: Any) -> bool:
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
     """What a step depends on: where parameters lie, and what modules are and are set to. Another state needs another step."""
-    found = []
+    found: list[Any] = [repr(vars(model.config)) if hasattr(model, "config") else ""]
     for module in model.modules():
         own = module.__dict__
         settings = [(k, v) for k, v in own.items() if isinstance(v, (bool, int, float, str))]
