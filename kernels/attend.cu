@@ -2,7 +2,8 @@
 //
 //   out[h, :] = sum_i softmax_i(scale * dot(q[h, :], keys[g, i, :])) * values[g, i, :]        first <= i <= p,  g = h / (H / G)
 //
-//   p = position[0], at which k and v are stored in the cache first; first = max(0, p + 1 - window), or 0 if window is 0
+//   p = position[0], at which k and v are stored in the cache first; first = max(0, p + 1 - window), or 0 if window is 0. Where
+//   the cache has no position p, nothing is stored and out is NaN: only the device knows p.
 //
 //   q, out (H, HEAD_DIM)   k, v (G, HEAD_DIM)   keys, values (G, capacity, HEAD_DIM)   all 16-byte aligned, row-major
 //   partials (H * SPLITS * (HEAD_DIM + 2)) float32   tickets (H / HEADS) zeros, and zeros again afterwards
@@ -51,6 +52,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES, warp = threadIdx.x / 32;
     wait_for_predecessor();
 
+    if (*position < 0 || *position >= capacity) {
+        for (int d = threadIdx.x; split == 0 && d < HEADS * HEAD_DIM; d += 32 * WARPS)
+            out[block * HEADS * HEAD_DIM + d] = from_float(__uint_as_float(0x7fffffffu));
+        return;
+    }
     const int p = (int)*position, first = window > 0 && p + 1 > window ? p + 1 - window : 0;
     const int share = ((p + 1 - first + SPLITS - 1) / SPLITS + SLOTS - 1) / SLOTS * SLOTS;
     const int begin = first + split * share, end = begin + share < p + 1 ? begin + share : p + 1;

@@ -2,7 +2,8 @@
 
 ``attend(q, k, v, keys, values, position, scratch, scale, window)`` stores `k` and `v`, (kv_heads, head_dim), at `position`, an
 int64 on the device, in `keys` and `values`, (kv_heads, capacity, head_dim). It returns the attention of `q`, (heads, head_dim),
-over the last `window` positions up to there; 0 is all. `scratch` has `Attention.scratch_words` zeros of int32.
+over the last `window` positions up to there; 0 is all. Where the cache has no such position nothing is stored, and it is NaN.
+`scratch` has `Attention.scratch_words` zeros of int32.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def _on_host(
     attention = attention_of(q, keys)
     _check(attention, q, k, v, keys, values, position, scratch)
     p = int(position)
+    if not 0 <= p < keys.shape[1]:
+        raise ValueError(f"attend: position {p} is not in a cache of {keys.shape[1]}")
     keys[:, p], values[:, p] = k, v
     first = max(0, p + 1 - window) if window else 0
     group = attention.heads // attention.kv_heads
@@ -140,7 +143,7 @@ def attend_in_transformers(
     """The attention as transformers' models call it: (1, heads, 1, head_dim) to (1, 1, heads, head_dim)."""
     if prosparse_cache is None:
         raise NotImplementedError("its attention is not handed the keywords of the model's forward")
-    other = [name for name, given in keywords.items() if given is not None and name not in _UNDERSTOOD]
+    other = [name for name, given in keywords.items() if given is not None and given is not False and name not in _UNDERSTOOD]
     if other:
         raise NotImplementedError(f"its attention has {', '.join(sorted(other))}")
     heads, head_dim = query.shape[1], query.shape[3]

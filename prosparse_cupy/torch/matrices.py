@@ -65,6 +65,12 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield holder, (leaf,)
 
 
+def _held_twice(model: nn.Module) -> frozenset[int]:
+    """The ids of modules that are in two places of a model."""
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    return frozenset(module for module, count in places.items() if count > 1)
+
+
 def _head_of(model: Any) -> nn.Module | None:
     """The matrix that makes logits."""
     try:
@@ -78,23 +84,25 @@ def _head_of(model: Any) -> nn.Module | None:
 def replace_matrices(model: nn.Module, to_compress: bool) -> list[MatrixPatch]:
     """Let one token read each of these matrices through `ffn_1`, projections of one input as one; with a bar on a terminal."""
     console = Console(stderr=True)
-    groups = list(groups_of(model))
+    groups, shared = list(groups_of(model)), _held_twice(model)
     shown = console.is_terminal and to_compress
     bar = track(groups, "compressing", console=console, transient=True, disable=not shown)
-    done = [patch for holder, group in bar for patch in _replace_group(model, holder, group, to_compress)]
+    done = [patch for holder, group in bar for patch in _replace_group(model, holder, group, to_compress, shared)]
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what the weights left goes back to the GPU
     return done
 
 
-def _replace_group(model: nn.Module, holder: str, group: tuple[str, ...], to_compress: bool) -> Iterable[MatrixPatch]:
+def _replace_group(
+    model: nn.Module, holder: str, group: tuple[str, ...], to_compress: bool, shared: frozenset[int] = frozenset()
+) -> Iterable[MatrixPatch]:
     module = model.get_submodule(holder)
     names = [f"{holder}.{leaf}".lstrip(".") for leaf in group]
     linears: list[Any] = [getattr(module, leaf) for leaf in group]
-    reasons = [why_not(linear) for linear in linears]
+    reasons = ["the same module in two places" if id(linear) in shared else why_not(linear) for linear in linears]
     if any(reasons) or not _fit(linears, to_compress):
         if len(group) > 1:
-            return [p for leaf in group for p in _replace_group(model, holder, (leaf,), to_compress)]
+            return [p for leaf in group for p in _replace_group(model, holder, (leaf,), to_compress, shared)]
         return [MatrixPatch(names[0], False, reasons[0])]
     made, ratio, reason = _compressed(model, linears) if to_compress else ([], 1.0, "")
     if not made:
@@ -102,6 +110,8 @@ def _replace_group(model: nn.Module, holder: str, group: tuple[str, ...], to_com
             place_together(linears)
         made = [DecodingLinear.of(linear) for linear in linears]
     if any(_tried(linear) is None for linear in made):
+        for linear in linears:
+            place_apart(linear)
         return [MatrixPatch(name, False, "ffn_1 does not take it") for name in names]
     for leaf, linear, new in zip(group, linears, made, strict=True):
         setattr(module, leaf, new)
@@ -124,7 +134,8 @@ def _tried(linear: DecodingLinear | CompressedLinear) -> Tensor | None:
     weight = linear if isinstance(linear, CompressedLinear) else linear.weight
     example = linear.parts[0] if isinstance(linear, CompressedLinear) else linear.weight
     dtype = torch.bfloat16 if isinstance(linear, CompressedLinear) else linear.weight.dtype
-    return decoded(torch.ones(1, linear.in_features, dtype=dtype, device=example.device), weight)
+    with torch.autocast(example.device.type, enabled=False):
+        return decoded(torch.ones(1, linear.in_features, dtype=dtype, device=example.device), weight)
 
 
 def _compressed(model: nn.Module, linears: Sequence[nn.Linear]) -> tuple[list[Any], float, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import threading
 import time
 import types
 import warnings
@@ -23,16 +24,17 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from .attention import NAME, LayerCache, register_attention
-from .dispatch import DTYPES, TorchWeight, dispatched, does_more, is_taken
+from .dispatch import TorchWeight, dispatched, is_taken
+from .eligibility import attention_of_config
 from .linears import CompressedLinear, whole_of
 from .matrices import groups_of
 
-_CHECKED = 16  # tokens of the prompt behind which a step is compared with the model
+_PROMPT, _CHECKED = 48, 3  # tokens behind which a step is compared with the model, and on which
 _REFUSALS = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, AttributeError, LookupError, OSError)
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _AROUND = ("norm", "rotary_emb")  # what a decoder does beside its layers, as transformers names it
 _RECOMPILATIONS = 64  # of a layer: layers may differ in kind
-_FARTHEST = {torch.bfloat16: 0.125, torch.float16: 0.03, torch.float32: 0.001}  # see `Step._check`
+_NOISES = 8  # times the model's own noise that a step's logits may lie away from it, or this share of their norm
+_FARTHEST = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-4}
 
 
 class CannotStep(Exception):
@@ -61,23 +63,22 @@ class Step:
         config = model.config.get_text_config(decoder=True)
         weight = model.get_input_embeddings().weight
         self.capacity, self.device, self.dtype = capacity, weight.device, weight.dtype
-        attention = _attention_of(config, self.dtype)
-        self._allocate(attention, config.num_hidden_layers)
+        with torch.inference_mode(False), torch.no_grad():  # tensors that can be written to in any mode
+            self._allocate(attention_of_config(config, self.dtype), config.num_hidden_layers)
         register_attention()
         self._twin = _twin(model)
         self.is_compiled = False
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        self.logits = torch.zeros(1, config.vocab_size, dtype=self.dtype, device=self.device)
         self._cache = _StepCache()
         self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graph: Any = None
-        try:
-            self._prepare()
-            self._check(model)
-        except torch.OutOfMemoryError:
-            raise
-        except _REFUSALS as error:
-            raise CannotStep(f"its step cannot be made ({type(error).__name__}: {_first_line(error)})") from error
+        with _counts_kept(model):
+            try:
+                self._prepare()
+                self._check(model)
+            except torch.OutOfMemoryError:
+                raise
+            except _REFUSALS as error:
+                raise CannotStep(f"its step cannot be made ({type(error).__name__}: {_first_line(error)})") from error
         self.seconds = time.perf_counter() - start
 
     def _allocate(self, attention: Attention, layers: int) -> None:
@@ -87,13 +88,15 @@ class Step:
             self.keys = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
             self.values = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
         except torch.OutOfMemoryError as error:
-            del self.keys
+            self.__dict__.pop("keys", None)
             raise MemoryError(
                 f"generate: a cache of {self.capacity} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} has not "
                 f"free: ask for fewer tokens ({error})"
             ) from error
         self.nbytes = nbytes
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.logits = torch.zeros(0, device=self.device)
         scratch = torch.zeros(attention.scratch_words, dtype=torch.int32, device=self.device)
         self._layers = [LayerCache(k, v, self.position, scratch) for k, v in zip(self.keys, self.values, strict=True)]
 
@@ -102,7 +105,9 @@ class Step:
         decoder = self._twin.get_decoder()
         _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of)
         with torch.inference_mode():
-            self._once()  # shows what cannot be done, whoever runs it
+            logits = self._outputs()  # shows what cannot be done, whoever runs it
+        with torch.inference_mode(False):
+            self.logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
         if self.device.type != "cuda":
             return
         others = [m for name in _AROUND if isinstance(m := getattr(decoder, name, None), nn.Module)]
@@ -128,25 +133,24 @@ class Step:
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.device(self.device), torch.cuda.stream(side):
-            for _ in range(2):  # compiles, and lets libraries allocate what they keep
-                self._once()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        def twice() -> None:  # compiles, and lets libraries allocate what they keep
             self._once()
-        self._graph = graph
+            self._once()
+
+        self._graph = captured(self._once, self.device, twice)
 
     def _once(self) -> None:
+        self.logits.copy_(self._outputs())
+        self.position.add_(1)
+
+    def _outputs(self) -> Tensor:
+        """The logits of `token` at `position`."""
         cache, keeps = self._names
         keywords = {cache: self._cache, "logits_to_keep": 1} if keeps else {cache: self._cache}
         position_ids = self.position[None]
         outputs = self._twin(input_ids=self.token, position_ids=position_ids, use_cache=True, return_dict=True, **keywords)
-        self.logits.copy_(outputs.logits[:, -1])
-        self.position.add_(1)
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -174,24 +178,70 @@ class Step:
 
     @torch.inference_mode()
     def _check(self, model: Any) -> None:
-        """CannotStep if the logits of a token are not the model's own.
+        """CannotStep if the logits of some tokens are not the model's own.
 
-        Attention that goes its own way, or a layer that does something at its first call only, would show here.
+        Attention that goes its own way, or a layer that does something at its first call only, would show here. How far logits
+        may differ says the model itself, which rounds otherwise when it takes a text at once.
         """
         from transformers import DynamicCache
 
-        length = min(_CHECKED, self.capacity - 1)
-        prompt = torch.arange(1, length + 1, device=self.device)[None] % self.logits.shape[-1]
+        length = min(_PROMPT, self.capacity - _CHECKED)
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.logits.shape[-1]
+        text = torch.randint(vocabulary, (1, length + _CHECKED), generator=generator, device="cpu").to(self.device)
         cache = DynamicCache()
-        token = forward(model, prompt, cache).argmax(-1, keepdim=True)
+        forward(model, text[:, :length], cache)
         self.take(cache, length)
-        self.token.copy_(token)
-        self.run()
-        own = forward(model, token, cache).float()
-        difference, size = (self.logits.float() - own).norm().item(), own.norm().item()
-        if not difference <= _FARTHEST[self.dtype] * size:
-            share = difference / size if size else float("inf")
+        farthest, noise, size = 0.0, 0.0, 0.0
+        for i in range(length, length + _CHECKED):
+            self.token.copy_(text[:, i : i + 1])
+            self.run()
+            own, at_once = forward(model, text[:, i : i + 1], cache), forward(model, text[:, : i + 1], DynamicCache())
+            own, at_once, found = (_centred(logits) for logits in (own, at_once, self.logits))
+            farthest = max(farthest, (found - own).norm().item())
+            noise, size = max(noise, (at_once - own).norm().item()), max(size, own.norm().item())
+        if not farthest <= max(_NOISES * noise, _FARTHEST[self.dtype] * size):
+            share = farthest / size if size else float("inf")
             raise CannotStep(f"its step computes something else than the model: logits differ by {share:.2g} of their norm")
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """As a softmax sees them."""
+    wide = logits.double()
+    return wide - wide.mean()
+
+
+@contextmanager
+def _counts_kept(model: nn.Module) -> Iterator[None]:
+    """Have a `SparsityMeter` not count what is run meanwhile."""
+    counts = [c for m in model.modules() if isinstance(c := getattr(m, "counts", None), Tensor)]
+    before = [c.clone() for c in counts]
+    try:
+        yield
+    finally:
+        for count, was in zip(counts, before, strict=True):
+            count.copy_(was)
+
+
+_capturing = threading.Lock()
+"""Held while something is captured: the default generator of a GPU is then part of the capture, whoever draws from it."""
+
+
+def captured(function: Callable[[], None], device: torch.device, before: Callable[[], None]) -> Any:
+    """The kernels that `function` launches as a CUDA graph, after `before` has run on the same stream."""
+    side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), _capturing:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            before()
+            side.synchronize()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+    return graph
 
 
 class _StepCache:
@@ -222,78 +272,6 @@ def forward(model: Any, input_ids: Tensor, cache: Any) -> Tensor:
     return logits
 
 
-def why_no_step(model: Any) -> str:
-    """Why a step cannot be made of a model as it is, or nothing. What it computes is looked at when it is made."""
-    try:
-        config = model.config.get_text_config(decoder=True)
-        decoder, weight = model.get_decoder(), model.get_input_embeddings().weight
-        layers = decoder.layers
-    except (AttributeError, NotImplementedError) as error:
-        return f"a {type(model).__name__} is no decoder with layers that transformers knows ({error})"
-    if model.config.is_encoder_decoder or not isinstance(layers, nn.ModuleList):
-        return f"a {type(model).__name__} is no decoder with a list of layers"
-    if model.training:
-        return "the model is in training mode: call model.eval()"
-    devices = {str(p.device) for p in model.parameters()}
-    if len(devices) > 1:
-        return f"its parameters are on several devices: {', '.join(sorted(devices))}"
-    if weight.dtype not in DTYPES:
-        return f"its dtype is {weight.dtype}"
-    if misfit := _attention_of(config, weight.dtype).misfit:
-        return misfit
-    if len(layers) != config.num_hidden_layers:
-        return f"it has {len(layers)} layers, its config says {config.num_hidden_layers}"
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - _LAYER_TYPES or getattr(config, "attention_chunk_size", None):
-        return f"its layers are of kinds {', '.join(sorted(kinds)) or 'with chunks'}"
-    if _has_windows(config) and not all(_knows_windows(layer) for layer in layers):
-        return "its attention has a window that it does not say"
-    for name, module in model.named_modules():
-        if does_more(module) or module._backward_hooks or hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} has hooks, or a forward of its own, which a graph would not call"
-    return ""
-
-
-def _attention_of(config: Any, dtype: torch.dtype) -> Attention:
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Attention(str(dtype).removeprefix("torch."), heads, kv_heads, head_dim)
-
-
-def _has_windows(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return "sliding_attention" in kinds
-    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
-
-
-def _knows_windows(layer: Any) -> bool:
-    """Whether a layer's attention hands its window to the function that computes it."""
-    attention = getattr(layer, "self_attn", None)
-    try:
-        return attention is not None and "sliding_window=" in inspect.getsource(type(attention).forward)
-    except (OSError, TypeError):
-        return False
-
-
-def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What a step depends on: where parameters lie, and what modules are and are set to. Another state needs another step."""
-    found: list[Any] = [repr(vars(model.config)) if hasattr(model, "config") else ""]
-    for module in model.modules():
-        own = module.__dict__
-        settings = [(k, v) for k, v in own.items() if isinstance(v, (bool, int, float, str))]
-        tensors = [
-            (name, t.data_ptr(), t.shape, t.dtype, t.stride())
-            for name, t in (*own["_parameters"].items(), *own["_buffers"].items())
-            if t is not None
-        ]
-        hooked = does_more(module), bool(module._backward_hooks), "_hf_hook" in own, module.training
-        scalings = [(k, repr(v)) for k, v in own.items() if k in ("scaling", "_active_adapter", "merged_adapters", "counts")]
-        found.append((type(module), tuple(own["_modules"]), tuple(settings), hooked, tuple(tensors), tuple(scalings)))
-    return tuple(found)
-
-
 def _twin(model: Any) -> Any:
     """Modules of their own on the same parameters, whose attention is `attend` and whose projections are together."""
     configs: dict[int, Any] = {}
@@ -318,6 +296,8 @@ def _copied(module: nn.Module, modules: dict[int, nn.Module], configs: dict[int,
     if id(module) in modules:
         return modules[id(module)]
     new = modules[id(module)] = copy.copy(module)
+    new.__dict__.pop("forward", None)  # the class's, but bound to `module`, where accelerate has left one behind
+    new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
     new._modules = {name: None if m is None else _copied(m, modules, configs) for name, m in module._modules.items()}
     config: Any = module.__dict__.get("config")
     if hasattr(config, "_attn_implementation"):

@@ -1,0 +1,224 @@
+"""What `generate` can do: of a call, and of a model; and the state of a model that its decoding step depends on."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import Attention
+from .dispatch import DTYPES, does_more, forward_is_torchs
+
+_PURE = {
+    "EpsilonLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinPLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+}
+"""Processors of transformers that look at the scores alone, and wait for nothing."""
+LENGTHS = {"MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"}
+"""Those that look at the number of tokens too."""
+_KNOWN_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache", "past_key_values", "cache_position"}
+_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+_MODES = {  # what makes transformers run another loop, or more than a loop, and its value where it does not
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": None,
+    "token_healing": False,
+    "assistant_model": None,
+    "custom_generate": None,
+}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ROPES = ("dynamic", "longrope")  # whose frequencies follow the length, on the host
+_OF_TORCH = set(nn.Module().__dict__) - {"training"}
+_CACHES = {"_packed", "_bound", "config"}  # of modules: what they keep of calls; configs are looked at once
+
+
+def why_another_mode(model: Any, options: dict[str, Any]) -> str:
+    """Why transformers must run a whole call with these options itself, or nothing.
+
+    An option may come by itself, in a config of the call, or in the model's; whichever counts is transformers' to say.
+    """
+    for name, off in _MODES.items():
+        for source in (options, options.get("generation_config"), model.generation_config):
+            value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+            if value is not None and value != off and value is not False:
+                return f"{name}={value!r:.60}"
+    if getattr(model.generation_config, "stop_strings", None):
+        return "stop_strings in the model's generation config"
+    return ""
+
+
+def why_no_call(model: Any, input_ids: Tensor, processors: Any, config: Any, synced_gpus: bool, inputs: dict[str, Any]) -> str:
+    """Why transformers' own loop must do a call that it has prepared, or nothing."""
+    if input_ids.shape[0] != 1:
+        return f"{input_ids.shape[0]} sequences at once"
+    if input_ids.shape[1] == 0:
+        return "an empty prompt"
+    for name in _OUTPUTS:
+        if config.return_dict_in_generate and getattr(config, name, None):
+            return name
+    if synced_gpus or not config.use_cache:
+        return "synced_gpus" if synced_gpus else "use_cache=False"
+    return _why_not_these_inputs(input_ids, config, inputs) or _why_not_these_processors(processors)
+
+
+def _why_not_these_inputs(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> str:
+    from transformers import DynamicCache
+
+    length = input_ids.shape[1]
+    if other := sorted(name for name, value in inputs.items() if value is not None and name not in _KNOWN_INPUTS):
+        return f"inputs beside the tokens: {', '.join(other)}"
+    mask = inputs.get("attention_mask")
+    if mask is not None and (mask.dim() != 2 or mask.shape[1] != length or not bool((mask == 1).all())):
+        return "an attention mask that hides tokens"
+    for name in ("position_ids", "cache_position"):
+        given = inputs.get(name)
+        if given is not None and given.flatten().tolist() != list(range(length - given.numel(), length)):
+            return f"{name} other than those of the tokens"
+    if getattr(config, "_mask_length", length) not in (-1, length):
+        return "a prompt without the tokens of its cache"
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    if type(cache) is not DynamicCache or cache.get_seq_length() >= length:
+        return f"a {type(cache).__name__} as the cache, not a DynamicCache shorter than the prompt"
+    return ""
+
+
+def _why_not_these_processors(processors: Any) -> str:
+    for processor in processors:
+        name = type(processor).__name__
+        own = type(processor).__module__.startswith("transformers.")
+        if own and name == "RepetitionPenaltyLogitsProcessor" and getattr(processor, "prompt_ignore_length", None) is None:
+            continue
+        if not own or (name not in _PURE and name not in LENGTHS):
+            return f"a {name}"
+    return ""
+
+
+def why_no_step(model: Any) -> str:
+    """Why a step cannot be made of a model as it is, or nothing. What it computes is looked at when it is made."""
+    try:
+        config = model.config.get_text_config(decoder=True)
+        decoder, weight = model.get_decoder(), model.get_input_embeddings().weight
+        layers = decoder.layers
+    except (AttributeError, NotImplementedError) as error:
+        return f"a {type(model).__name__} is no decoder with layers that transformers knows ({error})"
+    if model.config.is_encoder_decoder or not isinstance(layers, nn.ModuleList):
+        return f"a {type(model).__name__} is no decoder with a list of layers"
+    if model.training:
+        return "the model is in training mode: call model.eval()"
+    if torch.is_autocast_enabled(weight.device.type):
+        return "autocast"
+    if not forward_is_torchs():
+        return "torch.nn.Linear has another forward, or all modules have hooks"
+    if not _prepares_as_ever(model):
+        return f"a {type(model).__name__} prepares its inputs in a way of its own"
+    if any(rope in repr(getattr(config, name, "")) for rope in _ROPES for name in ("rope_parameters", "rope_scaling")):
+        return "its rotary embedding changes with the length of the text"
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        return f"its parameters are on several devices: {', '.join(sorted(devices))}"
+    if weight.dtype not in DTYPES:
+        return f"its dtype is {weight.dtype}"
+    if misfit := attention_of_config(config, weight.dtype).misfit:
+        return misfit
+    if len(layers) != config.num_hidden_layers:
+        return f"it has {len(layers)} layers, its config says {config.num_hidden_layers}"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - _LAYER_TYPES or getattr(config, "attention_chunk_size", None):
+        return f"its layers are of kinds {', '.join(sorted(kinds)) or 'with chunks'}"
+    if _has_windows(config) and not all(_knows_windows(layer) for layer in layers):
+        return "its attention has a window that it does not say"
+    for name, module in model.named_modules():
+        if does_more(module) or module._backward_hooks:
+            return f"{name or 'the model'} has hooks, or a forward of its own, which a graph would not call"
+    return ""
+
+
+def attention_of_config(config: Any, dtype: torch.dtype) -> Attention:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Attention(str(dtype).removeprefix("torch."), heads, kv_heads, head_dim)
+
+
+def _has_windows(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return "sliding_attention" in kinds
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+
+
+def _knows_windows(layer: Any) -> bool:
+    """Whether a layer's attention hands its window to the function that computes it."""
+    attention = getattr(layer, "self_attn", None)
+    try:
+        return attention is not None and "sliding_window=" in inspect.getsource(type(attention).forward)
+    except (OSError, TypeError):
+        return False
+
+
+def _prepares_as_ever(model: Any) -> bool:
+    """Whether a model's inputs are those that transformers prepares for any model."""
+    from transformers import GenerationMixin
+
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    mixin: Any = GenerationMixin
+    return all(getattr(type(model), n) is getattr(mixin, n) and n not in model.__dict__ for n in names)
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """What a step depends on: where tensors lie, and what modules are and are set to. Another state needs another step."""
+    settings = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, forward_is_torchs()
+    found: list[Any] = [settings, torch.are_deterministic_algorithms_enabled(), repr(vars(getattr(model, "config", model)))]
+    for module in model.modules():
+        own = module.__dict__
+        tensors = [(n, _state(t)) for n, t in (*own["_parameters"].items(), *own["_buffers"].items()) if t is not None]
+        others = [(name, _state(value)) for name, value in own.items() if name not in _OF_TORCH and name not in _CACHES]
+        hooked = does_more(module) or bool(module._backward_hooks)
+        found.append((type(module), type(module).forward, tuple(own["_modules"]), hooked, tuple(tensors), tuple(others)))
+    return tuple(found)
+
+
+def _state(value: Any, depth: int = 3) -> Any:
+    """A value that is equal to that of another time if nothing has changed."""
+    if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape, value.dtype, value.stride()
+    if isinstance(value, nn.Module):
+        return "module", id(value)
+    if depth and isinstance(value, dict):
+        return tuple((str(k), _state(v, depth - 1)) for k, v in value.items())
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        return type(value).__name__, tuple(_state(v, depth - 1) for v in value)
+    try:
+        return _Same(weakref.ref(value))
+    except TypeError:
+        return repr(value)
+
+
+class _Same:
+    """An object that is equal to itself alone, and to nothing once it is gone."""
+
+    def __init__(self, reference: weakref.ref[Any]) -> None:
+        self._reference = reference
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._reference() is not None and self._reference() is other._reference()
+
+    __hash__ = object.__hash__
