@@ -222,6 +222,25 @@ def test_a_step_after_the_other_is_attention_over_all(device):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("position", [-1, 8, 1 << 40])
+def test_a_position_outside_the_cache_stores_nothing(position, device):
+    """Only the device knows it there, so the result says it, and the next call is right."""
+    case = _case((4, 2, 16), (5, 0, 8), "float32")
+    arguments, before = _tensors(case, device), _tensors(case, device)
+    arguments[5].fill_(position)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=f"attend: position {position} is not in a cache of 8"):
+            _attend(*arguments)
+    else:
+        assert _attend(*arguments).isnan().all()
+    for at in (3, 4, 6):
+        assert torch.equal(arguments[at].nan_to_num(9), before[at].nan_to_num(9))
+    arguments[5].fill_(5)
+    _assert_attends(_numpy(_attend(*arguments)), case)
+
+
+@pytest.mark.quick
 def test_opcheck():
     for dtype in DTYPES:
         arguments = _tensors(_case((4, 2, 16), (5, 0, 8), dtype)._replace(keys=np.ones((2, 8, 16)).astype(DTYPES[dtype])))
@@ -405,6 +424,14 @@ def test_the_kernel_on_the_host_in_any_order(host):
         expected[:, case.position] = own
         np.testing.assert_array_equal(bits(_on_host(host, case, dtype, left_in=at)), bits(expected))
     assert not _on_host(host, case, dtype, left_in=8).any()
+
+
+@pytest.mark.parametrize("position", [-1, 300])
+def test_on_the_host_a_position_outside_the_cache_stores_nothing(position, host):
+    case, dtype = _case(*HOST[2])._replace(position=position), HOST[2][2]
+    assert np.isnan(_on_host(host, case, dtype).astype(np.float32)).all()
+    for at, cache in ((3, case.keys), (8, np.zeros(1, np.int32))):
+        np.testing.assert_array_equal(bits(_on_host(host, case, dtype, left_in=at)), bits(cache))
 
 
 @pytest.mark.quick
