@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import click
 import ml_dtypes
 import numpy as np
 import pytest
@@ -29,13 +30,18 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(demo, "_HOST_SHRINK", 32)
 
 
+@pytest.fixture
+def no_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "_PACKAGE", tmp_path / "prosparse_cupy")
+
+
 def test_module_and_script_are_the_same_command():
     done = subprocess.run([sys.executable, "-m", "prosparse_cupy", "--version"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"prosparse-cupy, version \d+\.\d+\.\d+", done.stdout.strip())
 
 
 @pytest.mark.parametrize("arguments", [[], ["--model", "13b", "--sparsity", "0.5"], ["--dtype", "float32", "--threshold", "0"]])
-def test_demo_without_a_gpu(no_gpu, arguments):
+def test_demo_without_a_gpu(no_gpu, no_checkout, arguments):
     done = _run("demo", *arguments)
     assert done.exit_code == 0, done.output
     assert "No GPU that CuPy can use" in done.output and "NumPy reference" in done.output
@@ -43,6 +49,49 @@ def test_demo_without_a_gpu(no_gpu, arguments):
         assert re.search(rf"{operator} .*\d\.\d\dx .*\de-\d\d", done.output), done.output
     sparsity = "50.00% sparse" if "0.5" in arguments else "89.24% sparse"  # 37 of 344 neurons active
     assert sparsity in done.output
+
+
+def test_demo_decodes_a_text_dense_and_sparse(no_gpu):
+    pytest.importorskip("transformers", reason='the extra "hf" brings it')
+    done = _run("demo")
+    assert done.exit_code == 0, done.output
+    text = done.output[done.output.index("relu-lm, trained") :]
+    assert re.search(r"4\.0 million parameters, float32, T = 0, 9\d\.\d\d% sparse", text)
+    assert re.search(r"^dense +\d+\.\d  def read\(", text, re.MULTILINE)
+    assert re.search(r"^sparse +\d+\.\d  the same text", text, re.MULTILINE)
+    assert "these numbers show rightness, not speed" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_demo_fails_where_the_text_is_another(no_gpu, monkeypatch):
+    pytest.importorskip("transformers", reason='the extra "hf" brings it')
+    from prosparse_cupy.torch import commandline
+
+    texts = iter("ab")
+    timed = commandline._timed
+    monkeypatch.setattr(commandline, "_timed", lambda *given: (next(texts), timed(*given)[1]))
+    done = _run("demo")
+    assert done.exit_code == 1 and "writes another text when it is sparse" in done.output and "the same text" not in done.output
+
+
+def test_demo_says_what_the_text_needs(no_gpu, no_checkout, monkeypatch, tmp_path):
+    done = _run("demo")
+    assert done.exit_code == 0 and done.output.splitlines()[-1].startswith("From a checkout the demo also decodes a text: pip")
+    folder = tmp_path / "tests" / "data" / "relu-lm"
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    monkeypatch.setattr(cli.generate, "torch_part", _no_torch)
+    done = _run("demo")
+    assert done.exit_code == 0 and done.output.splitlines()[-1] == "A text, dense and sparse: torch is missing"
+
+
+def _no_torch():
+    raise click.ClickException("torch is missing")
+
+
+def test_demo_of_a_checkpoint_is_of_its_layer_alone(no_gpu):
+    done = _run("demo", "--checkpoint", str(demo.small_model()))
+    assert done.exit_code == 0 and "relu-lm, layer 0" in done.output and "trained" not in done.output
 
 
 def test_demo_fails_where_a_result_is_wrong(no_gpu, monkeypatch):
@@ -130,12 +179,21 @@ def test_warmup_lists_every_kernel():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_demo_on_the_gpu(dtype):
+def test_demo_on_the_gpu(no_checkout, dtype):
     done = _run("demo", "--model", "1b", "--dtype", dtype)
     assert done.exit_code == 0, done.output
     assert "cold L2" in done.output and "wrong" not in done.output
     for operator in demo.STEPS:
         assert re.search(rf"{operator} .*\d\.\d\dx .*\de-\d\d", done.output), done.output
+
+
+@pytest.mark.gpu
+def test_demo_decodes_a_text_on_the_gpu(torch):
+    pytest.importorskip("transformers", reason='the extra "hf" brings it')
+    done = _run("demo", "--model", "1b")
+    assert done.exit_code == 0, done.output
+    text = done.output[done.output.index("relu-lm, trained") :]
+    assert torch.cuda.get_device_name() in text and re.search(r"^sparse +\d+\.\d  the same text", text, re.MULTILINE)
 
 
 @pytest.mark.gpu

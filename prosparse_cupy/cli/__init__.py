@@ -1,4 +1,4 @@
-"""The `prosparse-cupy` command: demo, doctor, warmup, tune."""
+"""The `prosparse-cupy` command: demo, generate, compress, doctor, warmup, tune."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__, compiler, ffn, measured, models, packed
 from ..checkpoint import CheckpointError, load_ffn
@@ -23,7 +24,10 @@ from ..device import current_device, has_gpu
 from ..formats import ITEMSIZE, vector_length
 from ..libraries import NUMPY_DTYPES
 from ..testing import best_dense
-from . import demo, doctor, tune
+from . import demo, doctor, generate, tune
+
+if TYPE_CHECKING:
+    from ..torch import commandline
 
 MODELS = {"7b": models.LLAMA_2_7B, "13b": models.LLAMA_2_13B, "1b": models.MINICPM_S_1B}
 
@@ -60,7 +64,10 @@ def main() -> None:
 def _demo(
     model: str, sparsity: float | None, threshold: float | None, dtype: str | None, checkpoint: Path | None, layer: int | None
 ) -> None:
-    """Run one FFN dense and sparse, check both, and show times, speed-ups and errors."""
+    """Run one FFN dense and sparse, check both, and show times, speed-ups and errors.
+
+    In a checkout with torch and transformers, a small trained model then writes a text dense and sparse.
+    """
     if layer is not None and checkpoint is None:
         raise click.UsageError("--layer goes with --checkpoint")
     if checkpoint is not None:
@@ -98,6 +105,76 @@ def _demo(
     _print_report(console, title, made.threshold, report)
     if report.failed:
         raise click.ClickException(f"wrong results: {', '.join(report.failed)}; no time is shown for them")
+    if checkpoint is None:
+        _demo_text(console, on_gpu)
+
+
+def _demo_text(console: Console, on_gpu: bool) -> None:
+    """The small trained model's part of the demo, or how to get it."""
+    console.print()
+    folder = demo.small_model()
+    if folder is None:
+        line = "From a checkout the demo also decodes a text: pip install -e '.[hf]' there, which brings torch too."
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        return
+    try:
+        with console.status("importing torch and transformers"):
+            part = generate.torch_part()
+    except click.ClickException as error:
+        console.print(f"A text, dense and sparse: {error.message}", soft_wrap=True, markup=False, highlight=False)
+        return
+    _print_text(console, part.compare(folder, on_gpu, demo.PROMPT, demo.TOKENS))
+
+
+def _print_text(console: Console, found: commandline.Comparison) -> None:
+    if not found.is_same:
+        raise click.ClickException("the small model writes another text when it is sparse; no time is shown for it")
+    console.print(
+        f"relu-lm, trained: {found.parameters / 1e6:.1f} million parameters, float32, T = 0, {found.sparsity:.2%} sparse",
+        soft_wrap=True,
+    )
+    table = Table(title=found.where, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("model", no_wrap=True)
+    table.add_column("tokens/s", justify="right", no_wrap=True)
+    table.add_column(f"prompt and {found.tokens} tokens", overflow="fold")
+    table.add_row("dense", f"{found.dense_pace:.1f}", Text(found.text))
+    table.add_row("sparse", f"{found.sparse_pace:.1f}", "the same text")
+    console.print(table)
+    why = "sparse FFNs run on NumPy here" if found.where == "CPU" else "so small a model waits for launches"
+    console.print(f"these numbers show rightness, not speed: {why}", soft_wrap=True)
+
+
+@main.command("generate")
+@click.option(
+    "--model", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), help="The checkpoint's folder."
+)
+@click.option("--prompt", required=True, help="The text begins with it.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the checkpoint's chat template, and print the reply alone.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--do-sample", is_flag=True, help="Draw tokens; without it each token is the likeliest.")
+@click.option("--temperature", type=_Number(0, 1e30, min_open=True))
+@click.option("--top-k", type=click.IntRange(1))
+@click.option("--top-p", type=_Number(0, 1, min_open=True))
+@click.option("--min-p", type=_Number(0, 1))
+@click.option("--repetition-penalty", type=_Number(0, 1e30, min_open=True))
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), help="The same one draws the same text.  [default: another each time]"
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--compress", is_flag=True, help="Hold the weights in 12 bits, without loss; bfloat16 only.")
+@click.option(
+    "--threshold", type=_Number(0, 1e30), help="FATReLU's T in place of the config's; it changes what the model says."
+)
+@click.option("--dense", is_flag=True, help="Do not patch, to compare.")
+@click.option("--dtype", type=click.Choice(list(ITEMSIZE)), help="[default: the checkpoint's]")
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: the GPU if torch sees one]")
+@click.option("--trust-remote-code", is_flag=True, help="Let the checkpoint bring its own model code, and run it.")
+def _generate(**options: Any) -> None:
+    """Let the Hugging Face checkpoint in a folder write, decoded sparsely; text on stdout, all else on stderr.
+
+    Options of sampling mean what they mean in transformers, and default to what the checkpoint says.
+    """
+    generate.run(generate.Options(**options))
 
 
 @main.command("tune")

@@ -1,9 +1,10 @@
-"""The demo: one FFN, dense and sparse, checked against float64 and timed; on a GPU, or smaller on the host."""
+"""The demo: one FFN, dense and sparse, checked against float64 and timed, on a GPU, or smaller on the host; then a text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +24,8 @@ Progress = Callable[[str], None]
 _HOST_SHRINK = 4
 _REPEATS = 24
 STEPS = ("ffn_1", "ffn_23", "ffn_4", "SparseFFN")
+_PACKAGE = Path(__file__).resolve().parent.parent
+PROMPT, TOKENS = "def read(", 65  # to the end of a line that the small model knows by heart
 WHAT = {"ffn_1": "gate", "ffn_23": "ReLU x up", "ffn_4": "down", "SparseFFN": "whole FFN"}
 
 
@@ -67,6 +70,12 @@ class Report:
     def resolution(self) -> float:
         """The largest spread of a time: smaller differences say nothing."""
         return max(row.spread for row in self.rows)
+
+
+def small_model() -> Path | None:
+    """The folder of the small trained model, which lies beside the package in a checkout and is in no wheel."""
+    folder = _PACKAGE.parent / "tests" / "data" / "relu-lm"
+    return folder if (folder / "config.json").is_file() else None
 
 
 def random_layer(
