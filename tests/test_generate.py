@@ -286,11 +286,12 @@ def test_end_of_sequence(small, written):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["min_new_tokens", "min_length"])
 def test_no_end_before_a_length(name, device):
+    """Nine tokens in ten end the text, so that it ends as soon as it may."""
     model = _tiny(device=device)
-    end = int(_theirs(model, _ids(device), max_new_tokens=1, do_sample=False)[0, -1])
-    assert _agree(model, eos_token_id=end).shape[1] == 8
-    text = _agree(model, eos_token_id=end, **{name: 9 if name == "min_new_tokens" else 16})
-    assert text.shape[1] >= 16 and end not in text[0, 7:15]
+    ends = list(range(20, 200))
+    assert _agree(model, eos_token_id=ends).shape[1] < 16
+    text = _agree(model, eos_token_id=ends, **{name: 9 if name == "min_new_tokens" else 16})
+    assert text.shape[1] == 17 and max(text[0, 7:-1]) < 20 <= text[0, -1]
 
 
 @pytest.mark.quick
@@ -807,6 +808,13 @@ def test_what_is_kept_goes_when_it_is_released_or_the_model_goes():
         assert kept() is None, "a step of the modules of before"
         kept = weakref.ref(prepare_generation(model, 64))
         assert torch.equal(_agree(model), first)
+    model.train()
+    with pytest.warns(UserWarning, match="training mode"):
+        generate(model, _ids(), max_new_tokens=3)
+    gc.collect()
+    assert kept() is None, "a step that does not serve any more"
+    model.eval()
+    kept = weakref.ref(prepare_generation(model, 64))
     gone = weakref.ref(model)
     del model
     gc.collect()
