@@ -11,7 +11,7 @@ from .launch import Launch
 from .problem import WARP
 
 _WARPS = 8
-_BLOCKS = 256  # about two a multiprocessor, each with eight warps
+_BLOCKS = 256  # of eight warps: about two a multiprocessor, which hold them both where heads do not share keys
 _MOST_SPLITS = 32
 _MOST_HEADS = 4  # of a block: more would not fit its registers
 _MOST_ELEMENTS = 1024  # of a block's heads: their sums, one set a warp, lie in shared memory

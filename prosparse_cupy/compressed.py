@@ -188,8 +188,8 @@ class CompressedWeight(Generic[A]):
         if not 0 <= self.base <= bf12.LARGEST_BASE:
             return f"its base is {self.base}, not 0 to {bf12.LARGEST_BASE}"
         chunks = d_model // bf12.CHUNK
-        if not 0 <= self._escapes <= d_ff * chunks:
-            return f"it has {self._escapes} escapes in {d_ff * chunks} chunks"
+        if not 0 <= self._escapes <= most[0] * chunks:  # rows of a larger matrix have all of its escapes
+            return f"it has {self._escapes} escapes in rows of {chunks} chunks"
         words = ((shape, "int32") for shape in _LAYOUTS[self.format].shapes(d_ff, chunks))
         wanted = [*words, ((max(1, self._escapes), bf12.CHUNK), "bfloat16")]
         family, device = self.family, self.description[2]

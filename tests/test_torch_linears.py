@@ -579,9 +579,6 @@ def test_compressed_q_k_and_v_together_are_the_three(device):
     assert whole_of([linears[0], DecodingLinear(64, 32, dtype=torch.bfloat16)]) is None
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="a slice has the escapes of the whole, which may be more than its chunks"
-)
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_small_head_of_keys_beside_many_escapes(device):
     """Of the queries' matrix, which are more than k_proj has chunks."""

@@ -31,6 +31,9 @@ _SCHEMA = (
 
 def attention_of(q: Tensor, keys: Tensor) -> Attention:
     """The shape of an attention."""
+    for name, tensor, dims in (("q", q, ("heads", "head_dim")), ("keys", keys, ("kv_heads", "capacity", "head_dim"))):
+        if tensor.dim() != len(dims):
+            raise ValueError(f"attend: {name} must be ({', '.join(dims)}), got {tuple(tensor.shape)}")
     return Attention(str(q.dtype).removeprefix("torch."), q.shape[0], keys.shape[0], q.shape[1])
 
 
@@ -46,7 +49,7 @@ def _on_gpu(
     window: int,
 ) -> Tensor:
     attention = attention_of(q, keys)
-    _check(attention, q, k, v, keys, values, position, scratch)
+    _check(attention, q, k, v, keys, values, position, scratch, window)
     device = q.get_device()
     out = torch.empty_like(q)
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -72,7 +75,7 @@ def _on_host(
 ) -> Tensor:
     """What the kernel computes, in float32, by torch."""
     attention = attention_of(q, keys)
-    _check(attention, q, k, v, keys, values, position, scratch)
+    _check(attention, q, k, v, keys, values, position, scratch, window)
     p = int(position)
     if not 0 <= p < keys.shape[1]:
         raise ValueError(f"attend: position {p} is not in a cache of {keys.shape[1]}")
@@ -85,7 +88,15 @@ def _on_host(
 
 
 def _check(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor, scratch: Tensor
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scratch: Tensor,
+    window: int,
 ) -> None:
     """ValueError before anything is launched. Whether the cache has room for `position` is the caller's to know."""
     named = {"q": q, "k": k, "v": v, "keys": keys, "values": values}
@@ -106,6 +117,8 @@ def _check(
         raise ValueError(f"attend: a cache of {capacity} positions")
     if position.dtype != torch.int64 or position.numel() != 1 or position.device != q.device:
         raise ValueError(f"attend: position must be one int64 on {q.device}, got {position.dtype} on {position.device}")
+    if window < 0:
+        raise ValueError(f"attend: window must be at least 1, or 0 for all positions, got {window}")
     words = attention.scratch_words
     if scratch.dtype != torch.int32 or scratch.numel() < words or scratch.device != q.device or not scratch.is_contiguous():
         raise ValueError(f"attend: scratch must be {words} int32 on {q.device}, got {scratch.numel()} of {scratch.dtype}")

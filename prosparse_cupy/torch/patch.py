@@ -141,7 +141,7 @@ def patch_model(
         raise ValueError("patch_model: the model is patched already: call unpatch_model(model) first")
     given = None if threshold is None else check_threshold("patch_model", threshold)
     if compress:
-        _check_compressible(found)
+        _check_compressible(model, found, linears)
     own = [_own_or_dense(model, name, mlp, given, linears) for name, mlp in found]
     release_generation(model)
     layers, matrices = list[LayerPatch](), list[MatrixPatch]()
@@ -181,10 +181,15 @@ class _NotSparse(ValueError):
         self.reason = reason
 
 
-def _check_compressible(found: list[tuple[str, Any]]) -> None:
+def _check_compressible(model: nn.Module, found: list[tuple[str, Any]], linears: bool) -> None:
     """ValueError if weights have a dtype that does not compress."""
-    for name, mlp in found:
-        dtype = getattr(getattr(mlp.gate_proj, "weight", None), "dtype", None)
+    weights = [(name, getattr(mlp.gate_proj, "weight", None)) for name, mlp in found]
+    if linears:
+        named = [(holder, leaf) for holder, group in groups_of(model) for leaf in group]
+        modules = ((f"{holder}.{leaf}".lstrip("."), getattr(model.get_submodule(holder), leaf)) for holder, leaf in named)
+        weights += [(name, module.weight) for name, module in modules if type(module) is nn.Linear]
+    for name, weight in weights:
+        dtype = getattr(weight, "dtype", None)
         if dtype in (torch.float16, torch.float32):
             raise ValueError(
                 f"patch_model: {name}: compress=True needs bfloat16 weights, got {dtype}: other dtypes keep more bits of "
