@@ -16,7 +16,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -227,9 +227,15 @@ _capturing = threading.Lock()
 """Held while something is captured: the default generator of a GPU is then part of the capture, whoever draws from it."""
 
 
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """The one stream of a GPU that captures come from: cuBLAS keeps 32 MiB for every stream that it has ever seen."""
+    return torch.cuda.Stream(device)
+
+
 def captured(function: Callable[[], None], device: torch.device, before: Callable[[], None]) -> Any:
     """The kernels that `function` launches as a CUDA graph, after `before` has run on the same stream."""
-    side, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    side, graph = _side_stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.device(device), _capturing:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
