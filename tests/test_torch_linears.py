@@ -46,7 +46,11 @@ def _model(device: str = "cpu", dtype=torch.float32, kind: str = "Llama", **chan
         "hidden_act": "relu",
     }
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for p in model.parameters():  # some versions of torch draw zeros in 16 bits, which have no code
+        if p.dim() == 2:
+            p.data = (torch.randn(p.shape) / 50).to(dtype)
+    return model.to(device)
 
 
 class Attention(nn.Module):
