@@ -136,7 +136,7 @@ def decode(result: Result) -> Any:
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="ms per token", xlim=(0, 1.18 * left.max()))
         axes.set_title(f"One token, context {rows[0].context}, {rows[0].dtype}, {result.head.gpu}", loc="left", fontsize=10)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.22), ncols=5)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.42, -0.14), ncols=5)
         figure.tight_layout()
         return figure
 

@@ -414,7 +414,7 @@ def test_a_disturbed_model_is_made_and_measured_once_more(monkeypatch, no_gpu_ne
         return [_decode_row(model=label, time_us=1000.0 * len(made))]
 
     monkeypatch.setattr(decode, "measure_model", measured)
-    _show(monkeypatch, [QUIET, SHARED, QUIET, QUIET])
+    _show(monkeypatch, [QUIET, SHARED, QUIET, QUIET, QUIET])
     done = CliRunner().invoke(cli.main, ["decode", "--json", str(tmp_path / "r.json")])
     assert done.exit_code == 0 and "disturbed: 7B: 1 other process(es) on the GPU" in done.output, done.output
     rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
