@@ -1,6 +1,7 @@
 """The command line: the demo, warmup and usage errors."""
 
-from __future__ import annotations
+from __future__ from pathlib import Path
+import annotations
 
 import re
 import subprocess
@@ -90,7 +91,8 @@ def _no_torch():
 
 
 def test_demo_of_a_checkpoint_is_of_its_layer_alone(no_gpu):
-    done = _run("demo", "--checkpoint", str(demo.small_model()))
+    checkpoint = Path(__file__).resolve().parent / "data" / "relu-lm"  # the installed package has none
+    done = _run("demo", "--checkpoint", str(checkpoint))
     assert done.exit_code == 0 and "relu-lm, layer 0" in done.output and "trained" not in done.output
 
 
