@@ -1,11 +1,11 @@
 """The command line: the demo, warmup and usage errors."""
 
-from __future__ from pathlib import Path
-import annotations
+from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import ml_dtypes
