@@ -73,9 +73,9 @@ class Report:
 
 
 def small_model() -> Path | None:
-    """The folder of the small trained model, which lies beside the package in a checkout and is in no wheel."""
-    folder = _PACKAGE.parent / "tests" / "data" / "relu-lm"
-    return folder if (folder / "config.json").is_file() else None
+    """The folder of the small trained model of a checkout: the one that the package lies in, or that the command is called in."""
+    folders = (checkout / "tests" / "data" / "relu-lm" for checkout in (_PACKAGE.parent, Path.cwd()))
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def random_layer(
