@@ -34,6 +34,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def no_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "_PACKAGE", tmp_path / "prosparse_cupy")
+    monkeypatch.chdir(tmp_path)
 
 
 def test_module_and_script_are_the_same_command():

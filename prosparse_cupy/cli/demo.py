@@ -73,7 +73,7 @@ class Report:
 
 
 def small_model() -> Path | None:
-    """The folder of the small trained model of a checkout: the one that the package lies in, or that the command is called in."""
+    """The folder of the small trained model of the checkout that the package lies in, or that the command is called in."""
     folders = (checkout / "tests" / "data" / "relu-lm" for checkout in (_PACKAGE.parent, Path.cwd()))
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
