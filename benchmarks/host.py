@@ -111,9 +111,9 @@ def _bare(op: str, model: Model, a: dict[str, Any]) -> Callable[[], object]:
     plan = compiler.load(Problem(op, model.d_model, model.d_ff, "bfloat16"), current_device()).plan
     module = cupy().RawModule(code=compiler.source(op), options=compiler.compiler_options(plan))
     kernel = module.get_function(op)
-    dims = np.int32(model.d_ff), np.int32(model.d_model)
+    dims, none = (np.int32(model.d_ff), np.int32(model.d_model)), np.uint64(0)
     arguments = {
-        "ffn_23": (a["gate"], a["x"], a["w"], a["x1"], np.float32(0), *dims),
-        "ffn_4": (a["gate"], a["w"], a["y"], *dims),
+        "ffn_23": (a["gate"], a["x"], a["w"], a["x1"], np.float32(0), *dims, none),
+        "ffn_4": (a["gate"], a["w"], a["y"], *dims, none, none, np.float32(0)),
     }[op]
     return lambda: kernel(plan.grid, plan.block, arguments)

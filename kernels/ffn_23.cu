@@ -1,16 +1,17 @@
-// ffn_23: (FAT)ReLU of the gate times the up-projection (formulas 2 and 3); rows of inactive neurons are not read.
+// ffn_23: the activation of the gate times the up-projection (formulas 2 and 3); rows of inactive neurons are not read.
 //
-//   x1[j] = active(gate[j]) ? gate[j] * dot(x, w_up[j, :]) : +0        0 <= j < d_ff
-//   active(g) = not (g < threshold) and g != 0                         so NaN is active
+//   x1[j] = active(gate[j]) ? combine(gate[j], dot(x, w_up[j, :]) + bias[j]) : +0        0 <= j < d_ff
+//   combine(g, up) is g * up for ReLU, see activation.cuh; active(g) = not (g < threshold) and g != 0, so NaN is active
 //
 //   gate (d_ff,)   x (d_model,) and w_up (d_ff, d_model) in format W_UP, both 16-byte aligned
-//   x1 (d_ff,), every element written
+//   x1 (d_ff,), every element written   bias (d_ff,) if UP_BIAS
 //   launch   WARPS warps a block. Without ROWS a row a warp, grid ceil(d_ff / WARPS). With it the warps of a block share the
 //            active ones of its ROWS rows (at most 32), and where these are few a row has two warps; grid ceil(d_ff / ROWS).
 //            Blocks without an active row are gone at once, so the GPU's own block scheduler balances any mask
 //   numerics float32 accumulation and product, one rounding at the store; the gate is compared as float32, threshold >= +0
 
 #include "activation.cuh"
+#include "bias.cuh"
 #include "elements.cuh"
 #include "programmatic.cuh"
 #include "row_dot.cuh"
@@ -24,7 +25,7 @@ constexpr int EARLY = LOADS <= 8 ? 2 : 0;  // chunks of x that a lane fetches wi
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up, scalar* __restrict__ x1, float threshold, int d_ff,
-           int d_model) {
+           int d_model, const scalar* bias) {
     wait_for_predecessor();
     const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= D_FF(d_ff)) return;
@@ -35,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         const int chunks = D_MODEL(d_model) / VEC;
         float dots[1];
         row_dot<W_UP, EARLY>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
-        product = activate(s) * dots[0];
+        product = combine(s, biased<UP_BIAS>(dots[0], bias, row));
     }
     if (threadIdx.x % 32 == 0) x1[row] = from_float(product);
 }
@@ -46,7 +47,7 @@ static_assert(WARPS % 2 == 0 && ROWS <= 32, "warps come in pairs, and a lane has
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up, scalar* __restrict__ x1, float threshold, int d_ff,
-           int d_model) {
+           int d_model, const scalar* bias) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS;
     const int chunks = D_MODEL(d_model) / VEC;
 
@@ -69,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             const float s = __shfl_sync(ALL_LANES, gates, i);
             float dots[1];
             row_dot<W_UP, EARLY>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
-            if (lane == 0) x1[row] = from_float(activate(s) * dots[0]);
+            if (lane == 0) x1[row] = from_float(combine(s, biased<UP_BIAS>(dots[0], bias, row)));
         }
         end_fetch();
         return;
@@ -85,8 +86,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     end_fetch();
     __syncthreads();
     if (mine == 0 || half == 0) return;
-    const float product = activate(s) * warp_sum(even[warp / 2][lane] + sum);
-    if (lane == 0) x1[row] = from_float(product);
+    const float up = biased<UP_BIAS>(warp_sum(even[warp / 2][lane] + sum), bias, row);
+    if (lane == 0) x1[row] = from_float(combine(s, up));
 }
 
 #endif

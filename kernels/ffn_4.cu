@@ -1,15 +1,20 @@
 // ffn_4: the down-projection (formula 4); weights of inactive inputs are not read.
 //
-//   y[c] = sum over the j with x1[j] != 0 of x1[j] * w_down_t[j, c]        0 <= c < d_model
+//   y[c] = sum over the j with x1[j] != 0 of x1[j] * w_down_t[j, c], + bias[c]                        0 <= c < d_model
+//   y[c] = r * sum over the same of x1[j] * norm_weight[j] * w_down_t[j, c], + bias[c]                if NORM_WEIGHT
+//   r    = 1 / sqrt(mean over all j of x1[j]^2 + norm_eps): RMS normalisation, which leaves zeros zeros
 //
 //   x1 (d_ff,) and w_down_t (d_ff, d_model) in format W_DOWN, both 16-byte aligned   y (d_model,), every element written
+//   bias (d_model,) if DOWN_BIAS   norm_weight (d_ff,) if NORM_WEIGHT
 //   launch   WARPS warps a block; a block owns LANES * 16 bytes of every row, so all blocks do the same work whatever the mask,
 //            and no sum crosses blocks; grid ceil(d_model / (LANES * VEC)). A warp lists the active ones among its own rows and
 //            reads those: no barrier before the first weight
 //            EACH: 16-byte vectors of x1 that a thread looks at before its warp writes down the active rows, a tile
 //            UNIT: neighbouring vectors of x1 that go to one warp
-//   numerics float32 accumulation in an order that only the mask, d_ff, d_model and the dtype decide, one rounding at the store
+//   numerics float32 accumulation in an order that only the mask, d_ff, d_model and the dtype decide, one rounding at the store;
+//            bias and norm are applied before it, in float32
 
+#include "bias.cuh"
 #include "elements.cuh"
 #include "programmatic.cuh"
 #include "warp.cuh"
@@ -19,6 +24,9 @@ static_assert(TOKENS == 1, "one token so far");
 
 #if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT)
 #error "define LANES, LOADS, EACH and UNIT"
+#endif
+#ifndef NORM_WEIGHT
+#error "define NORM_WEIGHT as 0 or 1"
 #endif
 
 constexpr int THREADS = 32 * WARPS;
@@ -43,8 +51,8 @@ __device__ __forceinline__ unsigned first_row(unsigned k) {
     return k * (THREADS * VEC) + ((lane / UNIT * WARPS + warp) * UNIT + lane % UNIT) * VEC;
 }
 
-// Bit k * VEC + e: whether x1[first_row(k) + e] is not zero.
-__device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows) {
+// Bit k * VEC + e: whether x1[first_row(k) + e] is not zero. With a norm, adds their squares to the thread's `squares`.
+__device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows, float (&squares)[2]) {
     uint4 v[EACH];  // all loads before the first use
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
@@ -60,6 +68,7 @@ __device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows) {
             scalar value = raw_element(v[k], e);
             if (rows % VEC != 0 && row + VEC > rows && row + e < rows) value = x1[row + e];  // the vector that d_ff cuts off
             bits |= (unsigned)is_nonzero(value) << (k * VEC + e);
+            if constexpr (NORM_WEIGHT) squares[e % 2] = fmaf(to_float(value), to_float(value), squares[e % 2]);
         }
     }
     return bits;
@@ -88,9 +97,11 @@ __device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-    ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, scalar* __restrict__ y, int d_ff, int d_model) {
+    ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, scalar* __restrict__ y, int d_ff, int d_model, const scalar* bias,
+          const scalar* norm_weight, float norm_eps) {
     __shared__ unsigned short lists[WARPS][TILE / WARPS];
     __shared__ float partial[WARPS][SLICE];
+    __shared__ float squares_of[WARPS];
 
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model), chunks = columns / VEC;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -100,9 +111,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const W_DOWN::Column mine = W_DOWN::column(w_down_t, chunk, chunks);
     wait_for_predecessor();
     unsigned short* list = lists[warp];
-    float sum[VEC] = {};
+    float sum[VEC] = {}, squares[2] = {};
     for (int tile = 0; tile < rows; tile += TILE) {
-        const int active = list_rows(active_bits(x1 + tile, rows - tile), list);
+        const int active = list_rows(active_bits(x1 + tile, rows - tile, squares), list);
         for (int begin = 0; begin < active; begin += GROUPS * LOADS) {  // all lanes stay together
             const int first = begin + lane / LANES, left = active - first;
             W_DOWN::Chunk w[LOADS];
@@ -113,6 +124,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 const unsigned row = tile + (valid ? list[first + i * GROUPS] : 0u);
                 w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
                 s[i] = valid ? to_float(*advanced(x1, row, sizeof(scalar))) : 0.0f;
+                if constexpr (NORM_WEIGHT)
+                    if (valid) s[i] *= to_float(*advanced(norm_weight, row, sizeof(scalar)));
             }
             W_DOWN::Words words[LOADS];
 #pragma unroll
@@ -143,6 +156,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     }
 #pragma unroll
     for (int e = 0; e < held; ++e) partial[warp][column + e] = sum[e];
+    if constexpr (NORM_WEIGHT) {
+        const float all = warp_sum(squares[0] + squares[1]);
+        if (lane == 0) squares_of[warp] = all;
+    }
     __syncthreads();
 
     // Over the warps.
@@ -151,5 +168,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) total += partial[w][threadIdx.x];
-    y[c] = from_float(total);
+    if constexpr (NORM_WEIGHT) {
+        float all = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) all += squares_of[w];
+        total *= 1.0f / sqrtf(all / rows + norm_eps);
+    }
+    y[c] = from_float(biased<DOWN_BIAS>(total, bias, c));
 }

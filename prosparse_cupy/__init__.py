@@ -5,7 +5,7 @@ from .compiler import KernelCompileError
 from .compressed import CompressedWeight, compress
 from .device import NoGPUError, UnsupportedGPUError
 from .ffn import CompiledKernel, SparseFFN, sparse_ffn, warmup
-from .ops import ffn_1, ffn_4, ffn_23, ffn_123, pack_down
+from .ops import ffn_1, ffn_4, ffn_12, ffn_23, ffn_123, pack_down
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "compress",
     "ffn_1",
     "ffn_4",
+    "ffn_12",
     "ffn_23",
     "ffn_123",
     "models",

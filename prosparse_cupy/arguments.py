@@ -8,8 +8,8 @@ reading the addresses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, Generic, NamedTuple
 
@@ -41,10 +41,13 @@ class Operand(NamedTuple):
     """Whether the kernels read or write it in 16-byte vectors."""
     define: str = ""
     """Of a weight that may be compressed: the define that says its format."""
+    extra: str = ""
+    """Of an array that a call may have or not: what kernels call it, one of `OPTIONAL`."""
 
     @property
     def is_vector(self) -> bool:
-        return len(self.dims) == 1
+        """Whether it holds a row for each token."""
+        return len(self.dims) == 1 and not self.extra
 
     def nbytes(self, tokens: tuple[int, ...], dims: dict[str, int], dtype: str) -> int:
         return math.prod(tokens if self.is_vector else ()) * math.prod(dims[d] for d in self.dims) * ITEMSIZE[dtype]
@@ -60,6 +63,11 @@ def weight(name: str) -> Operand:
     return Operand(name, ("d_ff", "d_model"), aligned=True, define=name.upper().removesuffix("_T"))
 
 
+def extra(name: str, dim: str, parameter: str) -> Operand:
+    """A (dim,) argument that a call may have or not, and what kernels call it."""
+    return Operand(name, (dim,), aligned=False, extra=parameter)
+
+
 @dataclass(frozen=True, eq=False)
 class Signature:
     """An operator's name, its array arguments in order, and its result. Hashed by identity: a call looks it up."""
@@ -68,7 +76,43 @@ class Signature:
     inputs: tuple[Operand, ...]
     output: Operand
     has_threshold: bool = False
-    """Whether it takes a threshold too."""
+    """Whether it takes a threshold and an activation too."""
+    optional: tuple[Operand, ...] = ()
+    """Arrays that a call may have or not; `with_extras` has those of a call among its inputs, the last of them."""
+
+    @property
+    def extras(self) -> int:
+        """How many of `optional` are among the inputs."""
+        return sum(bool(operand.extra) for operand in self.inputs)
+
+
+Extras = tuple["Any | None", ...]
+"""The arrays of a signature's `optional`, or None of those that a call does not have."""
+
+
+def with_extras(signature: Signature, extras: Extras) -> tuple[Signature, tuple[Any, ...]]:
+    """The signature of a call with these optional arrays, and those that there are."""
+    if all(array is None for array in extras):
+        return signature, ()
+    return _with_extras(signature, tuple(a is not None for a in extras)), tuple(a for a in extras if a is not None)
+
+
+def with_bound_extras(signature: Signature, extras: Mapping[str, Any]) -> tuple[Signature, tuple[Any, ...]]:
+    """The same of a bound FFN's, whose last argument is the token: these come before it."""
+    present = tuple(o for o in signature.optional if o.name in extras)
+    return _with_bound(signature, present), tuple(extras[o.name] for o in present)
+
+
+@cache
+def _with_bound(signature: Signature, present: tuple[Operand, ...]) -> Signature:
+    *bound, token = signature.inputs
+    return replace(signature, inputs=(*bound, *present, token)) if present else signature
+
+
+@cache
+def _with_extras(signature: Signature, given: tuple[bool, ...]) -> Signature:
+    present = tuple(operand for operand, is_given in zip(signature.optional, given, strict=True) if is_given)
+    return replace(signature, inputs=(*signature.inputs, *present))
 
 
 class Meta(NamedTuple):
@@ -98,6 +142,10 @@ class Checked:
     """Whether each of them must be a multiple of 16."""
     formats: tuple[tuple[str, Format], ...]
     """Of the weights, by their defines."""
+    extras: tuple[str, ...]
+    """Which of the kernels' `OPTIONAL` arguments there are."""
+    extra_places: tuple[int, ...]
+    """Where these are among the inputs' addresses."""
     down_pointers: int
     """How many of the inputs are `w_down_t`."""
     tokens: int
@@ -108,7 +156,7 @@ class Checked:
 class Call(Generic[A]):
     """A checked call of an operator: dims, addresses, and the array that takes the result."""
 
-    __slots__ = ("_given", "_views", "arrays", "checked", "family", "inputs", "out", "output")
+    __slots__ = ("_given", "_views", "arrays", "checked", "extras", "family", "inputs", "out", "output")
 
     def __init__(
         self,
@@ -122,6 +170,12 @@ class Call(Generic[A]):
         views: Sequence[Any],
     ) -> None:
         self.family, self.checked, self.inputs, self.out, self.output = family, checked, inputs, out, output
+        self.extras: dict[str, int] = {}
+        """Addresses of optional arrays, by what kernels call them; they are not among the inputs."""
+        if checked.extras:
+            places = checked.extra_places
+            self.extras = {name: inputs[i] for name, i in zip(checked.extras, places, strict=True)}
+            self.inputs = [address for i, address in enumerate(inputs) if i not in places]
         self._given = given
         self.arrays = arrays  # the caller's, in the order of the signature
         self._views = views  # of foreign arrays, perhaps copies, which must live until they are launched on
@@ -132,10 +186,16 @@ class Call(Generic[A]):
         return self.family is NUMPY
 
     def on_reference(
-        self, operator: Callable[..., npt.NDArray[Any]], *scalars: float, arrays: tuple[Any, ...] | None = None
+        self,
+        operator: Callable[..., npt.NDArray[Any]],
+        *scalars: float,
+        arrays: tuple[Any, ...] | None = None,
+        **keywords: Any,
     ) -> A:
         """The result of a `reference` function of the caller's arrays, or of these."""
-        return self.result(operator(*map(plain, self.arrays if arrays is None else arrays), *scalars))
+        given = self.arrays if arrays is None else arrays
+        required = given[: len(given) - len(self.extras)] if arrays is None else given
+        return self.result(operator(*map(plain, required), *scalars, **keywords))
 
     def result(self, value: npt.NDArray[Any] | None = None) -> A:
         """The result in the caller's own type; on the host, `value` is stored in it first."""
@@ -147,8 +207,11 @@ class Call(Generic[A]):
         return handed_out
 
 
-def check_call(signature: Signature, arrays: tuple[Any, ...], given: A | None) -> Call[A]:
-    """The call of an operator with these arrays and `out`, `given` or None."""
+def check_call(signature: Signature, arrays: tuple[Any, ...], given: A | None, extras: Extras = ()) -> Call[A]:
+    """The call of an operator with these arrays, `out` (`given` or None), and those of its optional arrays that are given."""
+    if extras:
+        signature, present = with_extras(signature, extras)
+        arrays = (*arrays, *present)
     views: Sequence[Any] = arrays if given is None else (*arrays, given)
     kinds = tuple(map(type, views))
     if CompressedWeight in kinds:
@@ -308,7 +371,7 @@ def _facts(checked: Checked) -> tuple[int, int, str, int]:
 @cache
 def _weights_of(signature: Signature) -> Signature:
     """The part of a bound FFN's signature that is bound."""
-    return Signature(signature.operator, signature.inputs[:-1], signature.output)
+    return replace(signature, inputs=signature.inputs[:-1])
 
 
 def family_or_none(kind: type) -> Family | None:
@@ -414,8 +477,13 @@ def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None, parts
     ]
     names, nbytes, aligned = zip(*at, ("out", output.nbytes(tokens, dims, dtype), output.aligned), strict=True)
     formats = tuple((o.define, PLAIN if part is None else part[0]) for o, part in _with_parts(operands, parts) if o.define)
+    extras = tuple(o.extra for o in operands if o.extra)
+    extra_names = {o.name for o in operands if o.extra}
+    places = tuple(i for i, name in enumerate(names) if name in extra_names)
     facts = dims["d_model"], dims["d_ff"], dtype, metas[0].device
-    return Checked(*facts, out_shape, names, nbytes, aligned, formats, names.count("w_down_t"), number, scratch_bytes)
+    return Checked(
+        *facts, out_shape, names, nbytes, aligned, formats, extras, places, names.count("w_down_t"), number, scratch_bytes
+    )
 
 
 def _with_parts(operands: tuple[Operand, ...], parts: tuple[Part | None, ...]) -> list[tuple[Operand, Part | None]]:
@@ -489,6 +557,10 @@ def _check_shape(
 ) -> None:
     """Check one argument's shape against the `dims` of those before it, and add its own; `origins` says whose each is."""
     sizes = shape[1:] if operand.is_vector and len(shape) == 2 else shape
+    if operand.extra and len(shape) == 2 and shape[0] == 1:
+        raise ValueError(
+            f"{operator}: {operand.name} must be 1-D, one for all tokens, got {tuple(shape)}: pass {operand.name}[0]"
+        )
     if len(sizes) == len(operand.dims) and _agree(operand.dims, sizes, dims):
         for dim, size in zip(operand.dims, sizes, strict=True):
             if size == 0:
@@ -510,7 +582,7 @@ def _check_shape(
 
 
 def _expected_shape(operand: Operand, known: dict[str, int]) -> str:
-    names = f"({', '.join(operand.dims)}{',' if operand.is_vector else ''})"
+    names = f"({', '.join(operand.dims)}{',' if len(operand.dims) == 1 else ''})"
     if all(dim in known for dim in operand.dims):
         return f"{names} = {tuple(known[dim] for dim in operand.dims)}"
     facts = [f"{dim} = {known[dim]}" for dim in operand.dims if dim in known]

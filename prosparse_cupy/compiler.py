@@ -13,6 +13,7 @@ from . import launch
 from .device import compile_without_cache, cupy, gpu
 from .driver import launcher
 from .formats import Format
+from .formula import RELU
 from .knobs import Knobs
 from .problem import KERNELS, Problem, Target
 
@@ -109,14 +110,19 @@ class Dims(Protocol):
     def tokens(self) -> int: ...
     @property
     def formats(self) -> tuple[tuple[str, Format], ...]: ...
+    @property
+    def extras(self) -> tuple[str, ...]: ...
 
 
 @lru_cache(maxsize=4096)
-def kernel_of(name: str, dims: Dims, specialize: bool) -> Kernel:
+def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU) -> Kernel:
     """The kernel of a checked call, looked up by the identity of `dims`, which equal calls share: every call pays for this."""
-    by_weight = dict(dims.formats)
-    formats = tuple(by_weight[weight] for weight in KERNELS[name].weights)
-    return load(Problem(name, dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens, formats), dims.device)
+    by_weight, interface = dict(dims.formats), KERNELS[name]
+    formats = tuple(by_weight[weight] for weight in interface.weights)
+    extras = tuple(p for p in interface.optional if p in dims.extras)
+    activation = activation if interface.has_activation else RELU
+    shape = dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens
+    return load(Problem(name, *shape, formats, activation, extras), dims.device)
 
 
 @cache

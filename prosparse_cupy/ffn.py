@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 
 from . import driver, reference
-from .arguments import BoundWeights, Call, Signature, check_call, vector, weight
+from .arguments import BoundWeights, Call, Extras, Signature, check_call, extra, vector, weight, with_bound_extras
 from .compiler import kernel_of, load
 from .compressed import Weight
 from .device import current_device, gpu
 from .formats import ITEMSIZE, vector_length
-from .formula import check_threshold
+from .formula import RELU, check_activation, check_norm_eps, check_threshold
 from .knobs import compressed_formats
 from .libraries import A
+from .ops import trailing_arguments
 from .problem import KERNELS, Problem
 from .workspace import take
 
@@ -26,36 +27,69 @@ if TYPE_CHECKING:
 
     DType = str | type[Any] | np.dtype[Any] | torch.dtype
 
-_WEIGHTS = (weight("w_gate"), weight("w_up"), weight("w_down_t"))
-SPARSE_FFN = Signature("sparse_ffn", (vector("x", "d_model"), *_WEIGHTS), vector("y", "d_model"), has_threshold=True)
-# A SparseFFN's weights come first, so that an x that does not fit them is to blame.
-BOUND_FFN = Signature("SparseFFN", (*_WEIGHTS, vector("x", "d_model")), vector("y", "d_model"), has_threshold=True)
+_EXTRAS = (
+    extra("gate_bias", "d_ff", "gate_bias"),
+    extra("up_bias", "d_ff", "up_bias"),
+    extra("down_bias", "d_model", "down_bias"),
+    extra("norm_weight", "d_ff", "norm_weight"),
+)
+
+
+def _signature(operator: str, gated: bool, bound: bool) -> Signature:
+    """Of an FFN. Bound weights come first, so that an x that does not fit them is to blame."""
+    weights = tuple(weight(name) for name in ("w_gate", "w_up", "w_down_t")[not gated :])
+    token, optional = (vector("x", "d_model"),), _EXTRAS[not gated :]
+    inputs = weights + token if bound else token + weights
+    return Signature(operator, inputs, vector("y", "d_model"), has_threshold=True, optional=optional)
+
+
+SPARSE_FFN = _signature("sparse_ffn", gated=True, bound=False)
+UNGATED_FFN = _signature("sparse_ffn", gated=False, bound=False)
+BOUND_FFN = _signature("SparseFFN", gated=True, bound=True)
+UNGATED_BOUND_FFN = _signature("SparseFFN", gated=False, bound=True)
 
 
 def sparse_ffn(
     x: A,
-    w_gate: Weight[A],
+    w_gate: Weight[A] | None,
     w_up: Weight[A],
     w_down_t: Weight[A],
     threshold: float = 0.0,
     *,
+    activation: str = RELU,
+    gate_bias: A | None = None,
+    up_bias: A | None = None,
+    down_bias: A | None = None,
+    norm_weight: A | None = None,
+    norm_eps: float = 0.0,
     out: A | None = None,
     specialize: bool = True,
 ) -> A:
-    """The whole gated FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
+    """The whole FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
 
-    Two launches, `ffn_123` and `ffn_4`, with the (d_ff,) intermediate in scratch memory that is kept for the next call on the
-    stream, or for the CUDA graph that the call is captured into. Threads and streams do not disturb each other. `SparseFFN`
-    binds the weights.
+    Two launches, `ffn_123` and `ffn_4`, or `ffn_12` and `ffn_4` without a gate, with the (d_ff,) intermediate in scratch memory
+    that is kept for the next call on the stream, or for the CUDA graph that the call is captured into. Threads and streams do
+    not disturb each other. `SparseFFN` binds the weights.
 
     Parameters
     ----------
     x : array, (d_model,) or (1, d_model)
         The token's hidden state.
     w_gate, w_up, w_down_t : array, (d_ff, d_model)
-        ``gate_proj.weight`` and ``up_proj.weight`` as they are, and `pack_down` of ``down_proj.weight``.
+        ``gate_proj.weight`` and ``up_proj.weight`` as they are, and `pack_down` of ``down_proj.weight``. `w_gate` is None for
+        an FFN without a gate, ``act(x @ w_up.T) @ w_down.T``.
     threshold : float, default 0.0
         FATReLU's T, as for `ffn_23`.
+    activation : {"relu", "relu2", "drelu"}
+        As for `ffn_23`; "drelu" needs a gate.
+    gate_bias, up_bias : array, (d_ff,), optional
+        Of the projections, as for `ffn_123`.
+    down_bias : array, (d_model,), optional
+        ``down_proj.bias``, as for `ffn_4`.
+    norm_weight : array, (d_ff,), optional
+        The weight of an RMS norm between formulas 3 and 4, as for `ffn_4`.
+    norm_eps : float, default 0.0
+        As for `ffn_4`.
     out : array, (d_model,) or (1, d_model), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
@@ -71,28 +105,61 @@ def sparse_ffn(
     TypeError, ValueError, KernelCompileError
         As for `ffn_23`.
     """
-    threshold = check_threshold("sparse_ffn", threshold)
-    call: Call[A] = check_call(SPARSE_FFN, (x, w_gate, w_up, w_down_t), out)
-    return _run(call, (x, w_gate, w_up, w_down_t), call.inputs, threshold, specialize)
+    check_activation("sparse_ffn", activation, gated=w_gate is not None)
+    norm_eps = check_norm_eps("sparse_ffn", norm_eps, norm_weight is not None)
+    how = _How(check_threshold("sparse_ffn", threshold), activation, norm_eps, specialize)
+    if w_gate is None:
+        extras: Extras = (up_bias, down_bias, norm_weight)
+        _refuse_gate_bias("sparse_ffn", gate_bias)
+        rest: tuple[Any, ...] = (x, w_up, w_down_t)
+        call: Call[A] = check_call(UNGATED_FFN, rest, out, extras)
+        return _run(call, (x, None, w_up, w_down_t), call.inputs, how, _named(False, extras))
+    extras, rest = (gate_bias, up_bias, down_bias, norm_weight), (x, w_gate, w_up, w_down_t)
+    call = check_call(SPARSE_FFN, rest, out, extras)
+    return _run(call, rest, call.inputs, how, _named(True, extras))
 
 
-def _run(call: Call[A], arrays: tuple[Any, ...], inputs: Sequence[int], threshold: float, specialize: bool) -> A:
-    """`ffn_123` into scratch and `ffn_4` out of it. `arrays` and `inputs`, their addresses, are x, w_gate, w_up, w_down_t.
+def _refuse_gate_bias(operator: str, gate_bias: Any) -> None:
+    if gate_bias is not None:
+        raise ValueError(f"{operator}: gate_bias without a gate: w_gate is None, so the bias of up_proj is up_bias")
 
-    A compressed weight has several addresses.
+
+def _named(gated: bool, extras: Extras) -> dict[str, Any]:
+    """The optional arrays by the names of the reference's arguments."""
+    return {operand.name: a for operand, a in zip(_EXTRAS[not gated :], extras, strict=True) if a is not None}
+
+
+class _How(NamedTuple):
+    """What an FFN is run with beside its arrays."""
+
+    threshold: float
+    activation: str
+    norm_eps: float
+    specialize: bool
+
+
+def _run(call: Call[A], arrays: tuple[Any, ...], inputs: Sequence[int], how: _How, extras: Mapping[str, Any]) -> A:
+    """The first half of an FFN into scratch, and `ffn_4` out of it.
+
+    `arrays` are x, w_gate, w_up and w_down_t, w_gate None without a gate, and `inputs` their addresses, of which a compressed
+    weight has several. `extras` are the optional arrays.
     """
+    threshold, activation, norm_eps, specialize = how
     if call.on_host:
-        return call.on_reference(reference.sparse_ffn, threshold, arrays=arrays)
+        more = {"activation": activation, "norm_eps": norm_eps, **extras}
+        return call.on_reference(reference.sparse_ffn, threshold, arrays=arrays, **more)
+    half = "ffn_12" if arrays[1] is None else "ffn_123"
     checked, first_of_down = call.checked, len(inputs) - call.checked.down_pointers
     d_ff, d_model, device = checked.d_ff, checked.d_model, checked.device
-    first, second = kernel_of("ffn_123", checked, specialize), kernel_of("ffn_4", checked, specialize)
+    first, second = kernel_of(half, checked, specialize, activation), kernel_of("ffn_4", checked, specialize)
+    of_first, of_second = (trailing_arguments(kernel, call.extras, norm_eps) for kernel in (half, "ffn_4"))
     stream = call.family.stream(device)
     captured = driver.is_captured(stream)
     overlaps = driver.overlaps(stream, captured)
     x1, home = take(stream, device, checked.scratch_bytes, captured)
     try:
-        first.launch(stream, overlaps, *inputs[:first_of_down], x1, threshold, d_ff, d_model)
-        second.launch(stream, overlaps, x1, *inputs[first_of_down:], call.output, d_ff, d_model)
+        first.launch(stream, overlaps, *inputs[:first_of_down], x1, threshold, d_ff, d_model, *of_first)
+        second.launch(stream, overlaps, x1, *inputs[first_of_down:], call.output, d_ff, d_model, *of_second)
     finally:
         home.append(x1)
     return call.result()
@@ -107,9 +174,20 @@ class SparseFFN(Generic[A]):
     Parameters
     ----------
     w_gate, w_up, w_down_t : array, (d_ff, d_model)
-        As for `sparse_ffn`. They are kept, not copied, and may get other values, but not another shape, dtype or GPU.
+        As for `sparse_ffn`; `w_gate` is None for an FFN without a gate. They are kept, not copied, and may get other values,
+        but not another shape, dtype or GPU.
     threshold : float, default 0.0
         FATReLU's T, as for `ffn_23`.
+    activation : {"relu", "relu2", "drelu"}
+        As for `ffn_23`; "drelu" needs a gate.
+    gate_bias, up_bias : array, (d_ff,), optional
+        Of the projections, as for `ffn_123`; kept as the weights are.
+    down_bias : array, (d_model,), optional
+        ``down_proj.bias``, as for `ffn_4`.
+    norm_weight : array, (d_ff,), optional
+        The weight of an RMS norm between formulas 3 and 4, as for `ffn_4`.
+    norm_eps : float, default 0.0
+        As for `ffn_4`.
     specialize : bool, default True
         As for `ffn_1`.
 
@@ -118,29 +196,65 @@ class SparseFFN(Generic[A]):
     >>> ffn = SparseFFN(w_gate, w_up, pack_down(w_down), threshold=0.01)
     >>> y = ffn(x)
     >>> ffn(x, out=y)
+    >>> ffn = SparseFFN(None, w_up, pack_down(w_down), activation="relu2")  # Nemotron's: squared ReLU, no gate
     """
 
     def __init__(
-        self, w_gate: Weight[A], w_up: Weight[A], w_down_t: Weight[A], threshold: float = 0.0, *, specialize: bool = True
+        self,
+        w_gate: Weight[A] | None,
+        w_up: Weight[A],
+        w_down_t: Weight[A],
+        threshold: float = 0.0,
+        *,
+        activation: str = RELU,
+        gate_bias: A | None = None,
+        up_bias: A | None = None,
+        down_bias: A | None = None,
+        norm_weight: A | None = None,
+        norm_eps: float = 0.0,
+        specialize: bool = True,
     ) -> None:
         self.threshold = check_threshold("SparseFFN", threshold)
-        self._weights, self._specialize = BoundWeights(BOUND_FFN, (w_gate, w_up, w_down_t)), specialize
+        self.gated = w_gate is not None
+        self.activation = check_activation("SparseFFN", activation, gated=self.gated)
+        self.norm_eps = check_norm_eps("SparseFFN", norm_eps, norm_weight is not None)
+        self._specialize = specialize
+        extras: Extras = (up_bias, down_bias, norm_weight)
+        if w_gate is None:
+            _refuse_gate_bias("SparseFFN", gate_bias)
+            weights: tuple[Any, ...] = (w_up, w_down_t)
+        else:
+            weights, extras = (w_gate, w_up, w_down_t), (gate_bias, *extras)
+        self._bind(weights, _named(self.gated, extras))
         self.d_model, self.d_ff, self.dtype, _ = self._weights.facts
+
+    def _bind(self, weights: tuple[Any, ...], extras: dict[str, Any]) -> None:
+        signature, present = with_bound_extras(BOUND_FFN if self.gated else UNGATED_BOUND_FFN, extras)
+        self._weights, self._extras = BoundWeights(signature, (*weights, *present)), extras
 
     def __call__(self, x: A, *, out: A | None = None) -> A:
         """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
         call: Call[A] = self._weights.call(x, out)
         *weights, token = call.inputs
-        return _run(call, (x, *self._weights.arrays), (token, *weights), self.threshold, self._specialize)
+        how = _How(self.threshold, self.activation, self.norm_eps, self._specialize)
+        return _run(call, self._arrays(x), (token, *weights), how, self._extras)
+
+    def _arrays(self, x: Any) -> tuple[Any, ...]:
+        bound = self._weights.arrays
+        return (x, *bound[:3]) if self.gated else (x, None, *bound[:2])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_weights": self._weights.arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _weights=BoundWeights(BOUND_FFN, state["_weights"]))
+        self.__dict__.update(state)
+        self._bind(state["_weights"][: 2 + self.gated], self._extras)
 
     def __repr__(self) -> str:
-        return f"SparseFFN(d_model={self.d_model}, d_ff={self.d_ff}, dtype={self.dtype}, threshold={self.threshold:g})"
+        more = "" if self.activation == RELU else f", activation={self.activation}"
+        more += "" if self.gated else ", gated=False"
+        more += "".join(f", {name}" for name in self._extras)
+        return f"SparseFFN(d_model={self.d_model}, d_ff={self.d_ff}, dtype={self.dtype}, threshold={self.threshold:g}{more})"
 
 
 @dataclass(frozen=True)
@@ -162,6 +276,10 @@ def warmup(
     device: int | None = None,
     specialize: bool = True,
     compressed: bool = False,
+    activation: str = RELU,
+    gated: bool = True,
+    bias: bool = False,
+    norm: bool = False,
 ) -> list[CompiledKernel]:
     """Compile every kernel of these dims now, so that the first call does not wait and a graph capture does not fail.
 
@@ -177,6 +295,10 @@ def warmup(
         As for `ffn_1`.
     compressed : bool, default False
         The kernels for weights from `compress`, laid out as it recommends; bfloat16 only.
+    activation : {"relu", "relu2", "drelu"}
+        As for `sparse_ffn`.
+    gated, bias, norm : bool
+        Whether the FFN has a gate, biases of all its projections, and a norm over x1.
 
     Returns
     -------
@@ -200,14 +322,21 @@ def warmup(
         )
     if compressed and name != "bfloat16":
         raise ValueError(f"warmup: compressed weights are bfloat16, got {name}")
+    check_activation("warmup", activation, gated=gated)
     index = current_device() if device is None else device
+    left_out = {"ffn_123", "ffn_23"} if not gated else {"ffn_12"}
+    if not compressed:
+        left_out.add("decompress")
     report = []
-    for kernel in KERNELS:
-        if kernel == "decompress" and not compressed:
+    for kernel, interface in KERNELS.items():
+        if kernel in left_out:
             continue
         start = time.perf_counter()
         formats = compressed_formats(kernel, d_model, d_ff) if compressed else ()
-        plan = load(Problem(kernel, d_model, d_ff, name, specialize, formats=formats), index).plan
+        extras = tuple(p for p in interface.optional if (norm if p == "norm_weight" else bias))
+        act = activation if interface.has_activation else RELU
+        problem = Problem(kernel, d_model, d_ff, name, specialize, formats=formats, activation=act, extras=extras)
+        plan = load(problem, index).plan
         seconds = time.perf_counter() - start
         defines = " ".join(key if value is None else f"{key}={value}" for key, value in plan.defines)
         report.append(CompiledKernel(kernel, defines, gpu(index).capability, seconds))

@@ -15,40 +15,59 @@ import numpy as np
 import numpy.typing as npt
 
 _LARGEST_THRESHOLD = float(np.finfo(np.float32).max)
-RELU, FATRELU = "relu", "fatrelu"
-"""`hidden_act` of configs whose block is sparse."""
+RELU, FATRELU, RELU2, DRELU = "relu", "fatrelu", "relu2", "drelu"
+ACTIVATIONS = (RELU, RELU2, DRELU)
+"""What kernels are compiled for. FATReLU is ReLU with a threshold above zero."""
 
 
 class UnsupportedFormula(ValueError):
-    """A config names something else than ReLU or FATReLU, or not all of it; the message says what."""
+    """A config names an activation that leaves no zeros, or not all of it; the message says what."""
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A gated block, ``x1 = s * up`` with ``s = gate if active else 0``: formulas 2 and 3.
+    """What an FFN computes between its projections: formulas 2 and 3, and a norm before formula 4.
 
-    A neuron is active iff ``not (gate < threshold) and gate != 0``, compared as float32. `threshold` 0 is ReLU, above it is
-    FATReLU's T (arXiv 2402.13516, activation threshold shifting).
+    With a gate ``x1 = act(gate) * up``, without one ``x1 = act(up)``. A neuron is active iff ``not (g < threshold) and
+    g != 0``, compared as float32, where g is the gate or, without one, the up-projection; x1 is +0 of any other.
     """
 
     threshold: float = 0.0
+    """0 is the plain activation; above, FATReLU's T (arXiv 2402.13516, activation threshold shifting)."""
+    activation: str = RELU
+    """relu: g. relu2: g squared, in float32. drelu: g, and ``up`` is rectified too (arXiv 2406.05955)."""
+    gated: bool = True
+    normed: bool = False
+    """Whether x1 is divided by its root mean square over all neurons and multiplied by a weight per neuron."""
 
     def active(self, gate: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Which neurons are active. NaN is."""
+        """Which neurons are active, by their gates. NaN is."""
         wide = gate.astype(np.float32)
         found: npt.NDArray[np.bool_] = np.logical_and(~(wide < np.float32(self.threshold)), wide != 0)
         return found
 
     def activate(self, gate: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Formula 2: `gate` where it is active, +0 elsewhere."""
-        return np.where(self.active(gate), gate, np.zeros_like(gate))
+        """Formula 2 in the dtype of `gate`: the activation of active neurons, +0 of others."""
+        return np.where(self.active(gate), self._activated(gate).astype(gate.dtype), np.zeros_like(gate))
 
     def combine(self, gate: npt.NDArray[Any], up: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Formulas 2 and 3 before x1 is rounded, in the dtype of `up`: the product of active neurons, +0 of others."""
-        return np.where(self.active(gate), gate.astype(up.dtype) * up, np.zeros_like(up))
+        active = self.active(gate)
+        if self.activation == DRELU:
+            active &= ~(up <= 0)
+        return np.where(active, self._activated(gate).astype(up.dtype) * up, np.zeros_like(up))
+
+    def _activated(self, gate: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """s of active neurons."""
+        if self.activation != RELU2:
+            return gate
+        with np.errstate(over="ignore", under="ignore"):
+            squared: npt.NDArray[Any] = np.square(gate.astype(np.float32))
+        return squared if gate.dtype != np.float64 else np.square(gate)
 
     def __str__(self) -> str:
-        return f"fatrelu({self.threshold:g})" if self.threshold else RELU
+        kind = f"fat{self.activation}({self.threshold:g})" if self.threshold else self.activation
+        return ", ".join([kind, *["no gate"] * (not self.gated), *["norm"] * self.normed])
 
 
 def largest_inactive(threshold: float, dtype: npt.DTypeLike) -> float:
@@ -79,23 +98,47 @@ def check_threshold(operator: str, threshold: float) -> float:
     return value
 
 
-def said_by(config: object) -> tuple[Any, Any]:
+def check_activation(operator: str, activation: str, *, gated: bool = True) -> str:
+    """An activation that kernels know, or ValueError."""
+    known = ACTIVATIONS if gated else (RELU, RELU2)
+    if activation not in known:
+        fix = ""
+        if activation == FATRELU:
+            fix = ": FATReLU is activation='relu' with a threshold"
+        elif activation == DRELU:
+            fix = ": dReLU needs a gate"
+        raise ValueError(f"{operator}: activation must be {' or '.join(map(repr, known))}, got {activation!r:.40}{fix}")
+    return activation
+
+
+def check_norm_eps(operator: str, norm_eps: float, has_norm: bool) -> float:
+    """What a norm adds to a mean of squares: finite as float32 and not negative, and 0 without a norm."""
+    if not isinstance(norm_eps, (float, int, Real)):
+        raise TypeError(f"{operator}: norm_eps must be a Python number, got {type(norm_eps).__name__}: pass a float")
+    if not 0.0 <= float(norm_eps) <= _LARGEST_THRESHOLD:
+        raise ValueError(f"{operator}: norm_eps must be finite as float32 and >= 0, got {norm_eps}")
+    if norm_eps and not has_norm:
+        raise ValueError(f"{operator}: norm_eps={norm_eps:g} without a norm: pass norm_weight too, or leave norm_eps out")
+    return float(norm_eps)
+
+
+def said_by(config: object, key: str = "hidden_act") -> tuple[Any, Any]:
     """What a model's config, an object or a mapping, says of its activation: its name and its parameter; None if nothing."""
-    keys = ("hidden_act", "hidden_act_param")
+    keys = (key, f"{key}_param")
     if isinstance(config, Mapping):
         return config.get(keys[0]), config.get(keys[1])
     return getattr(config, keys[0], None), getattr(config, keys[1], None)
 
 
-def formula_of(activation: object, parameter: object) -> Formula:
+def formula_of(activation: object, parameter: object, *, gated: bool = True, normed: bool = False) -> Formula:
     """The formula that a name and a parameter as `said_by` finds them stand for, or `UnsupportedFormula`."""
-    if activation not in (RELU, FATRELU):
-        raise UnsupportedFormula("gated FFNs with relu or fatrelu are what this version runs sparsely")
-    if activation == RELU:
-        return Formula()
+    if activation not in (RELU, FATRELU, RELU2):
+        raise UnsupportedFormula("it leaves no zeros: relu, fatrelu and relu2 are what this version runs sparsely")
+    if activation != FATRELU:
+        return Formula(0.0, str(activation), gated, normed)
     if parameter is None:
         raise UnsupportedFormula("it has no hidden_act_param, FATReLU's threshold")
     if not isinstance(parameter, (int, float)) or isinstance(parameter, bool) or not 0 <= parameter <= _LARGEST_THRESHOLD:
         got = f"{parameter!r:.40}"
         raise UnsupportedFormula(f"hidden_act_param, FATReLU's threshold, must be >= 0 and finite as float32, got {got}")
-    return Formula(float(parameter))
+    return Formula(float(parameter), RELU, gated, normed)

@@ -100,31 +100,46 @@ class RowKnobs(Knobs):
 
 
 @dataclass(frozen=True)
-class FusedRowKnobs(RowKnobs):
-    """Of `ffn_123`, whose warp goes on to its neuron's other row."""
+class EarlyRowKnobs(RowKnobs):
+    """Of `ffn_12`, whose successor reads what it has written."""
 
     early_successor: bool = False
     """Whether the next launch may start before this one has written its results."""
 
     @classmethod
-    def rule(cls, problem: Problem, target: Target) -> FusedRowKnobs:
-        # Blocks of few warps end early, so that the successor's come in. With ten loads a lane keeps its registers for four
-        # blocks. Where the GPU holds a warp for every row, a successor that starts early keeps none of them out.
-        early = problem.specialize and target.is_programmatic and problem.d_ff <= 32 * target.multiprocessors
-        if not problem.is_plain:
-            return FusedRowKnobs(warps=2, min_blocks=8, loads=_loads(problem, most=10), early_successor=early)
-        return FusedRowKnobs(warps=2 if early else 4, min_blocks=4, loads=_loads(problem, most=10), early_successor=early)
+    def rule(cls, problem: Problem, target: Target) -> EarlyRowKnobs:
+        dense = RowKnobs.rule(problem, target)
+        return EarlyRowKnobs(dense.warps, dense.min_blocks, dense.loads, _starts_early(problem, target))
 
     @classmethod
-    def variants(cls, problem: Problem) -> Iterator[FusedRowKnobs]:
+    def variants(cls, problem: Problem) -> Iterator[EarlyRowKnobs]:
         for knobs in RowKnobs.variants(problem):
             for early in (False, True):
-                yield FusedRowKnobs(knobs.warps, knobs.min_blocks, knobs.loads, early)
+                yield cls(knobs.warps, knobs.min_blocks, knobs.loads, early)
 
     def legal(self, problem: Problem, target: Target) -> str:
         if self.early_successor and not target.is_programmatic:
             return f"sm_{target.capability} has no programmatic launches"
         return super().legal(problem, target)
+
+
+@dataclass(frozen=True)
+class FusedRowKnobs(EarlyRowKnobs):
+    """Of `ffn_123`, whose warp goes on to its neuron's other row."""
+
+    @classmethod
+    def rule(cls, problem: Problem, target: Target) -> FusedRowKnobs:
+        # Blocks of few warps end early, so that the successor's come in. With ten loads a lane keeps its registers for four
+        # blocks.
+        early = _starts_early(problem, target)
+        if not problem.is_plain:
+            return FusedRowKnobs(warps=2, min_blocks=8, loads=_loads(problem, most=10), early_successor=early)
+        return FusedRowKnobs(warps=2 if early else 4, min_blocks=4, loads=_loads(problem, most=10), early_successor=early)
+
+
+def _starts_early(problem: Problem, target: Target) -> bool:
+    """Where the GPU holds a warp for every row, a successor that starts early keeps none of them out."""
+    return problem.specialize and target.is_programmatic and problem.d_ff <= 32 * target.multiprocessors
 
 
 @dataclass(frozen=True)
@@ -305,6 +320,7 @@ class CopyKnobs(Knobs):
 KINDS: Mapping[str, type[Knobs]] = MappingProxyType(
     {
         "ffn_1": RowKnobs,
+        "ffn_12": EarlyRowKnobs,
         "ffn_123": FusedRowKnobs,
         "ffn_23": SharedRowKnobs,
         "ffn_4": ColumnKnobs,

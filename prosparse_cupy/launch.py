@@ -55,11 +55,12 @@ def _defines(problem: Problem) -> tuple[Define, ...]:
     dims = (("ROW_OPT", problem.d_ff), ("COL_OPT", problem.d_model)) if problem.specialize else ()
     formats = ((weight, f.struct) for weight, f in zip(interface.weights, problem.formats, strict=True))
     activation = ((f"ACTIVATION_{problem.activation.upper()}", None),) if interface.has_activation else ()
-    return ((f"DTYPE_{problem.dtype.upper()}", None), *dims, ("TOKENS", problem.tokens), *formats, *activation)
+    extras = ((name.upper(), int(name in problem.extras)) for name in interface.optional)
+    return ((f"DTYPE_{problem.dtype.upper()}", None), *dims, ("TOKENS", problem.tokens), *formats, *activation, *extras)
 
 
 def _arguments(problem: Problem) -> tuple[str, ...]:
     interface = KERNELS[problem.kernel]
     formats = dict(zip(interface.weights, problem.formats, strict=True))
-    kinds = {"threshold": "f", "d_ff": "i", "d_model": "i"}
+    kinds = {"threshold": "f", "norm_eps": "f", "d_ff": "i", "d_model": "i"}
     return tuple("P" * formats[p].pointers if p in formats else kinds.get(p, "P") for p in interface.parameters)

@@ -60,7 +60,7 @@ class Measured:
 
 def choose(problem: Problem, target: Target) -> Knobs:
     """The knobs measured fastest for a problem, or those of the rule."""
-    measured = tables(target).get(problem)
+    measured = tables(target).get(problem.measured)
     if measured is not None and not measured.knobs.legal(problem, target):
         return measured.knobs
     return rule(problem, target)

@@ -6,22 +6,51 @@ One call, followed down: `ffn_23` -> `check_call` (`arguments`: checks and addre
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from . import reference
-from .arguments import Call, Operand, Signature, check_call, vector, weight
+from .arguments import Call, Operand, Signature, check_call, extra, vector, weight
 from .compiler import kernel_of
 from .compressed import Weight
 from .driver import overlaps
-from .formula import check_threshold
+from .formula import RELU, check_activation, check_norm_eps, check_threshold
 from .libraries import A
+from .problem import KERNELS, OPTIONAL
 
-FFN_1 = Signature("ffn_1", (vector("x", "d_model"), weight("w_gate")), vector("gate", "d_ff"))
+_BIAS = "bias", "d_ff"
+FFN_1 = Signature(
+    "ffn_1",
+    (vector("x", "d_model"), weight("w_gate")),
+    vector("gate", "d_ff"),
+    optional=(extra(*_BIAS, "gate_bias"),),
+)
+FFN_12 = Signature(
+    "ffn_12",
+    (vector("x", "d_model"), weight("w_up")),
+    vector("x1", "d_ff"),
+    has_threshold=True,
+    optional=(extra(*_BIAS, "up_bias"),),
+)
 FFN_123 = Signature(
-    "ffn_123", (vector("x", "d_model"), weight("w_gate"), weight("w_up")), vector("x1", "d_ff"), has_threshold=True
+    "ffn_123",
+    (vector("x", "d_model"), weight("w_gate"), weight("w_up")),
+    vector("x1", "d_ff"),
+    has_threshold=True,
+    optional=(extra("gate_bias", "d_ff", "gate_bias"), extra("up_bias", "d_ff", "up_bias")),
 )
 FFN_23 = Signature(
-    "ffn_23", (vector("gate", "d_ff"), vector("x", "d_model"), weight("w_up")), vector("x1", "d_ff"), has_threshold=True
+    "ffn_23",
+    (vector("gate", "d_ff"), vector("x", "d_model"), weight("w_up")),
+    vector("x1", "d_ff"),
+    has_threshold=True,
+    optional=(extra(*_BIAS, "up_bias"),),
 )
-FFN_4 = Signature("ffn_4", (vector("x1", "d_ff"), weight("w_down_t")), vector("y", "d_model"))
+FFN_4 = Signature(
+    "ffn_4",
+    (vector("x1", "d_ff"), weight("w_down_t")),
+    vector("y", "d_model"),
+    optional=(extra("bias", "d_model", "down_bias"), extra("norm_weight", "d_ff", "norm_weight")),
+)
 PACK_DOWN = Signature(
     "pack_down",
     (Operand("w_down", ("d_model", "d_ff"), aligned=False),),
@@ -29,8 +58,8 @@ PACK_DOWN = Signature(
 )
 
 
-def ffn_1(x: A, w_gate: Weight[A], *, out: A | None = None, specialize: bool = True) -> A:
-    """Gate projection, dense: ``x @ w_gate.T`` (formula 1).
+def ffn_1(x: A, w_gate: Weight[A], *, bias: A | None = None, out: A | None = None, specialize: bool = True) -> A:
+    """Gate projection, dense: ``x @ w_gate.T + bias`` (formula 1).
 
     Parameters
     ----------
@@ -39,7 +68,9 @@ def ffn_1(x: A, w_gate: Weight[A], *, out: A | None = None, specialize: bool = T
         library (CuPy, torch, another with ``__dlpack__``); NumPy arrays run `prosparse_cupy.reference` on the host.
     w_gate : array, (d_ff, d_model)
         ``gate_proj.weight`` as it is. `d_model` must be a multiple of 8 (4 for float32), and every array of a call starts
-        at a multiple of 16 bytes (`pack_down` excepted).
+        at a multiple of 16 bytes (biases and what `pack_down` takes excepted).
+    bias : array, (d_ff,), optional
+        ``gate_proj.bias``; added in float32, before the gate is rounded.
     out : array, (d_ff,) or (1, d_ff), optional
         Takes the result; with it nothing is allocated.
     specialize : bool, default True
@@ -61,17 +92,76 @@ def ffn_1(x: A, w_gate: Weight[A], *, out: A | None = None, specialize: bool = T
     KernelCompileError
         NVRTC refused the kernel.
     """
-    call: Call[A] = check_call(FFN_1, (x, w_gate), out)
+    call: Call[A] = check_call(FFN_1, (x, w_gate), out, (bias,))
     if call.on_host:
-        return call.on_reference(reference.ffn_1)
+        return call.on_reference(reference.ffn_1, bias=bias)
     _launch("ffn_1", call, specialize)
     return call.result()
 
 
-def ffn_123(
-    x: A, w_gate: Weight[A], w_up: Weight[A], threshold: float = 0.0, *, out: A | None = None, specialize: bool = True
+def ffn_12(
+    x: A,
+    w_up: Weight[A],
+    threshold: float = 0.0,
+    *,
+    activation: str = RELU,
+    bias: A | None = None,
+    out: A | None = None,
+    specialize: bool = True,
 ) -> A:
-    """Gate projection, (FAT)ReLU and up-projection in one launch: `ffn_23` of `ffn_1`, to the bit (formulas 1 to 3).
+    """Up-projection, bias and activation in one launch: the first half of an FFN without a gate (formulas 1 and 2).
+
+    ``act(x @ w_up.T + bias)``, where ``act`` is ReLU (OPT, Falcon) or squared ReLU (Nemotron, Arcee, Persimmon).
+
+    Parameters
+    ----------
+    x : array, (d_model,) or (1, d_model)
+        The token's hidden state.
+    w_up : array, (d_ff, d_model)
+        ``up_proj.weight`` as it is; all of it is read, as there is no gate to say which neurons are active.
+    threshold : float, default 0.0
+        FATReLU's T, as for `ffn_23`; what is compared is rounded to the dtype first.
+    activation : {"relu", "relu2"}
+        "relu2" is ReLU squared: the square, in float32, of the rounded sum.
+    bias : array, (d_ff,), optional
+        ``up_proj.bias``; added in float32, before the sum is rounded.
+    out : array, (d_ff,) or (1, d_ff), optional
+        Takes the result. It must not share memory with an input.
+    specialize : bool, default True
+        As for `ffn_1`.
+
+    Returns
+    -------
+    array, (d_ff,) or (1, d_ff)
+        x1, what `ffn_4` takes.
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError
+        As for `ffn_23`.
+    """
+    threshold = check_threshold("ffn_12", threshold)
+    check_activation("ffn_12", activation, gated=False)
+    call: Call[A] = check_call(FFN_12, (x, w_up), out, (bias,))
+    if call.on_host:
+        return call.on_reference(reference.ffn_12, threshold, activation=activation, bias=bias)
+    _launch("ffn_12", call, specialize, threshold, activation=activation)
+    return call.result()
+
+
+def ffn_123(
+    x: A,
+    w_gate: Weight[A],
+    w_up: Weight[A],
+    threshold: float = 0.0,
+    *,
+    activation: str = RELU,
+    gate_bias: A | None = None,
+    up_bias: A | None = None,
+    out: A | None = None,
+    specialize: bool = True,
+) -> A:
+    """Gate projection, activation and up-projection in one launch: `ffn_23` of `ffn_1`, to the bit (formulas 1 to 3).
 
     A warp that finds its neuron active goes on to the neuron's row of `w_up`, so the gate is never written to memory.
 
@@ -83,6 +173,10 @@ def ffn_123(
         ``gate_proj.weight`` and ``up_proj.weight`` as they are.
     threshold : float, default 0.0
         FATReLU's T, as for `ffn_23`; the gate is rounded to the dtype before it is compared.
+    activation : {"relu", "relu2", "drelu"}
+        As for `ffn_23`.
+    gate_bias, up_bias : array, (d_ff,), optional
+        ``gate_proj.bias`` and ``up_proj.bias``, added in float32.
     out : array, (d_ff,) or (1, d_ff), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
@@ -99,15 +193,26 @@ def ffn_123(
         As for `ffn_23`.
     """
     threshold = check_threshold("ffn_123", threshold)
-    call: Call[A] = check_call(FFN_123, (x, w_gate, w_up), out)
+    check_activation("ffn_123", activation)
+    call: Call[A] = check_call(FFN_123, (x, w_gate, w_up), out, (gate_bias, up_bias))
     if call.on_host:
-        return call.on_reference(reference.ffn_123, threshold)
-    _launch("ffn_123", call, specialize, threshold)
+        return call.on_reference(reference.ffn_123, threshold, activation=activation, gate_bias=gate_bias, up_bias=up_bias)
+    _launch("ffn_123", call, specialize, threshold, activation=activation)
     return call.result()
 
 
-def ffn_23(gate: A, x: A, w_up: Weight[A], threshold: float = 0.0, *, out: A | None = None, specialize: bool = True) -> A:
-    """(FAT)ReLU of the gate times the up-projection: ``fatrelu(gate, threshold) * (x @ w_up.T)`` (formulas 2 and 3).
+def ffn_23(
+    gate: A,
+    x: A,
+    w_up: Weight[A],
+    threshold: float = 0.0,
+    *,
+    activation: str = RELU,
+    bias: A | None = None,
+    out: A | None = None,
+    specialize: bool = True,
+) -> A:
+    """The activation of the gate times the up-projection: ``act(gate) * (x @ w_up.T + bias)`` (formulas 2 and 3).
 
     Rows of `w_up` whose neuron is inactive are not read. A neuron is active iff ``not (gate < threshold) and gate != 0``, so
     ``gate == threshold`` is kept and NaN stays visible; inactive outputs are exactly +0.
@@ -122,6 +227,11 @@ def ffn_23(gate: A, x: A, w_up: Weight[A], threshold: float = 0.0, *, out: A | N
         ``up_proj.weight`` as it is.
     threshold : float, default 0.0
         FATReLU's T, finite and >= 0, compared as float32; 0 is ReLU. An argument of the launch: it never recompiles.
+    activation : {"relu", "relu2", "drelu"}
+        "relu2" is squared ReLU, the square in float32 (BitNet b1.58). "drelu" rectifies both projections (TurboSparse, arXiv
+        2406.05955): x1 is +0 where the up-projection is not above zero, whatever the threshold.
+    bias : array, (d_ff,), optional
+        ``up_proj.bias``, added in float32.
     out : array, (d_ff,) or (1, d_ff), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
@@ -138,16 +248,28 @@ def ffn_23(gate: A, x: A, w_up: Weight[A], threshold: float = 0.0, *, out: A | N
         As for `ffn_1`; ValueError also for a threshold that is negative or not finite.
     """
     threshold = check_threshold("ffn_23", threshold)
-    call: Call[A] = check_call(FFN_23, (gate, x, w_up), out)
+    check_activation("ffn_23", activation)
+    call: Call[A] = check_call(FFN_23, (gate, x, w_up), out, (bias,))
     if call.on_host:
-        return call.on_reference(reference.ffn_23, threshold)
-    _launch("ffn_23", call, specialize, threshold)
+        return call.on_reference(reference.ffn_23, threshold, activation=activation, bias=bias)
+    _launch("ffn_23", call, specialize, threshold, activation=activation)
     return call.result()
 
 
-def ffn_4(x1: A, w_down_t: Weight[A], *, out: A | None = None, specialize: bool = True) -> A:
-    """Down-projection: ``x1 @ w_down_t`` (formula 4); rows of `w_down_t` where `x1` is zero are not read.
+def ffn_4(
+    x1: A,
+    w_down_t: Weight[A],
+    *,
+    bias: A | None = None,
+    norm_weight: A | None = None,
+    norm_eps: float = 0.0,
+    out: A | None = None,
+    specialize: bool = True,
+) -> A:
+    """Down-projection: ``x1 @ w_down_t + bias`` (formula 4); rows of `w_down_t` where `x1` is zero are not read.
 
+    With `norm_weight` it is the down-projection of the normalised x1, ``norm_weight * x1 / sqrt(mean(x1**2) + norm_eps)``,
+    as BitNet's ``ffn_sub_norm`` computes it: zeros stay zeros, so the same rows are left out.
 
     Parameters
     ----------
@@ -155,6 +277,12 @@ def ffn_4(x1: A, w_down_t: Weight[A], *, out: A | None = None, specialize: bool 
         As `ffn_23` returns it; any sign.
     w_down_t : array, (d_ff, d_model)
         The transpose of ``down_proj.weight``, made once with `pack_down`, so that a neuron's weights are one contiguous row.
+    bias : array, (d_model,), optional
+        ``down_proj.bias``; added in float32, before y is rounded.
+    norm_weight : array, (d_ff,), optional
+        The weight of an RMS norm over x1. Its mean is over all neurons; nothing is rounded between norm and projection.
+    norm_eps : float, default 0.0
+        What the norm adds to the mean of the squares; without `norm_weight` it must be 0.
     out : array, (d_model,) or (1, d_model), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
@@ -170,10 +298,11 @@ def ffn_4(x1: A, w_down_t: Weight[A], *, out: A | None = None, specialize: bool 
     TypeError, ValueError, KernelCompileError
         As for `ffn_1`.
     """
-    call: Call[A] = check_call(FFN_4, (x1, w_down_t), out)
+    norm_eps = check_norm_eps("ffn_4", norm_eps, norm_weight is not None)
+    call: Call[A] = check_call(FFN_4, (x1, w_down_t), out, (bias, norm_weight))
     if call.on_host:
-        return call.on_reference(reference.ffn_4)
-    _launch("ffn_4", call, specialize)
+        return call.on_reference(reference.ffn_4, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps)
+    _launch("ffn_4", call, specialize, norm_eps=norm_eps)
     return call.result()
 
 
@@ -206,9 +335,26 @@ def pack_down(w_down: A, *, out: A | None = None, specialize: bool = True) -> A:
     return call.result()
 
 
-def _launch(kernel: str, call: Call[A], specialize: bool, *arguments: int | float) -> None:
-    """Launch a kernel on the caller's stream: its pointers, then the dims."""
+def _launch(
+    kernel: str, call: Call[A], specialize: bool, *threshold: float, activation: str = RELU, norm_eps: float = 0.0
+) -> None:
+    """Launch a kernel on the caller's stream: its pointers, the dims, then what it may have or not."""
     checked = call.checked
-    stream, launched = call.family.stream(checked.device), kernel_of(kernel, checked, specialize)
+    stream, launched = call.family.stream(checked.device), kernel_of(kernel, checked, specialize, activation)
     overlapping = launched.plan.programmatic and overlaps(stream)
-    launched.launch(stream, overlapping, *call.inputs, call.output, *arguments, checked.d_ff, checked.d_model)
+    trailing = trailing_arguments(kernel, call.extras, norm_eps)
+    launched.launch(stream, overlapping, *call.inputs, call.output, *threshold, checked.d_ff, checked.d_model, *trailing)
+
+
+_NONE: Mapping[str, tuple[int | float, ...]] = {
+    kernel: tuple(0.0 if p == "norm_eps" else 0 for p in interface.parameters if p in (*OPTIONAL, "norm_eps"))
+    for kernel, interface in KERNELS.items()
+}
+
+
+def trailing_arguments(kernel: str, extras: Mapping[str, int], norm_eps: float) -> tuple[int | float, ...]:
+    """The arguments behind the dims: the addresses of what a call has, null of what it has not."""
+    if not extras:
+        return _NONE[kernel]
+    addresses = [extras.get(p, 0) for p in KERNELS[kernel].optional]
+    return (*addresses, norm_eps) if "norm_eps" in KERNELS[kernel].parameters else tuple(addresses)

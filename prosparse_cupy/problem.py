@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ class Interface:
     """What a kernel takes, in the order of its arguments, and how it may be launched."""
 
     parameters: tuple[str, ...]
-    """Vectors, weights (``W_*``, which is also the define that says their format), `threshold`, and the dims."""
+    """Vectors, weights (``W_*``, which is also the define that says their format), `threshold`, the dims, and then what a call
+    may have or not (`OPTIONAL`), of which the define in capitals tells which."""
     is_programmatic: bool = True
     """Whether it may start while its predecessor on the stream ends, where the GPU can do that."""
 
@@ -29,17 +30,24 @@ class Interface:
         return tuple(p for p in self.parameters if p.startswith("W_"))
 
     @property
+    def optional(self) -> tuple[str, ...]:
+        return tuple(p for p in self.parameters if p in OPTIONAL)
+
+    @property
     def has_activation(self) -> bool:
         return "threshold" in self.parameters
 
 
+OPTIONAL = ("gate_bias", "up_bias", "down_bias", "norm_weight")
+"""Vectors that an FFN may have or not."""
 _DIMS = ("d_ff", "d_model")
 KERNELS: Mapping[str, Interface] = MappingProxyType(
     {
-        "ffn_1": Interface(("x", "W_GATE", "gate", *_DIMS)),
-        "ffn_123": Interface(("x", "W_GATE", "W_UP", "x1", "threshold", *_DIMS)),
-        "ffn_23": Interface(("gate", "x", "W_UP", "x1", "threshold", *_DIMS)),
-        "ffn_4": Interface(("x1", "W_DOWN", "y", *_DIMS)),
+        "ffn_1": Interface(("x", "W_GATE", "gate", *_DIMS, "gate_bias")),
+        "ffn_12": Interface(("x", "W_UP", "x1", "threshold", *_DIMS, "up_bias")),
+        "ffn_123": Interface(("x", "W_GATE", "W_UP", "x1", "threshold", *_DIMS, "gate_bias", "up_bias")),
+        "ffn_23": Interface(("gate", "x", "W_UP", "x1", "threshold", *_DIMS, "up_bias")),
+        "ffn_4": Interface(("x1", "W_DOWN", "y", *_DIMS, "down_bias", "norm_weight", "norm_eps")),
         "pack_down": Interface(("w_down", "w_down_t", *_DIMS), is_programmatic=False),
         "decompress": Interface(("W_PACKED", "w", *_DIMS), is_programmatic=False),
     }
@@ -81,6 +89,8 @@ class Problem:
     """Of the kernel's weights, in the order of its arguments; plain ones if it is not said."""
     activation: str = RELU
     """The part of the formula that kernels are compiled for; a threshold comes with the launch."""
+    extras: tuple[str, ...] = ()
+    """Which of the kernel's `OPTIONAL` arguments a call has."""
 
     def __post_init__(self) -> None:
         weights = len(KERNELS[self.kernel].weights)
@@ -92,6 +102,11 @@ class Problem:
             if self.dtype not in format_.dtypes:
                 allowed = " or ".join(format_.dtypes)
                 raise ValueError(f"{self.kernel}: weights in the format {format_.name} must be {allowed}, got {self.dtype}")
+
+    @property
+    def measured(self) -> Problem:
+        """The problem whose knobs serve this one too: activation, biases and norm cost next to nothing."""
+        return self if self.activation == RELU and not self.extras else replace(self, activation=RELU, extras=())
 
     @property
     def is_plain(self) -> bool:

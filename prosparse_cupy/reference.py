@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .formula import Formula
+from .formula import RELU, Formula
 
 _ROWS_AT_ONCE = 256  # some MB in float64, which stay in cache: blocks of 2048 take three times as long
+
+
+Array = npt.NDArray[Any]
 
 
 def active(gate: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[np.bool_]:
@@ -26,41 +29,82 @@ def fatrelu(gate: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
     return Formula(threshold).activate(gate)
 
 
-def ffn_1(x: npt.NDArray[Any], w_gate: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Formula 1: `x @ w_gate.T`."""
-    return rows_dot(x, w_gate, np.arange(len(w_gate))).astype(x.dtype)
+def ffn_1(x: Array, w_gate: Array, *, bias: Array | None = None) -> Array:
+    """Formula 1: `x @ w_gate.T + bias`."""
+    return _biased(rows_dot(x, w_gate, np.arange(len(w_gate))), bias).astype(x.dtype)
 
 
-def ffn_23(gate: npt.NDArray[Any], x: npt.NDArray[Any], w_up: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
-    """Formulas 2 and 3: `fatrelu(gate, threshold) * (x @ w_up.T)`."""
-    formula = Formula(threshold)
+def ffn_12(x: Array, w_up: Array, threshold: float = 0.0, *, activation: str = RELU, bias: Array | None = None) -> Array:
+    """Formulas 1 and 2 without a gate: the activation of `x @ w_up.T + bias`."""
+    return Formula(threshold, activation, gated=False).activate(ffn_1(x, w_up, bias=bias))
+
+
+def ffn_23(
+    gate: Array, x: Array, w_up: Array, threshold: float = 0.0, *, activation: str = RELU, bias: Array | None = None
+) -> Array:
+    """Formulas 2 and 3: the activation of `gate` times `x @ w_up.T + bias`."""
+    formula = Formula(threshold, activation)
     used = formula.active(gate).reshape(-1, gate.shape[-1]).any(axis=0)
     x1 = np.zeros(gate.shape, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        x1[..., used] = formula.combine(gate[..., used], rows_dot(x, w_up, np.flatnonzero(used)))
+        up = _biased(rows_dot(x, w_up, np.flatnonzero(used)), None if bias is None else bias[used])
+        x1[..., used] = formula.combine(gate[..., used], up)
         return x1.astype(gate.dtype)
 
 
-def ffn_123(x: npt.NDArray[Any], w_gate: npt.NDArray[Any], w_up: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
+def ffn_123(
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    threshold: float = 0.0,
+    *,
+    activation: str = RELU,
+    gate_bias: Array | None = None,
+    up_bias: Array | None = None,
+) -> Array:
     """Formulas 1 to 3: `ffn_23` of `ffn_1`."""
-    return ffn_23(ffn_1(x, w_gate), x, w_up, threshold)
+    return ffn_23(ffn_1(x, w_gate, bias=gate_bias), x, w_up, threshold, activation=activation, bias=up_bias)
 
 
-def ffn_4(x1: npt.NDArray[Any], w_down_t: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Formula 4: `x1 @ w_down_t`, over the rows of `w_down_t` where `x1` is not zero."""
-    rows = x1.reshape(-1, x1.shape[-1])
+def ffn_4(
+    x1: Array, w_down_t: Array, *, bias: Array | None = None, norm_weight: Array | None = None, norm_eps: float = 0.0
+) -> Array:
+    """Formula 4: `x1 @ w_down_t + bias`, over the rows of `w_down_t` where `x1` is not zero.
+
+    With `norm_weight` x1 is first divided by its root mean square over all neurons and multiplied by the weight.
+    """
+    rows = x1.reshape(-1, x1.shape[-1]).astype(np.float64)
     y = np.zeros((len(rows), w_down_t.shape[1]), np.float64)
-    for token, values in zip(y, rows, strict=True):
-        token += rows_sum(values, w_down_t, np.flatnonzero(values.astype(np.float32) != 0))
     with np.errstate(invalid="ignore", over="ignore"):
-        return y.reshape(*x1.shape[:-1], -1).astype(x1.dtype)
+        for token, values in zip(y, rows, strict=True):
+            used = np.flatnonzero(values.astype(np.float32) != 0)
+            if norm_weight is not None:
+                scale = 1 / np.sqrt(np.mean(np.square(values)) + norm_eps)
+                values[used] *= norm_weight[used].astype(np.float64) * scale
+            token += rows_sum(values, w_down_t, used)
+        return _biased(y, bias).reshape(*x1.shape[:-1], -1).astype(x1.dtype)
 
 
 def sparse_ffn(
-    x: npt.NDArray[Any], w_gate: npt.NDArray[Any], w_up: npt.NDArray[Any], w_down_t: npt.NDArray[Any], threshold: float = 0.0
-) -> npt.NDArray[Any]:
-    """Formulas 1 to 4."""
-    return ffn_4(ffn_123(x, w_gate, w_up, threshold), w_down_t)
+    x: Array,
+    w_gate: Array | None,
+    w_up: Array,
+    w_down_t: Array,
+    threshold: float = 0.0,
+    *,
+    activation: str = RELU,
+    gate_bias: Array | None = None,
+    up_bias: Array | None = None,
+    down_bias: Array | None = None,
+    norm_weight: Array | None = None,
+    norm_eps: float = 0.0,
+) -> Array:
+    """Formulas 1 to 4; without `w_gate`, of a block that has none."""
+    if w_gate is None:
+        x1 = ffn_12(x, w_up, threshold, activation=activation, bias=up_bias)
+    else:
+        x1 = ffn_123(x, w_gate, w_up, threshold, activation=activation, gate_bias=gate_bias, up_bias=up_bias)
+    return ffn_4(x1, w_down_t, bias=down_bias, norm_weight=norm_weight, norm_eps=norm_eps)
 
 
 def pack_down(w_down: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -87,3 +131,7 @@ def rows_sum(values: npt.NDArray[Any], weights: npt.NDArray[Any], rows: npt.NDAr
 
 def _parts(numbers: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
     return [numbers[i : i + _ROWS_AT_ONCE] for i in range(0, len(numbers), _ROWS_AT_ONCE)]
+
+
+def _biased(values: Array, bias: Array | None) -> Array:
+    return values if bias is None else values + bias.astype(np.float64)

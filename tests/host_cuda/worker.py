@@ -27,7 +27,10 @@ def _library(path: str) -> ctypes.CDLL:
 def run(
     path: str, grid: tuple, block: tuple, kinds: tuple[str, ...], values: list[Any], out: np.ndarray, seed: int
 ) -> np.ndarray:
-    """Copy the arrays into buffers of exactly their size, launch, and copy `out` back; a weight's arrays come as a tuple."""
+    """Copy the arrays into buffers of exactly their size, launch, and copy `out` back; a weight's arrays come as a tuple.
+
+    Arguments that are left out at the end are null, as biases are that a projection does not have.
+    """
     library = _library(path)
     arguments, buffers, output = [], [], None
 
@@ -37,9 +40,11 @@ def run(
         ctypes.memmove(buffers[-1], array.ctypes.data, array.nbytes)
         return buffers[-1]
 
-    for kind, value in zip(kinds, values, strict=True):
+    for kind, value in zip(kinds, [*values, *[0] * (len(kinds) - len(values))], strict=True):
         if kind in _TYPES:
             arguments.append(_TYPES[kind](value))
+        elif isinstance(value, int):
+            arguments.append(ctypes.c_void_p(value))
         elif isinstance(value, tuple):
             words = [v if isinstance(v, int) else copied(v) for v in value]
             arguments.append((ctypes.c_uint64 * len(kind))(*words))
