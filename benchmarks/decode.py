@@ -36,7 +36,7 @@ from prosparse_cupy.torch import (
     release_generation,
     unpatch_model,
 )
-from prosparse_cupy.torch.patch import gated_mlps
+from prosparse_cupy.torch.patch import mlps
 from prosparse_cupy.torch.step import Step, cache_name
 
 from .conditions import Yardsticks
@@ -105,7 +105,7 @@ def calibrate(model: nn.Module, layer_shares: np.ndarray, threshold: float, seed
     """
     rng = np.random.default_rng(seed)
     model.get_input_embeddings().weight.normal_(0, 1)  # the residual stream's scale, so that the norm's epsilon does not count
-    for (_, mlp), share in zip(gated_mlps(model), layer_shares, strict=True):
+    for (_, mlp, _), share in zip(mlps(model), layer_shares, strict=True):
         weight = mlp.gate_proj.weight
         active = torch.as_tensor(_neuron_shares(share, weight.shape[0], rng), dtype=torch.float32, device=weight.device)
         spread = threshold / torch.special.ndtri(1 - active)
@@ -212,7 +212,7 @@ def _bytes_of_a_token(model: nn.Module, sparsity: float, context: int) -> int:
     for _, module in model.named_modules():
         if isinstance(module, (nn.Linear, CompressedLinear)):
             total += module.packed.nbytes if isinstance(module, CompressedLinear) else module.weight.nbytes
-    for _, mlp in gated_mlps(model):
+    for _, mlp, _ in mlps(model):
         if isinstance(mlp, SparseGatedMLP):
             for linear in (mlp.up_proj, mlp.down_proj):
                 whole = linear.packed.nbytes if isinstance(linear, CompressedLinear) else linear.weight.nbytes
@@ -341,15 +341,15 @@ def _sparsity_and_errors(model: nn.Module, prompt: torch.Tensor) -> dict[str, An
             token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
         sparsity = meter.report().sparsity
     inputs: dict[str, torch.Tensor] = {}
-    mlps = dict(gated_mlps(model))
+    found = {name: mlp for name, mlp, _ in mlps(model)}
     hooks = [
         mlp.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0].clone()}))
-        for name, mlp in mlps.items()
+        for name, mlp in found.items()
     ]
     model(token, past_key_values=cache)
     for hook in hooks:
         hook.remove()
-    errors = [_errors_of(mlp, inputs[name]) for name, mlp in mlps.items()]
+    errors = [_errors_of(mlp, inputs[name]) for name, mlp in found.items()]
     epsilon = float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
     return {
         "sparsity": sparsity,

@@ -1,20 +1,20 @@
-"""Whether a gated MLP computes the formula that it is to be replaced by: its code, then its own weights and dtype."""
+"""Whether an MLP computes the formula that it is to be replaced by: its code, then its own weights and dtype."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..formula import Formula
+from ..formula import DRELU, Formula
 from ..numerics import within_contract
-from .activation import FATReLU
-from .mlp import PROJECTIONS, SparseGatedMLP
-
-Weights = tuple[Tensor, Tensor, Tensor]
+from .activation import FATReLU, module_of
+from .families import MLPFamily
+from .mlp import eps_of
 
 _NEURONS = 256  # of the copy whose code is tried
 _GATES = (0.01, 1.0, 100.0, 1e4, 1e6)  # sizes of its gates, so that a clamp, an offset or a leak shows at one of them
@@ -23,110 +23,233 @@ _SCALES = (0.1, 1.0, 10.0)  # of the inputs that the layer's own weights are tri
 _ROWS_AT_ONCE = 2048  # a block of rows in float64 is at most some tens of MB
 
 
-def why_another_formula(mlp: Any, threshold: float) -> str:
-    """What `mlp` computes other than ``down_proj(fatrelu(gate_proj(x), threshold) * up_proj(x))``, or nothing.
+class Tensors(NamedTuple):
+    """What an MLP's formula is computed from, in `nn.Linear`'s layout."""
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
+
+
+def tensors_of(module: Any, family: MLPFamily) -> Tensors:
+    """Those of an MLP, or of the module that has taken its place."""
+    down = getattr(module, family.down)
+    norm = getattr(module, family.norm) if family.norm is not None else None
+    more = (None, 0.0) if norm is None else (norm.weight, eps_of(norm))
+    if family.fused is not None:
+        gate, up = getattr(module, family.fused).weight.chunk(2)
+        return Tensors(up, down.weight, gate, None, down.bias, None, *more)
+    linear = getattr(module, family.up)
+    if family.gate is None:
+        return Tensors(linear.weight, down.weight, None, linear.bias, down.bias, None, *more)
+    gate = getattr(module, family.gate)
+    return Tensors(linear.weight, down.weight, gate.weight, linear.bias, down.bias, gate.bias, *more)
+
+
+def run(module: Any, family: MLPFamily, x: Tensor) -> Tensor:
+    """What an MLP makes of tokens `x`, (tokens, d_model).
+
+    Where its parts belong to a whole layer, the layer is run, and `x` is put in the place of what its up-projection reads.
+    """
+    if not family.is_inside:
+        found: Any = module(x[None])
+        if not isinstance(found, Tensor) or found.shape != x[None].shape:
+            raise _NoTensor(f"its code does not return one tensor of its input's shape, but a {type(found).__name__}")
+        return found[0]
+    up, down = getattr(module, family.up), getattr(module, family.down)
+    with _hooked(up.register_forward_pre_hook(lambda _, given: (x.view(given[0].shape),))):
+        handle = down.register_forward_hook(_stop)
+        with _hooked(handle):
+            try:
+                module(torch.zeros_like(x, dtype=_dtype_around(module, (up, down)))[None])
+            except _Stopped as stopped:
+                return stopped.output.reshape(x.shape[0], -1)
+    raise _NoTensor(f"its code never calls its {family.down}")
+
+
+def _dtype_around(layer: nn.Module, parts: tuple[nn.Module, ...]) -> torch.dtype:
+    """Of a layer's other parameters."""
+    own = {id(p) for part in parts for p in part.parameters()}
+    return next((p.dtype for p in layer.parameters() if id(p) not in own), torch.float32)
+
+
+class _NoTensor(Exception):
+    """What code that is run as an FFN does otherwise."""
+
+
+class _Stopped(Exception):
+    def __init__(self, output: Tensor) -> None:
+        super().__init__("the down-projection was called")
+        self.output = output
+
+
+def _stop(module: nn.Module, arguments: Any, output: Tensor) -> None:
+    raise _Stopped(output)
+
+
+@contextmanager
+def _hooked(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def why_another_formula(mlp: Any, family: MLPFamily, formula: Formula) -> str:
+    """What `mlp` computes other than a formula, or nothing.
 
     Its code is run in float64 on fewer neurons with random weights, so rounding explains nothing and no weights hide anything.
     """
-    device, d_model = mlp.gate_proj.weight.device, mlp.gate_proj.weight.shape[1]
+    own = tensors_of(mlp, family)
+    device, d_model = own.up.device, own.up.shape[1]
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator).to(device)
 
-    w_gate, w_up, w_down = (
-        random(_NEURONS, d_model) / d_model**0.5,
-        random(_NEURONS, d_model),
+    def like(tensor: Tensor | None, size: int) -> Tensor | None:
+        return None if tensor is None else random(size)
+
+    gate = None if own.gate is None else random(_NEURONS, d_model) / d_model**0.5
+    tensors = Tensors(
+        random(_NEURONS, d_model) / (1 if family.gated else d_model**0.5),
         random(d_model, _NEURONS),
+        gate,
+        like(own.up_bias, _NEURONS),
+        like(own.down_bias, d_model),
+        like(own.gate_bias, _NEURONS),
+        like(own.norm_weight, _NEURONS),
+        own.norm_eps,
     )
-    small = _with_weights(mlp, (w_gate, w_up, w_down), threshold)
-    gates = _GATES + (threshold,) * (threshold > 0)
+    small = _with_tensors(mlp, family, tensors, formula)
+    sizes = _GATES[:-1] if formula.normed else _GATES  # norms take squares in float32, which would overflow
+    gates = sizes + (formula.threshold,) * (formula.threshold > 0)
     x = torch.stack([size * random(d_model) for size in gates])
     try:
-        found = small(x[None])
+        found = run(small, family, x).double()
+    except _NoTensor as error:
+        return str(error)
     except Exception as error:  # whatever its code raises on what the formula would take
         said = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         return f"its code does not run on {_NEURONS} neurons in float64 ({said})"
-    if not isinstance(found, Tensor) or found.shape != x[None].shape:
-        return f"its code does not return one tensor of its input's shape, but a {type(found).__name__}"
-    differences = (found[0].double() - _exact(x, w_gate, w_up, w_down, threshold)).norm(dim=1)
-    for gate, difference, size in zip(gates, differences.tolist(), found[0].double().norm(dim=1).tolist(), strict=True):
+    differences = (found - _exact(x, tensors, formula)).norm(dim=1)
+    for size_of_gates, difference, size in zip(gates, differences.tolist(), found.norm(dim=1).tolist(), strict=True):
         if not difference <= _LARGEST_DIFFERENCE * size:
             share = difference / size if size else float("inf")
-            return (
-                f"its output differs from that of {Formula(threshold)} by {share:.2g} of its norm, with gates of size {gate:g}"
-            )
+            return f"its output differs from that of {formula} by {share:.2g} of its norm, with gates of size {size_of_gates:g}"
     return ""
 
 
-def _with_weights(mlp: Any, weights: Weights, threshold: float) -> Any:
-    """A shallow copy of `mlp` with these projections, and the threshold where its FATReLU lacks one."""
+def _with_tensors(mlp: Any, family: MLPFamily, tensors: Tensors, formula: Formula) -> Any:
+    """A shallow copy of `mlp` with these weights, and the threshold where its FATReLU lacks one."""
     other = copy.copy(mlp)
     other._modules = dict(mlp._modules)
     other.__dict__.pop("forward", None)  # the class's, but bound to `mlp`, where accelerate has left one behind
-    for name, weight in zip(PROJECTIONS, weights, strict=True):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        other._modules[name] = linear
-    if _lacks_threshold(mlp):
-        other._modules["act_fn"] = FATReLU(threshold)
+
+    def linear(name: str, weight: Tensor, bias: Tensor | None) -> None:
+        kind = type(getattr(mlp, name)) if type(getattr(mlp, name)).__name__ in family.linears else nn.Linear
+        new = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        new.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        other._modules[name] = new
+
+    if family.fused is not None and tensors.gate is not None:
+        linear(family.fused, torch.cat([tensors.gate, tensors.up]), None)
+    else:
+        if family.gate is not None and tensors.gate is not None:
+            linear(family.gate, tensors.gate, tensors.gate_bias)
+        linear(family.up, tensors.up, tensors.up_bias)
+    linear(family.down, tensors.down, tensors.down_bias)
+    if family.norm is not None and tensors.norm_weight is not None:
+        norm = copy.copy(getattr(mlp, family.norm))
+        norm._parameters = {**norm._parameters, "weight": nn.Parameter(tensors.norm_weight, requires_grad=False)}
+        other._modules[family.norm] = norm
+    if _lacks_threshold(mlp, family):
+        other._modules[family.activation] = FATReLU(formula.threshold)
     return other
 
 
-def why_outside_the_contract(mlp: Any, threshold: float, sparse: SparseGatedMLP) -> str:
-    """Why the output of `sparse`, or of the `mlp` of T `threshold` that it replaces, is not the formula's within rounding.
+def why_outside_the_contract(
+    mlp: Any, family: MLPFamily, formula: Formula, sparse: Callable[[Tensor], Tensor], becomes: Formula, hidden: Tensor | None
+) -> str:
+    """Why the output of `sparse`, or of the `mlp` of `formula` that it replaces, is not the formula's within rounding.
 
-    Both are compared with float64 on the layer's own weights. As a vector an output may have twice the error of the dense path
-    in the same dtype, plus one ulp.
+    Both are compared with float64 on the layer's own weights, on random inputs of several sizes and on `hidden`, a token's real
+    hidden state, if it is given. As a vector an output may have twice the error of the dense path in the same dtype, plus one
+    ulp.
     """
-    weights: Weights = (sparse.gate_proj.weight, sparse.up_proj.weight, sparse.down_proj.weight)
-    x = torch.randn(len(_SCALES), weights[0].shape[1], device="cpu", generator=torch.Generator().manual_seed(1))
-    x = (x * torch.tensor(_SCALES, device="cpu")[:, None]).to(weights[0])
-    before = mlp if not _lacks_threshold(mlp) else _with_weights(mlp, weights, threshold)
-    return _compare(
-        "sparse output", torch.cat([sparse(row[None]) for row in x]), x, weights, float(sparse.act_fn.threshold or 0.0)
-    ) or _compare("output", before(x[None])[0], x, weights, threshold)
+    tensors = tensors_of(mlp, family)
+    x = torch.randn(len(_SCALES), tensors.up.shape[1], device="cpu", generator=torch.Generator().manual_seed(1))
+    x = (x * torch.tensor(_SCALES, device="cpu")[:, None]).to(tensors.up)
+    named = [f"inputs of scale {scale:g}" for scale in _SCALES]
+    if hidden is not None:
+        x, named = torch.cat([x, hidden.detach().reshape(1, -1).to(x)]), [*named, "the hidden state that was given"]
+    before = mlp if not _lacks_threshold(mlp, family) else _with_tensors(mlp, family, tensors, formula)
+    outputs = torch.cat([sparse(row[None]) for row in x])
+    return _compare("sparse output", outputs, x, named, tensors, becomes) or _compare(
+        "output", run(before, family, x), x, named, tensors, formula
+    )
 
 
-def _compare(what: str, output: Tensor, x: Tensor, weights: Weights, threshold: float) -> str:
+def _compare(what: str, output: Tensor, x: Tensor, named: list[str], tensors: Tensors, formula: Formula) -> str:
     """Why the outputs of tokens `x` are not those of the formula within the contract, or nothing."""
-    exact, dense = _exact(x, *weights, threshold), _dense(x, *weights, threshold)
-    usable = exact.abs().amax(dim=1) <= torch.finfo(x.dtype).max  # float16 may overflow at the largest scale
+    exact, dense = _exact(x, tensors, formula), _dense(x, tensors, formula)
+    # float16 may overflow at the largest scale, on the way too
+    usable = (exact.abs().amax(dim=1) <= torch.finfo(x.dtype).max) & dense.isfinite().all(dim=1)
     if not bool(usable.any()):
         return "its output is not finite on random inputs: are its weights?"
     errors = (output.double() - exact).norm(dim=1)
     dense_errors, epsilon = (dense.double() - exact).norm(dim=1), torch.finfo(x.dtype).eps
-    for scale, usable_, error, dense_error, size in zip(
-        _SCALES, usable.tolist(), errors.tolist(), dense_errors.tolist(), exact.norm(dim=1).tolist(), strict=True
+    for which, usable_, error, dense_error, size in zip(
+        named, usable.tolist(), errors.tolist(), dense_errors.tolist(), exact.norm(dim=1).tolist(), strict=True
     ):
         if usable_ and not within_contract(error, dense_error, epsilon, size):
             share = error / size if size else float("inf")
-            return (
-                f"its {what} differs from that of {Formula(threshold)} by {share:.2g} of its norm, at inputs of scale {scale:g}"
-            )
+            return f"its {what} differs from that of {formula} by {share:.2g} of its norm, at {which}"
     return ""
 
 
-def _lacks_threshold(mlp: nn.Module) -> bool:
+def _lacks_threshold(mlp: nn.Module, family: MLPFamily) -> bool:
     """Whether `mlp` cannot run, since its FATReLU was made for a config that names no threshold."""
-    activation = getattr(mlp, "act_fn", None)
+    activation = getattr(mlp, family.activation, None)
     return isinstance(activation, FATReLU) and activation.threshold is None
 
 
-def _dense(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, threshold: float) -> Tensor:
+def _dense(x: Tensor, t: Tensors, formula: Formula) -> Tensor:
     """The formula of tokens `x` by the vendor's library in their dtype."""
-    linear = nn.functional.linear
-    return linear(FATReLU(threshold)(linear(x, w_gate)) * linear(x, w_up), w_down)
+    linear, activation = nn.functional.linear, module_of(formula)
+    up = linear(x, t.up, t.up_bias)
+    if t.gate is None:
+        x1 = activation(up)
+    else:
+        x1 = activation(linear(x, t.gate, t.gate_bias)) * (torch.relu(up) if formula.activation == DRELU else up)
+    if t.norm_weight is not None:
+        wide = x1.float()
+        x1 = t.norm_weight * (wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + t.norm_eps)).to(x1.dtype)
+    return linear(x1, t.down, t.down_bias)
 
 
-def _exact(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, threshold: float) -> Tensor:
+def _exact(x: Tensor, t: Tensors, formula: Formula) -> Tensor:
     """The formula of tokens `x`, (tokens, d_model), in float64, rounded where the operators round (float64: nowhere)."""
-    wide, dtype = x.double(), x.dtype
-    gate = _by_rows(lambda rows: wide @ w_gate[rows].double().t(), len(w_gate)).to(dtype)
-    up = _by_rows(lambda rows: wide @ w_up[rows].double().t(), len(w_up))
-    x1 = (FATReLU(threshold)(gate).double() * up).to(dtype).double()
-    return _by_rows(lambda rows: x1 @ w_down[rows].double().t(), len(w_down))
+    wide, dtype, activation = x.double(), x.dtype, module_of(formula)
+    up = _by_rows(wide, t.up, t.up_bias)
+    if t.gate is None:
+        x1 = activation(up.to(dtype).double())
+    else:
+        gate = _by_rows(wide, t.gate, t.gate_bias).to(dtype).double()
+        x1 = activation(gate) * (torch.relu(up) if formula.activation == DRELU else up)
+    x1 = x1.to(dtype).double()
+    if t.norm_weight is not None:
+        x1 = t.norm_weight.double() * x1 * torch.rsqrt(x1.square().mean(dim=1, keepdim=True) + t.norm_eps)
+    return _by_rows(x1, t.down, t.down_bias)
 
 
-def _by_rows(part: Callable[[slice], Tensor], rows: int) -> Tensor:
-    return torch.cat([part(slice(i, i + _ROWS_AT_ONCE)) for i in range(0, rows, _ROWS_AT_ONCE)], dim=1)
+def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    parts = range(0, len(weight), _ROWS_AT_ONCE)
+    product = torch.cat([x @ weight[i : i + _ROWS_AT_ONCE].double().t() for i in parts], dim=1)
+    return product if bias is None else product + bias.double()

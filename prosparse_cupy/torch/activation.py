@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..formula import check_threshold, largest_inactive, said_by
+from ..formula import RELU, RELU2, Formula, check_threshold, largest_inactive, said_by
 
 _DTYPES = {
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
@@ -55,6 +55,37 @@ class FATReLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"threshold={self._threshold}"
+
+
+class SquaredReLU(FATReLU):
+    """``x**2 if x >= threshold else 0``: what Nemotron, Arcee, Persimmon, nanochat and BitNet call ``relu2``, with a threshold.
+
+    Parameters
+    ----------
+    threshold : float, default 0.0
+        T, finite and >= 0.
+    """
+
+    def __init__(self, threshold: float = 0.0) -> None:
+        super().__init__(threshold)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+_MODULES: dict[type[nn.Module], str] = {FATReLU: RELU, SquaredReLU: RELU2}
+
+
+def module_of(formula: Formula) -> FATReLU:
+    """The activation of a formula as a module."""
+    return (SquaredReLU if formula.activation == RELU2 else FATReLU)(formula.threshold)
+
+
+def activation_of(module: nn.Module | None) -> tuple[str, float] | None:
+    """Name and threshold of a module that `module_of` makes, if it is one."""
+    if not isinstance(module, FATReLU) or type(module) not in _MODULES or module.threshold is None:
+        return None
+    return _MODULES[type(module)], module.threshold
 
 
 _registered = False

@@ -24,8 +24,8 @@ from .generation import generate, prepare_generation
 from .linears import CompressedLinear, DecodingLinear
 from .loading import load_compressed
 from .matrices import groups_of
-from .mlp import SparseGatedMLP
-from .patch import PatchReport, gated_mlps, patch_model, unpatch_model
+from .mlp import SparseMLP
+from .patch import PatchReport, mlps, patch_model, unpatch_model
 from .sparsity import measure_sparsity
 
 _FAILURES = (OSError, RuntimeError, ValueError, AssertionError, ImportError, LookupError)
@@ -132,30 +132,31 @@ def patched(model: Any, threshold: float | None, compress: bool, dense: bool) ->
             if threshold is not None:
                 raise click.ClickException("--threshold: a compressed checkpoint has its own: take the plain one")
             return ["a compressed checkpoint: " + _kinds(model)]
-        if threshold is None and not any(gated_mlps(model)) and not any(groups_of(model)):
-            return [f"nothing to patch: a {type(model).__name__} has no projections like LLaMA's, so it decodes as it is"]
+        if threshold is None and not any(mlps(model)) and not any(groups_of(model)):
+            return [f"nothing to patch: a {type(model).__name__} has no projections that are known, so it decodes as it is"]
         return described(patch_model(model, threshold, compress=compress))
 
 
 def _kinds(model: Any) -> str:
     modules = list(model.modules())
-    sparse, packed = (sum(isinstance(m, kind) for m in modules) for kind in (SparseGatedMLP, CompressedLinear))
-    return f"{sparse} gated MLPs decode sparsely, {packed} matrices are in 12 bits"
+    sparse, packed = (sum(isinstance(m, kind) for m in modules) for kind in (SparseMLP, CompressedLinear))
+    return f"{sparse} MLPs decode sparsely, {packed} matrices are in 12 bits"
 
 
 def described(report: PatchReport) -> list[str]:
     """A report in a few lines; a reason that many layers or matrices share is told once."""
     lines = list[str]()
     if report.layers:
-        line = f"{len(report.sparse)} of {len(report.layers)} gated MLPs decode sparsely"
+        line = f"{len(report.sparse)} of {len(report.layers)} MLPs decode sparsely"
         if report.sparse:
             line += f", T = {', '.join(f'{t:g}' for t in sorted({x.threshold for x in report.sparse}))}"
         if any(x.ratio < 1 for x in report.sparse):
             line += f", in {sum(x.ratio for x in report.sparse) / len(report.sparse):.1%} of the memory"
         lines += [line, *_counted("dense", [x.reason for x in report.layers if not x.sparse])]
+        lines += _counted("found out", [x.note for x in report.sparse])
         lines += _counted("partly plain", [x.plain for x in report.sparse])
     else:
-        lines.append("the model has no gated MLPs, so no FFN is sparse")
+        lines.append("the model has no MLPs of a family that is known, so no FFN is sparse")
     if report.matrices:
         line = f"{len(report.decoding)} of {len(report.matrices)} other matrices decode through ffn_1"
         if packed := sum(m.ratio < 1 for m in report.matrices):
@@ -172,7 +173,7 @@ def _counted(what: str, reasons: Sequence[str]) -> list[str]:
 def how_of(model: Any) -> str:
     """How a model decodes, in a word or two."""
     modules = list(model.modules())
-    for kind, how in ((CompressedLinear, "compressed"), (SparseGatedMLP, "sparse"), (DecodingLinear, "dense FFN")):
+    for kind, how in ((CompressedLinear, "compressed"), (SparseMLP, "sparse"), (DecodingLinear, "dense FFN")):
         if any(isinstance(module, kind) for module in modules):
             return how
     return "dense"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -50,27 +51,27 @@ def is_cast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
 
 
-def is_recorded(x: Tensor, weights: tuple[TorchWeight, ...]) -> bool:
+def is_recorded(x: Tensor, weights: Iterable[TorchWeight | None]) -> bool:
     """Whether derivatives are taken through these tensors, backward or forward."""
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and (x.requires_grad or any(isinstance(w, Tensor) and w.requires_grad for w in weights))
 
 
-def decoded(x: Tensor, weight: TorchWeight) -> Tensor | None:
-    """``x @ weight.T`` of one token by `ffn_1`, or None where only torch does what is asked."""
-    if not forward_is_torchs() or is_cast(x) or is_recorded(x, (weight,)):
+def decoded(x: Tensor, weight: TorchWeight, bias: Tensor | None = None) -> Tensor | None:
+    """``x @ weight.T + bias`` of one token by `ffn_1`, or None where only torch does what is asked."""
+    if not forward_is_torchs() or is_cast(x) or is_recorded(x, (weight, bias)):
         return None
     token = x.flatten()
     if x.is_cuda and not is_watched():
         try:
-            y: Tensor = ffn_1(token, plain_or_packed(weight)).view(*x.shape[:-1], -1)
+            y: Tensor = ffn_1(token, plain_or_packed(weight), bias=bias).view(*x.shape[:-1], -1)
             return y
         except (TypeError, ValueError):  # what the operator refuses, torch does, or refuses as it always did
             return None
-    if not is_taken(token, weight):
+    if not is_taken(token, weight, extras=() if bias is None else (bias,)):
         return None
-    return dispatched("ffn_1", token, (weight,)).view(*x.shape[:-1], -1)
+    return dispatched("ffn_1", token, (weight,), bias=bias).view(*x.shape[:-1], -1)
 
 
 def plain_or_packed(weight: TorchWeight) -> Any:
@@ -78,29 +79,34 @@ def plain_or_packed(weight: TorchWeight) -> Any:
     return weight if isinstance(weight, Tensor) else weight.packed
 
 
-def dispatched(name: str, x: Tensor, weights: tuple[TorchWeight, ...], *threshold: float) -> Tensor:
-    """An operator through torch's dispatcher."""
+def dispatched(name: str, x: Tensor, weights: tuple[TorchWeight | None, ...], *threshold: float, **keywords: Any) -> Tensor:
+    """An operator through torch's dispatcher; a weight is None where a block has no gate."""
     operator = getattr(torch.ops.prosparse, name)
-    if all(isinstance(w, Tensor) for w in weights):
-        plain: Tensor = operator.default(x, *weights, *threshold)
+    if all(w is None or isinstance(w, Tensor) for w in weights):
+        plain: Tensor = operator.default(x, *weights, *threshold, **keywords)
         return plain
     facts = [fact for w in weights for fact in _facts_of(w)]
-    result: Tensor = operator.parts(x, *map(_parts_of, weights), facts, *threshold)
+    result: Tensor = operator.parts(x, *map(_parts_of, weights), facts, *threshold, **keywords)
     return result
 
 
-def _facts_of(weight: TorchWeight) -> Facts:
-    return FACTS_OF_PLAIN if isinstance(weight, Tensor) else weight.facts
+def _facts_of(weight: TorchWeight | None) -> Facts:
+    return FACTS_OF_PLAIN if weight is None or isinstance(weight, Tensor) else weight.facts
 
 
-def _parts_of(weight: TorchWeight) -> list[Tensor]:
+def _parts_of(weight: TorchWeight | None) -> list[Tensor]:
+    if weight is None:
+        return []
     return [weight] if isinstance(weight, Tensor) else weight.parts
 
 
-def is_taken(token: Tensor, *weights: TorchWeight) -> bool:
-    """Whether `torch.ops.prosparse` takes a token with these (d_ff, d_model) weights."""
+def is_taken(token: Tensor, *weights: TorchWeight, extras: Iterable[Tensor] = (), axis: int = -1) -> bool:
+    """Whether `torch.ops.prosparse` takes a token with these (d_ff, d_model) weights, and biases or a norm's weight.
+
+    `axis` says which of the two dims the token has.
+    """
     dtype, device, shape = token.dtype, token.get_device(), weights[0].shape
-    if dtype not in DTYPES or token.shape[-1] != shape[-1] or token.shape[-1] % (VECTOR_BYTES // dtype.itemsize):
+    if dtype not in DTYPES or token.shape[-1] != shape[axis] or shape[-1] % (VECTOR_BYTES // dtype.itemsize):
         return False
     if not token.is_contiguous():
         return False
@@ -109,6 +115,9 @@ def is_taken(token: Tensor, *weights: TorchWeight) -> bool:
             if dtype != torch.bfloat16 or w.parts[0].get_device() != device or w.shape != tuple(shape):
                 return False
         elif w.dtype != dtype or w.get_device() != device or w.shape != shape or not w.is_contiguous():
+            return False
+    for extra in extras:
+        if extra.dtype != dtype or extra.get_device() != device or extra.dim() != 1 or not extra.is_contiguous():
             return False
     if not token.is_cuda and token.device.type != "cpu":
         return False

@@ -49,7 +49,7 @@ class DecodingLinear(nn.Linear):
 
 
 class CompressedLinear(nn.Module):
-    """`torch.nn.Linear` without bias whose bfloat16 weight is in 12 bits, without loss.
+    """`torch.nn.Linear` whose bfloat16 weight is in 12 bits, without loss; a bias stays as it is.
 
     `patch_model(model, compress=True)` puts it in the place of a model's projections. One token goes through `ffn_1`, or, in a
     `SparseGatedMLP`, through the sparse operators; for more tokens it decompresses its weight for the time of the call. In a
@@ -61,13 +61,16 @@ class CompressedLinear(nn.Module):
         bfloat16. It may be freed afterwards.
     transposed : bool, default False
         For a down-projection: the transpose of the weight is compressed, as `ffn_4` reads it.
+    bias : torch.nn.Parameter, (out_features,), optional
+        bfloat16; shared, not copied.
     """
 
-    bias: None = None
+    bias: nn.Parameter | None
 
-    def __init__(self, weight: Tensor, *, transposed: bool = False) -> None:
+    def __init__(self, weight: Tensor, *, transposed: bool = False, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.transposed = transposed
+        self.register_parameter("bias", bias)
         self._replaced: tuple[nn.Module, ...] = ()  # what `patch_model` put it in the place of; no submodule
         self._requires_grad = weight.requires_grad
         self._take(weight)
@@ -77,6 +80,7 @@ class CompressedLinear(nn.Module):
         """Of a weight that is compressed already, (d_ff, d_model)."""
         linear = cls.__new__(cls)
         nn.Module.__init__(linear)
+        linear.register_parameter("bias", None)
         linear.transposed, linear._requires_grad, linear._replaced = transposed, True, ()
         linear.out_features, linear.in_features = packed.shape[::-1] if transposed else packed.shape
         linear._hold(packed)
@@ -148,17 +152,19 @@ class CompressedLinear(nn.Module):
         return plain.t() if self.transposed else plain
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x @ weight.T``, (..., in_features) to (..., out_features)."""
-        if x.numel() == self.in_features and not self.transposed and (y := decoded(x, self)) is not None:
+        """``x @ weight.T + bias``, (..., in_features) to (..., out_features)."""
+        if x.numel() == self.in_features and not self.transposed and (y := decoded(x, self, self.bias)) is not None:
             return y
-        return nn.functional.linear(x, self.weight)
+        return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        packed = self.packed
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias=False, ratio={packed.ratio:.4f}"
+        dims, bias = f"in_features={self.in_features}, out_features={self.out_features}", self.bias is not None
+        return f"{dims}, bias={bias}, ratio={self.packed.ratio:.4f}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight.detach().to("cpu").contiguous()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(
         self,
@@ -170,6 +176,8 @@ class CompressedLinear(nn.Module):
         unexpected_keys: Any,
         error_msgs: Any,
     ) -> None:
+        if self.bias is not None:
+            self._load_bias(state_dict.get(f"{prefix}bias"), f"{prefix}bias", strict, missing_keys, error_msgs)
         key = f"{prefix}weight"
         given = state_dict.get(key)
         if given is None:
@@ -182,6 +190,17 @@ class CompressedLinear(nn.Module):
             return
         with torch.no_grad():
             self._take(given.to(self.device, torch.bfloat16))
+
+    def _load_bias(self, given: Tensor | None, key: str, strict: bool, missing_keys: Any, error_msgs: Any) -> None:
+        assert self.bias is not None
+        if given is None:
+            missing_keys.extend([key] * strict)
+        elif given.shape != self.bias.shape:
+            found, expected = tuple(given.shape), tuple(self.bias.shape)
+            error_msgs.append(f"size mismatch for {key}: {found} in the state dict, {expected} in the model")
+        else:
+            with torch.no_grad():
+                self.bias.copy_(given)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         becomes = fn(torch.empty(0, dtype=torch.bfloat16, device=self.device)).dtype
@@ -201,7 +220,12 @@ class CompressedLinear(nn.Module):
         """An `nn.Linear` with the same bits."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=torch.bfloat16)
         linear.weight = nn.Parameter(self.weight.contiguous(), requires_grad=self._requires_grad)
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
+
+    def part(self, start: int, stop: int) -> CompressedLinear:
+        """Some rows of it, which share its memory; of one that is not transposed."""
+        return CompressedLinear.of_packed(self.packed.rows(start, stop), transposed=False)
 
 
 def place_together(linears: Sequence[nn.Linear]) -> None:
@@ -222,7 +246,7 @@ def whole_of(linears: Sequence[nn.Module]) -> Tensor | CompressedLinear | None:
     """Projections of one input as one, if they lie one after the other in memory; None if they do not."""
     if all(type(linear) is DecodingLinear and linear.bias is None for linear in linears):
         return _adjacent([linear.weight.detach() for linear in linears])  # type: ignore[operator]
-    compressed = [linear for linear in linears if type(linear) is CompressedLinear and not linear.transposed]
+    compressed = [x for x in linears if type(x) is CompressedLinear and not x.transposed and x.bias is None]
     if len(compressed) < len(linears):
         return None
     first = compressed[0]

@@ -13,13 +13,15 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, files_by_name
+from ..formula import Formula
 from ..packed import MANIFEST, Entry, read_manifest
 from .acceptance import why_another_formula
 from .compressed import checked_packed_of
+from .families import LLAMA_LIKE
 from .linears import CompressedLinear
 from .matrices import rejoin_matrices
-from .mlp import SparseGatedMLP, pack
-from .patch import gated_mlps, own_threshold
+from .mlp import SparseMLP, pack
+from .patch import made_sparse, mlps, own_formula
 
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -66,12 +68,12 @@ def load_compressed(folder: str | Path, device: Any = "cuda", *, verify: bool = 
     with torch.device("meta"):
         model = auto.from_config(config, dtype=torch.bfloat16, **keywords)
     twin = _twin(config, keywords)
-    _check_formula(twin)
+    formula = _checked_formula(twin)
     _give_buffers(model, twin, device)
-    sparse = _made_sparse(model, entries)
+    sparse = _made_sparse(model, entries, formula)
     _load(model, path, entries, device)
     for module in sparse:
-        pack(module.down_proj)
+        pack(module.down)
     model.tie_weights()
     rejoin_matrices(model)
     if left := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
@@ -94,10 +96,15 @@ def _twin(config: Any, keywords: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _check_formula(twin: nn.Module) -> None:
-    for name, mlp in gated_mlps(twin):
-        if reason := why_another_formula(mlp, own_threshold(twin, name, mlp, None)):
-            raise CheckpointError(f"load_compressed: {reason}: load the plain checkpoint with from_pretrained")
+def _checked_formula(twin: nn.Module) -> Formula:
+    """What the model's gated MLPs compute, which its code must bear out."""
+    formula = Formula()
+    for name, mlp, family in mlps(twin):
+        if family == LLAMA_LIKE:
+            formula, _ = own_formula(twin, name, mlp, family, None)
+            if reason := why_another_formula(mlp, family, formula):
+                raise CheckpointError(f"load_compressed: {reason}: load the plain checkpoint with from_pretrained")
+    return formula
 
 
 def _give_buffers(model: nn.Module, twin: nn.Module, device: Any) -> None:
@@ -111,13 +118,13 @@ def _give_buffers(model: nn.Module, twin: nn.Module, device: Any) -> None:
         model.get_submodule(holder)._buffers[leaf] = like.to(device, copy=True)
 
 
-def _made_sparse(model: nn.Module, entries: dict[str, Entry]) -> list[SparseGatedMLP]:
-    """Put a `SparseGatedMLP` in the place of every gated MLP that has a compressed weight."""
+def _made_sparse(model: nn.Module, entries: dict[str, Entry], formula: Formula) -> list[SparseMLP]:
+    """Put a `SparseMLP` in the place of every gated MLP that has a compressed weight."""
     made = []
-    for name, mlp in list(gated_mlps(model)):
-        if not any(entry.startswith(f"{name}.") for entry in entries):
+    for name, mlp, family in list(mlps(model)):
+        if family != LLAMA_LIKE or not any(entry.startswith(f"{name}.") for entry in entries):
             continue
-        sparse = SparseGatedMLP.from_mlp(mlp, own_threshold(model, name, mlp, None))
+        sparse = made_sparse(mlp, family, formula)
         model.set_submodule(name, sparse)
         made.append(sparse)
     return made
@@ -185,7 +192,7 @@ def _set_packed(model: nn.Module, path: Path, name: str, entry: Entry, parts: li
     dims = linear.out_features, linear.in_features
     if not isinstance(old, nn.Linear) or old.bias is not None or (old.out_features, old.in_features) != dims:
         raise CheckpointError(f"{path}: {name} has other dims than the model's config says, or is no plain projection there")
-    if isinstance(module, SparseGatedMLP):
+    if isinstance(module, SparseMLP):
         setattr(module.replaced, leaf, linear)
     else:
         linear.take_place_of(old)

@@ -18,7 +18,7 @@ from ..compressed import LARGEST_RATIO, compress
 from ..formats import VECTOR_BYTES
 from .dispatch import DTYPES, decoded, does_more
 from .linears import CompressedLinear, DecodingLinear, place_apart, place_together
-from .mlp import SparseGatedMLP
+from .mlp import SparseMLP
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
@@ -51,7 +51,7 @@ def rows_of_report(matrices: Sequence[MatrixPatch]) -> list[tuple[str, ...]]:
 def groups_of(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Name of a module and the names of those of its projections that read one input, for every such group."""
     for name, module in model.named_modules():
-        if isinstance(module, SparseGatedMLP):
+        if isinstance(module, SparseMLP):
             continue
         for group in (_QKV, _GATE_UP):
             if all(isinstance(getattr(module, p, None), nn.Module) for p in group):

@@ -1,15 +1,16 @@
-"""The gated FFN of a LLaMA-like model as a module that decodes sparsely."""
+"""FFNs as modules that decode sparsely: of any family and formula, and the gated one of a LLaMA-like model."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ffn import SparseFFN, sparse_ffn
-from .activation import FATReLU
+from ..formula import DRELU, RELU, Formula
+from .activation import FATReLU, activation_of, module_of
 from .dispatch import (
     TorchWeight,
     dispatched,
@@ -21,16 +22,296 @@ from .dispatch import (
     is_watched,
     plain_or_packed,
 )
+from .families import LLAMA_LIKE, MLPFamily
 from .linears import CompressedLinear
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = LLAMA_LIKE.projections
 
 
-class SparseGatedMLP(nn.Module):
-    """``down_proj(fatrelu(gate_proj(x)) * up_proj(x))``: one token by the sparse operators, more by the dense path.
+class Operands(NamedTuple):
+    """What the operators take of an MLP as it is now."""
 
-    Both paths read the same weights: `down_proj.weight` is the transposed view of a contiguous (d_ff, d_model) buffer, so that
-    a neuron is one contiguous row, and there is no second copy. Names and shapes in the state dict are those of a LLaMA MLP.
+    gate: TorchWeight | None
+    up: TorchWeight
+    down: TorchWeight
+    threshold: float
+    activation: str
+    extras: dict[str, Tensor]
+    """Biases and the norm's weight, by the names of `sparse_ffn`'s arguments."""
+    norm_eps: float
+
+    @property
+    def weights(self) -> tuple[TorchWeight | None, TorchWeight, TorchWeight]:
+        return self.gate, self.up, self.down
+
+    def keywords(self) -> dict[str, Any]:
+        """Of `sparse_ffn`, as far as they are not its defaults."""
+        keywords: dict[str, Any] = dict(self.extras)
+        if self.activation != RELU:
+            keywords["activation"] = self.activation
+        if self.norm_eps:
+            keywords["norm_eps"] = self.norm_eps
+        return keywords
+
+    def of_halves(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """The operator of the first half, and the keywords of each."""
+        second = {name: value for name, value in self.keywords().items() if name in ("norm_weight", "norm_eps")}
+        if "down_bias" in self.extras:
+            second["bias"] = self.extras["down_bias"]
+        first: dict[str, Any] = {"activation": self.activation}
+        for name in ("gate_bias", "up_bias"):
+            if name in self.extras:
+                first["bias" if self.gate is None else name] = self.extras[name]
+        return "ffn_12" if self.gate is None else "ffn_123", first, second
+
+
+class SparseMLP(nn.Module):
+    """An FFN of any family: one token by the sparse operators, more by the dense path.
+
+    Both paths read the same weights: the down-projection's is the transposed view of a contiguous (d_ff, d_model) buffer, so
+    that a neuron is one contiguous row, and there is no second copy. Submodules have the names that they have in the family, so
+    names and shapes in the state dict are those of the model. `patch_model` makes these.
+
+    Parameters
+    ----------
+    family : MLPFamily
+        Says what the submodules are called.
+    formula : Formula
+        What the block computes.
+    """
+
+    def __init__(self, family: MLPFamily, formula: Formula) -> None:
+        super().__init__()
+        self.family = family
+        self._rectifies_up = formula.activation == DRELU
+        self._names = family.fused, family.gate, family.up, family.down, family.activation, family.norm
+        self._norm_kind: type | None = None
+        self.counts: Tensor | None = None
+        """Active neurons and all neurons so far, (2,) int64, where a `SparsityMeter` counts them."""
+        self._replaced: tuple[nn.Module, ...] = ()
+        self._bound: tuple[Any, SparseFFN[Tensor]] | None = None
+        """Weights as they were at the last call; they are kept, so no other has the id of one."""
+        self._halves: tuple[CompressedLinear, ...] = ()
+        """The two parts of a compressed matrix that holds gate and up."""
+        self.register_load_state_dict_post_hook(_pack_what_was_loaded)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def of(cls, mlp: nn.Module, family: MLPFamily, formula: Formula) -> SparseMLP:
+        """Of an MLP of a family that computes a formula. Its projections and its norm are shared, not copied.
+
+        The down-projection's weight changes its layout in memory, not its values.
+        """
+        sparse = cls(family, formula)
+        sparse._take_parts(mlp, formula)
+        return sparse
+
+    def _take_parts(self, mlp: nn.Module, formula: Formula) -> None:
+        for name in self.family.projections:
+            setattr(self, name, getattr(mlp, name))
+        setattr(self, self.family.activation, module_of(formula))
+        if self.family.norm is not None:
+            norm = getattr(mlp, self.family.norm)
+            setattr(self, self.family.norm, norm)
+            self._norm_kind = type(norm)
+        self._replaced = (mlp,)
+        pack(self.down)
+        self.train(mlp.training)
+
+    @property
+    def replaced(self) -> nn.Module | None:
+        """The module that this one is in the place of; no submodule."""
+        return self._replaced[0] if self._replaced else None
+
+    @property
+    def down(self) -> Any:
+        """The down-projection."""
+        return getattr(self, self.family.down)
+
+    @property
+    def d_model(self) -> int:
+        features: int = self.down.out_features
+        return features
+
+    @property
+    def d_ff(self) -> int:
+        features: int = self.down.in_features
+        return features
+
+    @property
+    def formula(self) -> Formula | None:
+        """What it computes, or None where its activation has been replaced by another."""
+        found = activation_of(self._modules.get(self.family.activation))
+        if found is None:
+            return None
+        activation = DRELU if self._rectifies_up else found[0]
+        return Formula(found[1], activation, self.family.gated, self.family.norm is not None)
+
+    @property
+    def threshold(self) -> float | None:
+        """FATReLU's T, or None where the activation has been replaced by something else."""
+        found = activation_of(self._modules.get(self.family.activation))
+        return None if found is None else found[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The FFN of `x`, (..., d_model).
+
+        One token goes through the sparse operators, unless gradients are recorded or the modules are not those of an FFN that
+        was patched any more: a LoRA adapter, a hook, another activation and the like take the dense path, which calls the
+        modules as they are.
+        """
+        if x.numel() == x.shape[-1] and (y := self._sparse(x)) is not None:
+            return y
+        x1 = self._first_half(x)
+        if self.counts is not None:
+            count_active(self.counts, x1)
+        *_, down, _, norm = self._names
+        dense: Tensor = getattr(self, down)(x1 if norm is None else getattr(self, norm)(x1))
+        return dense
+
+    def _first_half(self, x: Tensor) -> Tensor:
+        """Formulas 1 to 3 by calling the modules."""
+        fused, gate, up, _, activation, _ = self._names
+        act: Any = getattr(self, activation)
+        if fused is None and gate is None:
+            single: Tensor = act(getattr(self, up)(x))
+            return single
+        if fused is not None:
+            gates, ups = getattr(self, fused)(x).chunk(2, dim=-1)
+        else:
+            gates, ups = getattr(self, str(gate))(x), getattr(self, up)(x)
+        product: Tensor = act(gates) * (torch.relu(ups) if self._rectifies_up else ups)
+        return product
+
+    def _sparse(self, x: Tensor) -> Tensor | None:
+        """One token by the sparse operators, or None where only calling the modules does what they do."""
+        found = self.operands()
+        if found is None or is_cast(x) or is_recorded(x, (*found.weights, *found.extras.values())):
+            return None
+        token = x.flatten()
+        if self.counts is None and x.is_cuda and not is_watched():
+            try:
+                return self._called(token, found).view_as(x)  # the dispatcher costs 8 µs
+            except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
+                return None
+        if not is_taken(token, *(w for w in found.weights if w is not None), extras=found.extras.values()):
+            return None
+        if self.counts is None:
+            return dispatched("sparse_ffn", token, found.weights, found.threshold, **found.keywords()).view_as(x)
+        half, first, second = found.of_halves()
+        weights = found.weights[:2] if found.gate is not None else (found.up,)
+        x1 = dispatched(half, token, weights, found.threshold, **first)
+        count_active(self.counts, x1)
+        return dispatched("ffn_4", x1, (found.down,), **second).view_as(x)
+
+    def _called(self, token: Tensor, found: Operands) -> Tensor:
+        """The operators themselves. What costs time to look at is bound, so that one call and not each pays for it."""
+        w_gate, w_up, w_down_t = found.weights
+        is_plain = isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor) and (w_gate is None or isinstance(w_gate, Tensor))
+        if is_plain and not found.extras:
+            plain: Tensor = sparse_ffn(token, w_gate, w_up, w_down_t, found.threshold, activation=found.activation)  # type: ignore[arg-type]
+            return plain
+        gate: Any = None if w_gate is None else plain_or_packed(w_gate)
+        up, down = plain_or_packed(w_up), plain_or_packed(w_down_t)
+        more: Any = found.extras
+        looked_at = (gate, up, down, *found.extras.values())
+        key = (
+            found.threshold,
+            found.activation,
+            found.norm_eps,
+            tuple(found.extras),
+            *((w.data_ptr(), w.dtype) if isinstance(w, Tensor) else id(w) for w in looked_at),
+        )
+        bound = self._bound
+        if bound is None or bound[0] != key:
+            ffn: SparseFFN[Tensor] = SparseFFN(
+                gate, up, down, found.threshold, activation=found.activation, norm_eps=found.norm_eps, **more
+            )
+            bound = self._bound = key, ffn
+        return bound[1](token)
+
+    def operands(self) -> Operands | None:
+        """What the operators take, if calling the modules does what it did when this one was made."""
+        fused, gate, up, down, activation, norm = self._names
+        modules: Any = self._modules
+        found = activation_of(modules.get(activation))
+        if found is None or does_more(modules[activation]) or not forward_is_torchs():
+            return None
+        extras: dict[str, Tensor] = {}
+        w_down = self._weight(down, "down_bias", extras)
+        w_gate: TorchWeight | None = None
+        w_up: TorchWeight | None
+        if fused is not None:
+            whole = self._weight(fused, "", extras)
+            if whole is None:
+                return None
+            w_gate, w_up = self._halves_of(whole)
+        else:
+            if gate is not None:
+                w_gate = self._weight(gate, "gate_bias", extras)
+                if w_gate is None:
+                    return None
+            w_up = self._weight(up, "up_bias", extras)
+        if w_up is None or w_down is None:
+            return None
+        norm_eps = 0.0
+        if norm is not None:
+            module = modules.get(norm)
+            known: Any = self._norm_kind
+            if not isinstance(module, nn.Module) or type(module) is not known or does_more(module):
+                return None
+            extras["norm_weight"], norm_eps = modules[norm].weight, eps_of(module)
+        kind = DRELU if self._rectifies_up else found[0]
+        return Operands(w_gate, w_up, w_down, found[1], kind, extras, norm_eps)
+
+    def _weight(self, name: str, bias_name: str, extras: dict[str, Tensor]) -> TorchWeight | None:
+        """The weight of a projection, whose bias goes to `extras`; None if calling it does more than to multiply and add."""
+        linear: Any = self._modules.get(name)
+        is_down = bias_name == "down_bias"
+        if type(linear) is CompressedLinear:
+            if does_more(linear) or linear.transposed != is_down:
+                return None
+            bias = linear.bias
+        elif is_plain_linear(linear, self.family) and not does_more(linear):
+            bias = linear._parameters.get("bias")
+        else:
+            return None
+        if bias is not None:
+            if not bias_name:
+                return None
+            extras[bias_name] = bias
+        if type(linear) is CompressedLinear:
+            return linear
+        weight: Tensor | None = linear._parameters.get("weight")
+        return None if weight is None else weight.mT if is_down else weight
+
+    def _halves_of(self, whole: TorchWeight) -> tuple[TorchWeight, TorchWeight]:
+        """Gate and up of a matrix that holds both: rows of it, not copies."""
+        d_ff = whole.shape[0] // 2
+        if isinstance(whole, Tensor):
+            return whole[:d_ff], whole[d_ff:]
+        if not self._halves or self._halves[0] is not whole:
+            self._halves = whole, whole.part(0, d_ff), whole.part(d_ff, 2 * d_ff)
+        return self._halves[1], self._halves[2]
+
+    def show_one_escape(self) -> None:
+        """As `CompressedLinear.show_one_escape`, of the halves of a matrix that holds gate and up."""
+        whole: Any = self._modules.get(str(self._names[0]))
+        if type(whole) is CompressedLinear:
+            self._halves = ()
+            for half in self._halves_of(whole):
+                half.show_one_escape()  # type: ignore[union-attr]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseMLP:
+        self._bound, self._halves = None, ()  # which would keep the memory of before
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": None, "_halves": ()}
+
+
+class SparseGatedMLP(SparseMLP):
+    """``down_proj(fatrelu(gate_proj(x)) * up_proj(x))``: the `SparseMLP` of a LLaMA-like model.
 
     Parameters
     ----------
@@ -43,143 +324,51 @@ class SparseGatedMLP(nn.Module):
     """
 
     def __init__(self, d_model: int, d_ff: int, threshold: float = 0.0, *, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
+        super().__init__(LLAMA_LIKE, Formula(threshold))
         linear = partial(nn.Linear, bias=False, device=device, dtype=dtype)
         self.gate_proj, self.up_proj, self.down_proj = linear(d_model, d_ff), linear(d_model, d_ff), linear(d_ff, d_model)
         self.act_fn = FATReLU(threshold)
-        self.counts: Tensor | None = None
-        """Active neurons and all neurons so far, (2,) int64, where a `SparsityMeter` counts them."""
-        self._replaced: tuple[nn.Module, ...] = ()
-        self._bound: tuple[Any, SparseFFN[Tensor]] | None = None
-        """Compressed weights as they were at the last call; they are kept, so no other has the id of one."""
-        self.register_load_state_dict_post_hook(_pack_what_was_loaded)  # type: ignore[no-untyped-call]
         pack(self.down_proj)
 
     @classmethod
     def from_mlp(cls, mlp: Any, threshold: float = 0.0) -> SparseGatedMLP:
-        """Of a LLaMA-like MLP: bias-free `gate_proj`, `up_proj` and `down_proj`, the activation FATReLU of `threshold`.
+        """Of a LLaMA-like MLP: `gate_proj`, `up_proj` and `down_proj`, the activation FATReLU of `threshold`.
 
         The three `nn.Linear` are shared with `mlp`, not copied; `down_proj.weight` changes its layout in memory, not its
         values.
         """
         d_ff, d_model = mlp.gate_proj.weight.shape
         sparse = cls(d_model, d_ff, threshold, device="meta")
-        sparse.gate_proj, sparse.up_proj, sparse.down_proj = (getattr(mlp, name) for name in PROJECTIONS)
-        sparse._replaced = (mlp,)
-        pack(sparse.down_proj)
-        return sparse.train(mlp.training)
-
-    @property
-    def replaced(self) -> nn.Module | None:
-        """The module that `from_mlp` made this one of; no submodule."""
-        return self._replaced[0] if self._replaced else None
-
-    @property
-    def d_model(self) -> int:
-        return self.gate_proj.in_features
-
-    @property
-    def d_ff(self) -> int:
-        return self.gate_proj.out_features
-
-    @property
-    def threshold(self) -> float | None:
-        """FATReLU's T, or None where `act_fn` has been replaced by something else."""
-        return self.act_fn.threshold if isinstance(self.act_fn, FATReLU) else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The FFN of `x`, (..., d_model).
-
-        One token goes through the sparse operators, unless gradients are recorded or the modules are not those of an FFN that
-        was patched any more: a LoRA adapter, a hook, a bias, another activation and the like take the dense path, which calls
-        the modules as they are.
-        """
-        if x.numel() == x.shape[-1] and (y := self._sparse(x)) is not None:
-            return y
-        x1 = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        if self.counts is not None:
-            count_active(self.counts, x1)
-        dense: Tensor = self.down_proj(x1)
-        return dense
-
-    def _sparse(self, x: Tensor) -> Tensor | None:
-        """One token by the sparse operators, or None where only calling the modules does what they do."""
-        weights = self._plain_weights()
-        if weights is None or is_cast(x) or is_recorded(x, weights):
-            return None
-        activation: Any = self._modules["act_fn"]
-        token, threshold = x.flatten(), activation.threshold
-        if self.counts is None and x.is_cuda and not is_watched():
-            try:
-                return self._called(token, weights, threshold).view_as(x)  # the dispatcher costs 8 µs
-            except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
-                return None
-        if not is_taken(token, *weights):
-            return None
-        if self.counts is None:
-            return dispatched("sparse_ffn", token, weights, threshold).view_as(x)
-        x1 = dispatched("ffn_123", token, weights[:2], threshold)
-        count_active(self.counts, x1)
-        return dispatched("ffn_4", x1, weights[2:]).view_as(x)
-
-    def _called(self, token: Tensor, weights: tuple[TorchWeight, TorchWeight, TorchWeight], threshold: float) -> Tensor:
-        """The operators themselves. Compressed weights are bound, so that one call and not each pays for looking at them."""
-        w_gate, w_up, w_down_t = weights
-        if isinstance(w_gate, Tensor) and isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor):
-            return sparse_ffn(token, w_gate, w_up, w_down_t, threshold)
-        operands: tuple[Any, Any, Any] = (plain_or_packed(w_gate), plain_or_packed(w_up), plain_or_packed(w_down_t))
-        key = (threshold, *((w.data_ptr(), w.dtype) if isinstance(w, Tensor) else id(w) for w in operands))
-        bound = self._bound
-        if bound is None or bound[0] != key:
-            bound = self._bound = key, SparseFFN(*operands, threshold=threshold)
-        return bound[1](token)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SparseGatedMLP:
-        self._bound = None  # which would keep the memory of before
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None}
-
-    def _plain_weights(self) -> tuple[TorchWeight, TorchWeight, TorchWeight] | None:
-        """w_gate, w_up and w_down_t, if calling the modules does what it did when this one was made."""
-        weights: list[TorchWeight] = []
-        modules = self._modules
-        for name in PROJECTIONS:
-            linear: Any = modules.get(name)
-            if type(linear) is CompressedLinear:
-                if does_more(linear) or linear.transposed != (name == "down_proj"):
-                    return None
-                weights.append(linear)
-                continue
-            if type(linear) is not nn.Linear or does_more(linear):
-                return None
-            parameters = linear._parameters
-            weight = parameters.get("weight")
-            if parameters.get("bias") is not None or weight is None:
-                return None
-            weights.append(weight.mT if name == "down_proj" else weight)
-        activation = modules.get("act_fn")
-        if type(activation) is not FATReLU or activation.threshold is None or does_more(activation):
-            return None
-        if not forward_is_torchs():
-            return None
-        return weights[0], weights[1], weights[2]
+        sparse._take_parts(mlp, Formula(threshold))
+        return sparse
 
 
-def _pack_what_was_loaded(module: SparseGatedMLP, incompatible_keys: Any) -> None:
-    pack(module.down_proj)
+def is_plain_linear(linear: Any, family: MLPFamily) -> bool:
+    """Whether a module is a `torch.nn.Linear` itself, or what the family has in its place."""
+    return type(linear) is nn.Linear or (type(linear).__name__ in family.linears and isinstance(linear, nn.Linear))
 
 
-def pack(down_proj: nn.Linear) -> None:
+def eps_of(norm: Any) -> float:
+    """What an RMS norm adds to the mean of the squares, as its class calls it."""
+    for name in ("variance_epsilon", "eps"):
+        if hasattr(norm, name):
+            value = getattr(norm, name)
+            return float(torch.finfo(norm.weight.dtype).eps if value is None else value)
+    return 0.0
+
+
+def _pack_what_was_loaded(module: SparseMLP, incompatible_keys: Any) -> None:
+    pack(module.down)
+
+
+def pack(down_proj: nn.Module) -> None:
     """Lay the weight out so that its transpose is contiguous: the same parameter, shape and values."""
     weight = down_proj._parameters.get("weight") if isinstance(down_proj, nn.Module) else None
     if isinstance(weight, Tensor) and not weight.t().is_contiguous():
         weight.data = weight.data.t().contiguous().t()
 
 
-def unpack(down_proj: nn.Linear) -> None:
+def unpack(down_proj: nn.Module) -> None:
     """The inverse of `pack`: `nn.Linear`'s own layout."""
     weight = down_proj._parameters.get("weight")
     if isinstance(weight, Tensor) and not weight.is_contiguous():

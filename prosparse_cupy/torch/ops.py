@@ -1,10 +1,10 @@
 """`torch.ops.prosparse`: the operators in torch's dispatcher, so that `torch.compile` and `torch.export` see them whole.
 
-`ffn_1`, `ffn_123`, `ffn_23`, `ffn_4` and `sparse_ffn` take what the functions of the same name in `prosparse_cupy` take, and
-each has an overload `.out` that writes to `out` and returns nothing, and an overload `.parts` whose weights may be compressed:
-the dispatcher takes tensors and numbers alone, so each weight is a list of tensors (`parts_of`), and `facts` the numbers of all
-(`facts_of`). `decompress` makes such a weight plain. CUDA tensors go to the kernels, CPU tensors to the reference. Inference
-only: a tensor that requires grad is refused while gradients are recorded.
+`ffn_1`, `ffn_12`, `ffn_123`, `ffn_23`, `ffn_4` and `sparse_ffn` take what the functions of the same name in `prosparse_cupy`
+take, and each has an overload `.out` that writes to `out` and returns nothing, and an overload `.parts` whose weights may be
+compressed: the dispatcher takes tensors and numbers alone, so each weight is a list of tensors (`parts_of`), and `facts` the
+numbers of all (`facts_of`). `decompress` makes such a weight plain. CUDA tensors go to the kernels, CPU tensors to the
+reference. Inference only: a tensor that requires grad is refused while gradients are recorded.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 
 from .. import ffn, ops
-from ..arguments import Signature
+from ..arguments import Operand, Signature
 from ..compressed import CompressedWeight
 from ..ffn import SPARSE_FFN
-from ..ops import FFN_1, FFN_4, FFN_23, FFN_123
+from ..ops import FFN_1, FFN_4, FFN_12, FFN_23, FFN_123
 from .compressed import checked_packed_of, on_host, weight_of
 
-_SIGNATURES = {s.operator: s for s in (FFN_1, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
+_SIGNATURES = {s.operator: s for s in (FFN_1, FFN_12, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIBRARY = torch.library.Library("prosparse", "DEF")
 
 
 def _register(name: str) -> None:
     """Both overloads of an operator: schema, CUDA, CPU and fake implementation."""
-    inputs = ", ".join(f"Tensor {operand.name}" for operand in _SIGNATURES[name].inputs)
-    threshold = ", float threshold=0.0" if _SIGNATURES[name].has_threshold else ""
-    _LIBRARY.define(f"{name}({inputs}{threshold}) -> Tensor", tags=_TAGS)
-    _LIBRARY.define(f"{name}.out({inputs}{threshold}, *, Tensor(a!) out) -> ()", tags=_TAGS)
+    inputs = ", ".join(f"{_kind(name, operand)} {operand.name}" for operand in _SIGNATURES[name].inputs)
+    more = _more(_SIGNATURES[name])
+    _LIBRARY.define(f"{name}({inputs}{more}) -> Tensor", tags=_TAGS)
+    _LIBRARY.define(f"{name}.out({inputs}{more}, Tensor(a!) out) -> ()", tags=_TAGS)
     operator = getattr(ffn if name == "sparse_ffn" else ops, name)
     for key, run in (("CUDA", operator), ("CPU", _on_host(operator))):
         call = _refusing_grad(name, run)
@@ -45,12 +45,23 @@ def _register(name: str) -> None:
     torch.library.register_fake(f"prosparse::{name}.out", _returning_nothing(call), lib=_LIBRARY)
 
 
+def _kind(name: str, operand: Operand) -> str:
+    return "Tensor?" if (name, operand.name) == ("sparse_ffn", "w_gate") else "Tensor"
+
+
+def _more(signature: Signature) -> str:
+    """The arguments of a schema behind the arrays: a threshold, then keywords."""
+    keywords = ['str activation="relu"'] * signature.has_threshold
+    keywords += [f"Tensor? {operand.name}=None" for operand in signature.optional]
+    keywords += ["float norm_eps=0.0"] * any(operand.extra == "norm_weight" for operand in signature.optional)
+    return ", float threshold=0.0" * signature.has_threshold + ", *, " + ", ".join(keywords)
+
+
 def _register_parts(name: str) -> None:
     """The overload for weights in parts."""
     signature = _SIGNATURES[name]
     inputs = ", ".join(f"Tensor{'[]' if operand.define else ''} {operand.name}" for operand in signature.inputs)
-    threshold = ", float threshold=0.0" if signature.has_threshold else ""
-    _LIBRARY.define(f"{name}.parts({inputs}, int[] facts{threshold}) -> Tensor", tags=_TAGS)
+    _LIBRARY.define(f"{name}.parts({inputs}, int[] facts{_more(signature)}) -> Tensor", tags=_TAGS)
     operator = getattr(ffn if name == "sparse_ffn" else ops, name)
     for key, run in (("CUDA", operator), ("CPU", _on_host(operator))):
         _LIBRARY.impl(f"{name}.parts", _refusing_grad(name, _of_parts(signature, run)), key)
@@ -61,12 +72,12 @@ def _register_parts(name: str) -> None:
 def _of_parts(signature: Signature, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     inputs = signature.inputs
 
-    def call(*arguments: Any, out: Tensor | None) -> Tensor:
+    def call(*arguments: Any, out: Tensor | None, **keywords: Any) -> Tensor:
         given, facts = [*arguments[: len(inputs)]], [*arguments[len(inputs)]]
         for i, operand in enumerate(inputs):
             if operand.define:
-                given[i], facts = weight_of(given[i], tuple(facts[:3])), facts[3:]
-        return run(*given, *arguments[len(inputs) + 1 :], out=out)
+                given[i], facts = weight_of(given[i], tuple(facts[:3])) if given[i] else None, facts[3:]
+        return run(*given, *arguments[len(inputs) + 1 :], out=out, **keywords)
 
     return call
 
@@ -75,7 +86,7 @@ def _fake_of_parts(signature: Signature) -> Callable[..., Tensor]:
     """As `_fake`, of a plain weight's shape or of what its facts say."""
     axis = ("d_ff", "d_model").index(signature.output.dims[0])
 
-    def call(*arguments: Any, out: Tensor | None) -> Tensor:
+    def call(*arguments: Any, out: Tensor | None, **keywords: Any) -> Tensor:
         first, weight, facts = arguments[0], arguments[len(signature.inputs) - 1], arguments[len(signature.inputs)]
         size = weight[0].shape[axis] if facts[-3] < 0 else facts[-2 + axis]
         result: Tensor = first.new_empty((*first.shape[:-1], size))
@@ -100,25 +111,28 @@ def _register_decompress() -> None:
 
 
 def _refusing_grad(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*arguments: Any, out: Tensor | None = None) -> Tensor:
+    def call(*arguments: Any, out: Tensor | None = None, **keywords: Any) -> Tensor:
         if torch.is_grad_enabled():
-            _refuse_grad(name, arguments)
-        return run(*arguments, out=out)
+            _refuse_grad(name, (*arguments, *keywords.values()))
+        return run(*arguments, out=out, **keywords)
 
     return call
 
 
 def _returning_nothing(call: Callable[..., Tensor]) -> Callable[..., None]:
-    def call_out(*arguments: Any, out: Tensor) -> None:
-        call(*arguments, out=out)
+    def call_out(*arguments: Any, out: Tensor, **keywords: Any) -> None:
+        call(*arguments, out=out, **keywords)
 
     return call_out
 
 
 def _on_host(operator: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
-    def call(*arguments: Any, out: Tensor | None) -> Tensor:
-        arrays = [on_host(a, as_numpy) if isinstance(a, (Tensor, CompressedWeight)) else a for a in arguments]
-        return from_numpy(operator(*arrays, out=None if out is None else as_numpy(out)))
+    def seen(argument: Any) -> Any:
+        return on_host(argument, as_numpy) if isinstance(argument, (Tensor, CompressedWeight)) else argument
+
+    def call(*arguments: Any, out: Tensor | None, **keywords: Any) -> Tensor:
+        more = {name: seen(argument) for name, argument in keywords.items()}
+        return from_numpy(operator(*map(seen, arguments), out=None if out is None else as_numpy(out), **more))
 
     return call
 
@@ -127,12 +141,13 @@ def _fake(signature: Signature) -> Callable[..., Tensor]:
     """The shape, dtype and device of a result: the first input's leading dims, then d_model or d_ff as the weights have it."""
     axis = ("d_ff", "d_model").index(signature.output.dims[0])
 
-    def call(*arguments: Any, out: Tensor | None) -> Tensor:
+    def call(*arguments: Any, out: Tensor | None, **keywords: Any) -> Tensor:
         first, weights = arguments[0], arguments[len(signature.inputs) - 1]
         # Also runs if one of them is on the meta device: a result on another device would be memory that nobody wrote.
-        given = zip((*(o.name for o in signature.inputs), "out"), (*arguments[: len(signature.inputs)], out), strict=True)
+        names = (*(o.name for o in signature.inputs), "out", *keywords)
+        given = zip(names, (*arguments[: len(signature.inputs)], out, *keywords.values()), strict=True)
         for name, tensor in given:
-            if tensor is not None and tensor.device != first.device:
+            if isinstance(tensor, Tensor) and tensor.device != first.device:
                 raise ValueError(
                     f"{signature.operator}: {name} must be on the device of {signature.inputs[0].name}, {first.device}, got "
                     f"{tensor.device}: move it there"

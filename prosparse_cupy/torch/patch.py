@@ -1,32 +1,35 @@
-"""Patch a loaded Hugging Face model: its gated ReLU FFNs decode sparsely."""
+"""Patch a loaded Hugging Face model: its FFNs whose activation leaves zeros decode sparsely."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from ..compressed import LARGEST_RATIO, is_too_narrow
 from ..formats import VECTOR_BYTES
-from ..formula import FATRELU, RELU, UnsupportedFormula, check_threshold, formula_of, said_by
+from ..formula import ACTIVATIONS, DRELU, FATRELU, RELU, Formula, UnsupportedFormula, check_threshold, formula_of
 from ._text import table
-from .acceptance import why_another_formula, why_outside_the_contract
-from .activation import FATReLU
+from .acceptance import run, why_another_formula, why_outside_the_contract
+from .activation import FATReLU, module_of
 from .dispatch import DTYPES, does_more
+from .families import LLAMA_LIKE, MLPFamily, family_of_module, mixtures
+from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, put_back_matrices, replace_matrices, rows_of_report
-from .mlp import PROJECTIONS, SparseGatedMLP, unpack
+from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, unpack
 from .steps import release_generation
 
 
 @dataclass(frozen=True)
 class LayerPatch:
-    """What `patch_model` did with one gated MLP."""
+    """What `patch_model` did with one MLP."""
 
     name: str
     sparse: bool
@@ -34,6 +37,10 @@ class LayerPatch:
     threshold: float
     reason: str = ""
     """Why it was left dense."""
+    formula: Formula | None = None
+    """What it computes, where it decodes sparsely."""
+    note: str = ""
+    """What the config says, where the code computes something else."""
     ratio: float = 1.0
     """What its weights take of plain ones' memory; below 1 where they are compressed."""
     plain: str = ""
@@ -66,9 +73,9 @@ class PatchReport:
 
     @property
     def _layers(self) -> str:
-        title = f"{len(self.sparse)} of {len(self.layers)} gated MLPs decode sparsely"
+        title = f"{len(self.sparse)} of {len(self.layers)} MLPs decode sparsely"
         heads = ["layer", "decoding", "threshold"]
-        rows = [[x.name, "sparse" if x.sparse else f"dense: {x.reason}", f"{x.threshold:g}"] for x in self.layers]
+        rows = [[x.name, _said_of(x), f"{x.threshold:g}"] for x in self.layers]
         sparse = self.sparse
         if any(x.ratio < 1 or x.plain for x in sparse):
             title += f", their weights in {sum(x.ratio for x in sparse) / len(sparse):.1%} of the memory"
@@ -77,13 +84,26 @@ class PatchReport:
         return table(title, tuple(heads), [tuple(row) for row in rows])
 
 
-def patch_model(
-    model: nn.Module, threshold: float | None = None, *, compress: bool = False, linears: bool = True
-) -> PatchReport:
-    """Let every gated ReLU MLP of a model decode sparsely, and its other matrices fast; exactly as before, within rounding.
+def _said_of(layer: LayerPatch) -> str:
+    if not layer.sparse:
+        return f"dense: {layer.reason}"
+    kind = "" if layer.formula in (None, Formula(layer.threshold)) else f": {layer.formula}"
+    return f"sparse{kind}" + f" ({layer.note})" * bool(layer.note)
 
-    An MLP is gated if it has `gate_proj`, `up_proj` and `down_proj`, as in LLaMA, Mistral, Qwen2, MiniCPM, and remote code like
-    them. Its activation comes from the config, `hidden_act` (``relu``, or ``fatrelu`` with `hidden_act_param`). One token at a
+
+def patch_model(
+    model: nn.Module,
+    threshold: float | None = None,
+    *,
+    compress: bool = False,
+    linears: bool = True,
+    example: Tensor | None = None,
+) -> PatchReport:
+    """Let every FFN of a model whose activation leaves zeros decode sparsely, and its other matrices fast.
+
+    What comes out is exactly as before, within rounding. `FAMILIES` says which modules are looked at: those with `gate_proj`,
+    `up_proj` and `down_proj` (LLaMA, Mistral, Qwen2, MiniCPM and remote code like them), with a fused `gate_up_proj`, and
+    without a gate (Nemotron, Arcee, Jais-2, Persimmon, Falcon, nanochat, OPT); `register_family` adds to them. One token at a
     time goes through the sparse operators, longer inputs (prefill) through the dense path on the same weights.
 
     The other matrices, those of attention, the head that makes logits, and those of MLPs that stay dense, are read through
@@ -92,9 +112,10 @@ def patch_model(
     instance, decodes faster too.
 
     The model is patched in place. Nothing is taken for granted. A layer's code is run in float64 on random weights, at several
-    input scales, and must give what the formula gives; its own output and the sparse one must be as close to float64 as the
-    dense path in the same dtype, within a factor of two and one ulp. Otherwise the layer is left dense, and the report says
-    why. Trying it also compiles its kernels.
+    input scales, and must give what a formula gives: the one that its config names, or else another that is known, which the
+    report then tells apart. Its own output and the sparse one must be as close to float64 as the dense path in the same dtype,
+    within a factor of two and one ulp. Otherwise the layer is left dense, and the report says why. Trying it also compiles its
+    kernels.
 
     Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw. On the CPU one token goes through
     the NumPy reference: right, and slow.
@@ -105,7 +126,7 @@ def patch_model(
         Loaded, on its device, in bfloat16, float16 or float32.
     threshold : float, optional
         FATReLU's T in place of the config's: this moves the activation of the model, and so changes what it says. The layer's
-        code must still be ReLU or FATReLU as its config says; where the config has no threshold, this one.
+        code must still compute its formula; where the config has no threshold, with this one.
     compress : bool, default False
         Hold the weights in 12 bits instead of 16, without loss (`prosparse_cupy.compress`): the same numbers in three
         quarters of the memory, and faster in a CUDA graph. For bfloat16 models and for inference: compressed weights are no
@@ -115,44 +136,52 @@ def patch_model(
         that is the embedding too.
     linears : bool, default True
         Also take the other matrices; False leaves all but the sparse FFNs as they are.
+    example : torch.Tensor, (1, tokens) int64, optional
+        Some text: the model is run on it once, and each layer is also tried on the hidden state that it then gets.
 
     Returns
     -------
     PatchReport
-        Per layer what was done; MLPs with biases, quantised, offloaded or meta weights, or hooks are left dense, with the
-        reason.
+        Per layer what was done; MLPs that are quantised, offloaded, on the meta device or have hooks, and mixtures of experts
+        are left dense, with the reason.
 
     Raises
     ------
     TypeError
         `model` is no module.
     ValueError
-        Nothing to patch, an activation that is not ReLU (with ``linears=False``, or with a `threshold`), a `fatrelu` config
+        Nothing to patch, an activation without zeros (with ``linears=False``, or with a `threshold`), a `fatrelu` config
         without its threshold, a model that is patched already, or one to be compressed whose weights are not bfloat16. Nothing
         has been changed.
     """
     check_module("patch_model", model)
-    found = list(gated_mlps(model))
+    found = list(mlps(model))
+    mixed = list(mixtures(model))
     if not found and not (linears and any(groups_of(model))):
-        raise ValueError(f"patch_model: {type(model).__name__} has no module with {', '.join(PROJECTIONS)}: nothing to patch")
-    if found and found[0][0] == "":
+        raise ValueError(
+            f"patch_model: {type(model).__name__} has no module with {', '.join(PROJECTIONS)} or another family's "
+            "projections: nothing to patch"
+        )
+    if found and found[0][0] == "" and not found[0][2].is_inside:
         raise ValueError("patch_model: this is a gated MLP, not a model with some: use SparseGatedMLP.from_mlp(mlp)")
-    if any(isinstance(m, (SparseGatedMLP, DecodingLinear, CompressedLinear)) for m in model.modules()):
+    if any(isinstance(m, _OURS) for m in model.modules()):
         raise ValueError("patch_model: the model is patched already: call unpatch_model(model) first")
     given = None if threshold is None else check_threshold("patch_model", threshold)
     if compress:
         _check_compressible(model, found, linears)
-    own = [_own_or_dense(model, name, mlp, given, linears) for name, mlp in found]
+    own = [_own_or_dense(model, name, mlp, family, given, linears) for name, mlp, family in found]
+    hidden = {} if example is None else _hidden_states(model, found, example)
     release_generation(model)
-    layers, matrices = list[LayerPatch](), list[MatrixPatch]()
+    layers, matrices = [LayerPatch(name, False, 0.0, "a mixture of experts") for name in mixed], list[MatrixPatch]()
     try:
-        for (name, mlp), was in zip(found, own, strict=True):
+        for (name, mlp, family), was in zip(found, own, strict=True):
             if isinstance(was, str):
                 layers.append(LayerPatch(name, False, 0.0, was))
                 continue
-            becomes = was if given is None else given
-            reason = _why_dense(mlp) or _replace(model, name, mlp, was, becomes)
-            layers.append(LayerPatch(name, not reason, becomes, reason))
+            formula, note = was
+            becomes = formula if given is None else replace(formula, threshold=given)
+            reason = _replace(model, name, mlp, family, formula, becomes, hidden.get(name))
+            layers.append(LayerPatch(name, not reason, becomes.threshold, reason, None if reason else becomes, note))
         if compress:
             layers = _compress_all(model, layers)
         if linears:
@@ -163,10 +192,15 @@ def patch_model(
     return PatchReport(tuple(layers), tuple(matrices))
 
 
-def _own_or_dense(model: nn.Module, name: str, mlp: Any, given: float | None, linears: bool) -> float | str:
-    """T of an MLP as it is, or, where its matrices can be taken without it, why it is not sparse."""
+_OURS = (SparseMLP, DecodingLinear, CompressedLinear, SparseUp, SparseDown)
+
+
+def _own_or_dense(
+    model: nn.Module, name: str, mlp: Any, family: MLPFamily, given: float | None, linears: bool
+) -> tuple[Formula, str] | str:
+    """The formula of an MLP and a note on what its config says; or, if its matrices can be taken, why it stays dense."""
     try:
-        return own_threshold(model, name, mlp, given)
+        return own_formula(model, name, mlp, family, given)
     except _NotSparse as error:
         if given is not None or not linears:
             raise
@@ -181,9 +215,28 @@ class _NotSparse(ValueError):
         self.reason = reason
 
 
-def _check_compressible(model: nn.Module, found: list[tuple[str, Any]], linears: bool) -> None:
+@torch.no_grad()
+def _hidden_states(model: nn.Module, found: Sequence[tuple[str, nn.Module, MLPFamily]], example: Tensor) -> dict[str, Tensor]:
+    """What each MLP reads of the last token of a text."""
+    states: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            states[name] = arguments[0].detach().reshape(-1, arguments[0].shape[-1])[-1].clone()
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, mlp, family in found:
+            reader = getattr(mlp, family.up) if family.is_inside else mlp
+            hooks.callback(reader.register_forward_pre_hook(keep(name)).remove)
+        model(example)
+    return states
+
+
+def _check_compressible(model: nn.Module, found: list[tuple[str, Any, MLPFamily]], linears: bool) -> None:
     """ValueError if weights have a dtype that does not compress."""
-    weights = [(name, getattr(mlp.gate_proj, "weight", None)) for name, mlp in found]
+    weights = [(name, getattr(getattr(mlp, family.down), "weight", None)) for name, mlp, family in found]
     if linears:
         named = [(holder, leaf) for holder, group in groups_of(model) for leaf in group]
         modules = ((f"{holder}.{leaf}".lstrip("."), getattr(model.get_submodule(holder), leaf)) for holder, leaf in named)
@@ -210,17 +263,19 @@ def _compress_all(model: nn.Module, layers: list[LayerPatch]) -> list[LayerPatch
 @torch.no_grad()
 def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
     """A layer whose weights have been compressed, one after the other, where that pays."""
+    if not isinstance(sparse, SparseMLP):
+        return replace(layer, plain="inside a layer")
     before, plain = 0, 0.0
     left = list[str]()
-    for name in PROJECTIONS:
+    for name in sparse.family.projections:
         linear = getattr(sparse, name)
-        weight, transposed = linear.weight, name == "down_proj"
+        weight, transposed = linear.weight, name == sparse.family.down
         before += weight.numel()
         if transposed and is_too_narrow(sparse.d_model, sparse.d_ff):
             left.append(f"{name}: d_model {sparse.d_model} is too narrow")
             plain += weight.numel()
             continue
-        packed = CompressedLinear(weight, transposed=transposed)
+        packed = CompressedLinear(weight, transposed=transposed, bias=linear.bias)
         ratio = packed.packed.ratio
         if ratio > LARGEST_RATIO:
             left.append(f"{name}: {ratio:.0%} of its size")
@@ -246,9 +301,11 @@ def unpatch_model(model: nn.Module) -> None:
     """
     check_module("unpatch_model", model)
     release_generation(model)
-    for name, mlp in list(gated_mlps(model)):
-        if isinstance(mlp, SparseGatedMLP) and mlp.replaced is not None:
-            _put_back(model, name, mlp)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseMLP) and module.replaced is not None:
+            _put_back(model, name, module)
+        elif (family := family_of_module(module)) is not None and family.is_inside:
+            _put_back_halves(module, family)
     put_back_matrices(model)
 
 
@@ -261,24 +318,34 @@ def check_module(function: str, model: nn.Module) -> None:
         )
 
 
-def gated_mlps(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of every gated MLP."""
+def mlps(model: nn.Module) -> Iterator[tuple[str, Any, MLPFamily]]:
+    """Name, module and family of every MLP, patched or not, but for the experts of mixtures."""
+    experts = tuple(f"{name}.experts." if name else "experts." for name in mixtures(model))
     for name, module in model.named_modules():
-        if all(isinstance(getattr(module, p, None), nn.Module) for p in PROJECTIONS):
-            yield name, module
+        if f"{name}.".startswith(experts):
+            continue
+        family = module.family if isinstance(module, SparseMLP) else family_of_module(module)
+        if family is not None:
+            yield name, module, family
 
 
-def own_threshold(model: nn.Module, name: str, mlp: Any, given: float | None) -> float:
-    """T of an MLP as it is; `given` if its config does not say; ValueError if its activation is not supported."""
+def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given: float | None) -> tuple[Formula, str]:
+    """What an MLP computes, and a note where its config says something else.
+
+    The formula that its config names is believed for now if it is a known one. If it is not, the code is tried for all that are
+    known. `given` is the threshold of a config that does not say it. ValueError if the activation leaves no zeros.
+    """
     config: Any = getattr(mlp, "config", None) or getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    activation, parameter = said_by(config)
-    own: Any = getattr(mlp, "act_fn", None)
-    said = f"the config says hidden_act={activation!r}"
+    key, activation, parameter = family.said(mlp, config)
+    own: Any = getattr(mlp, family.activation, None)
+    said = f"the config says {key}={activation!r}"
     if activation is None:
         activation = {nn.ReLU: RELU, FATReLU: FATRELU}.get(type(own), type(own).__name__)
         said = (
-            f"the config has no hidden_act, and act_fn is a {activation}" if own is not None else "nothing names the activation"
+            f"the config has no {key}, and {family.activation} is a {activation}"
+            if own is not None
+            else "nothing names the activation"
         )
     if isinstance(own, FATReLU) and own.threshold is not None:
         parameter = own.threshold
@@ -287,68 +354,140 @@ def own_threshold(model: nn.Module, name: str, mlp: Any, given: float | None) ->
             f"patch_model: {name}: {said}, but the config has no hidden_act_param, its threshold: pass "
             "patch_model(model, threshold=T); nothing was changed"
         )
+    gated, normed = family.gated, family.norm is not None
     try:
-        return formula_of(activation, given if parameter is None else parameter).threshold
+        formula = formula_of(activation, given if parameter is None else parameter, gated=gated, normed=normed)
     except UnsupportedFormula as error:
-        raise _NotSparse(f"patch_model: {name}: {said}: {error}; nothing was changed", f"{said}: {error}") from None
+        found = None if _why_dense(mlp, family) else _tried(mlp, family, None)
+        if found is None:
+            raise _NotSparse(f"patch_model: {name}: {said}: {error}; nothing was changed", f"{said}: {error}") from None
+        return found, f"{said}, its code computes {found.activation}"
+    if not formula.threshold and not _why_dense(mlp, family) and why_another_formula(mlp, family, formula):
+        found = _tried(mlp, family, formula)
+        if found is not None:
+            return found, f"{said}, its code computes {found.activation}"
+    return formula, ""
 
 
-def _why_dense(mlp: Any) -> str:
+def _tried(mlp: Any, family: MLPFamily, but: Formula | None) -> Formula | None:
+    """The formula, but for one that was tried, that an MLP's code computes, if it is a known one without a threshold."""
+    names = [RELU] if family.is_inside else [name for name in ACTIVATIONS if family.gated or name != DRELU]
+    for name in names:
+        formula = Formula(0.0, name, family.gated, family.norm is not None)
+        with torch.no_grad():
+            if formula != but and not why_another_formula(mlp, family, formula):
+                return formula
+    return None
+
+
+def _why_dense(mlp: Any, family: MLPFamily) -> str:
     """Why an MLP cannot be patched, or nothing."""
-    linears = [getattr(mlp, p) for p in PROJECTIONS]
-    for name, linear in zip(PROJECTIONS, linears, strict=True):
-        if type(linear) is not nn.Linear:
+    names = family.projections
+    linears = [getattr(mlp, p) for p in names]
+    for name, linear in zip(names, linears, strict=True):
+        if not is_plain_linear(linear, family):
             return f"{name} is a {type(linear).__module__}.{type(linear).__qualname__}, not a torch.nn.Linear itself"
-        if linear.bias is not None:
+        if linear.bias is not None and family.fused == name:
             return f"{name} has a bias"
         if type(linear.weight.data) is not torch.Tensor or linear.weight.dtype not in DTYPES:
             return (
                 f"{name} is {linear.weight.dtype} in a {type(linear.weight.data).__name__}: bfloat16, float16 or float32 needed"
             )
     weights = [linear.weight for linear in linears]
-    if any(hasattr(m, "_hf_hook") or does_more(m) for m in mlp.modules()):
+    watched = linears if family.is_inside else list(mlp.modules())
+    if any(hasattr(m, "_hf_hook") or does_more(m) for m in watched):
         return "it has hooks, or a forward of its own (offloading, or a user's)"
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in mlp.modules()):
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in watched):
         return "it has dropout"
     if any(w.is_meta for w in weights):
         return "its weights are on the meta device: load them first"
-    if len({(w.device, w.dtype) for w in weights}) > 1:
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    vectors = biases if family.norm is None else [*biases, getattr(mlp, family.norm).weight]
+    if len({(w.device, w.dtype) for w in (*weights, *vectors)}) > 1:
         return "its weights have different devices or dtypes"
     if weights[0].device.type not in ("cuda", "cpu"):
         return f"its weights are on {weights[0].device}"
-    if weights[0].shape != weights[1].shape or weights[0].shape != weights[2].t().shape:
+    rows = weights[-1].shape[1] * (2 if family.fused is not None else 1)
+    if any(w.shape != (rows, weights[-1].shape[0]) for w in weights[:-1]):
         return f"its weights do not fit each other: {', '.join(str(tuple(w.shape)) for w in weights)}"
     if weights[0].numel() == 0:
-        return f"it has no neurons: gate_proj.weight has shape {tuple(weights[0].shape)}"
+        return f"it has no neurons: {names[0]}.weight has shape {tuple(weights[0].shape)}"
     vector = VECTOR_BYTES // weights[0].element_size()
     if weights[0].shape[1] % vector:
         return f"d_model is {weights[0].shape[1]}, not a multiple of {vector}"
-    if any(w.data_ptr() % VECTOR_BYTES for w in weights) or not all(w.is_contiguous() for w in weights[:2]):
+    if any(w.data_ptr() % VECTOR_BYTES for w in weights) or not all(w.is_contiguous() for w in weights[:-1]):
         return "its weights are views into other memory, strided or not aligned to 16 bytes"
     return ""
 
 
 @torch.no_grad()
-def _replace(model: nn.Module, name: str, mlp: Any, was: float, becomes: float) -> str:
-    """Put a SparseGatedMLP in the place of `mlp`, or say why that is not what `mlp` computes and leave `mlp` there."""
-    with torch.autocast(mlp.gate_proj.weight.device.type, enabled=False):
-        if reason := why_another_formula(mlp, was):
+def _replace(
+    model: nn.Module, name: str, mlp: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None
+) -> str:
+    """Have an MLP decode sparsely, or say why that is not what it computes and leave it as it is."""
+    if reason := _why_dense(mlp, family):
+        return reason
+    with torch.autocast(getattr(mlp, family.up if family.fused is None else family.fused).weight.device.type, enabled=False):
+        if reason := why_another_formula(mlp, family, was):
             return reason
-        sparse = SparseGatedMLP.from_mlp(mlp, becomes)
+        if family.is_inside:
+            return _replace_halves(mlp, family, was, becomes, hidden)
+        sparse = made_sparse(mlp, family, becomes)
         model.set_submodule(name, sparse)
-        reason = why_outside_the_contract(mlp, was, sparse)
+        reason = why_outside_the_contract(mlp, family, was, sparse, becomes, hidden)
     if reason:
         _put_back(model, name, sparse)
     return reason
 
 
-def _put_back(model: nn.Module, name: str, sparse: SparseGatedMLP) -> None:
-    unpack(sparse.down_proj)
+def made_sparse(mlp: nn.Module, family: MLPFamily, formula: Formula) -> SparseMLP:
+    """The module that takes an MLP's place."""
+    if family == LLAMA_LIKE and formula == Formula(formula.threshold):
+        return SparseGatedMLP.from_mlp(mlp, formula.threshold)
+    return SparseMLP.of(mlp, family, formula)
+
+
+def _put_back(model: nn.Module, name: str, sparse: SparseMLP) -> None:
+    unpack(sparse.down)
     before: Any = sparse.replaced
-    for projection in PROJECTIONS:
+    for projection in sparse.family.projections:
         linear = getattr(sparse, projection)
         if isinstance(linear, CompressedLinear):
             linear = linear.linear()
             setattr(sparse, projection, linear)
         setattr(before, projection, linear)
+    if sparse.family.norm is not None:
+        setattr(before, sparse.family.norm, getattr(sparse, sparse.family.norm))
     model.set_submodule(name, before.train(sparse.training))
+
+
+def _replace_halves(layer: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None) -> str:
+    """The same of projections inside a layer, which stays."""
+    if was.activation != RELU:
+        return f"{was} inside a layer: only an activation that may be applied twice is known there"
+    up, down = getattr(layer, family.up), getattr(layer, family.down)
+    before = getattr(layer, family.activation)
+    reason = why_outside_the_contract(layer, family, was, lambda x: run(layer, family, x), was, hidden)
+    if reason:
+        return reason
+    if becomes != was:
+        moved = module_of(becomes)
+        setattr(layer, family.activation, moved.train(before.training))
+    sparse_up, sparse_down = SparseUp(up, layer, family, becomes.threshold), SparseDown(down)
+    sparse_up._activation = (before,)
+    setattr(layer, family.up, sparse_up)
+    setattr(layer, family.down, sparse_down)
+    reason = why_outside_the_contract(layer, family, becomes, lambda x: run(layer, family, x), becomes, hidden)
+    if reason:
+        _put_back_halves(layer, family)
+    return reason
+
+
+def _put_back_halves(layer: Any, family: MLPFamily) -> None:
+    up, down = getattr(layer, family.up), getattr(layer, family.down)
+    if isinstance(down, SparseDown):
+        unpack(down)
+        setattr(layer, family.down, down.linear())
+    if isinstance(up, SparseUp):
+        setattr(layer, family.up, up.linear())
+        setattr(layer, family.activation, up._activation[0])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ._text import table
 from .linears import CompressedLinear
-from .mlp import SparseGatedMLP, count_active
-from .patch import check_module, gated_mlps
+from .mlp import SparseMLP, count_active
+from .patch import check_module, mlps
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class LayerSparsity:
     active: float
     """Average share of neurons that are not zero, 0 to 1; NaN where no token came."""
     tokens: float
+    gated: bool = True
 
     @property
     def sparsity(self) -> float:
@@ -45,8 +46,12 @@ class SparsityReport:
 
     @property
     def weights_read(self) -> float:
-        """Share of the FFN's weights that decoding must read: all of the gate, and two rows of three per active neuron."""
-        return (3 - 2 * self.sparsity) / 3
+        """Share of the FFN's weights that decoding must read.
+
+        All of the gate, and two rows of three per active neuron; without a gate all of the up-projection, and one row of two.
+        """
+        shares = [(1 + 2 * x.active) / 3 if x.gated else (1 + x.active) / 2 for x in self.layers]
+        return sum(shares) / len(shares)
 
     def __str__(self) -> str:
         title = f"average sparsity {self.sparsity:.2%}: decoding reads {self.weights_read:.0%} of the FFN's weights"
@@ -67,7 +72,7 @@ class SparsityReport:
 
 
 class SparsityMeter:
-    """Counts active neurons (x1 != 0) of a model's gated MLPs, patched or not, on the device: no call waits for the GPU.
+    """Counts active neurons (x1 != 0) of a model's MLPs, patched or not, on the device: no call waits for the GPU.
 
     Counting costs a few small kernels a layer, and works in CUDA graphs captured while the meter is on. It ends with `remove`,
     or at the end of a ``with`` block.
@@ -82,7 +87,7 @@ class SparsityMeter:
     TypeError
         `model` is no module.
     ValueError
-        No gated MLP, or another meter is on.
+        No MLP, or another meter is on.
 
     Examples
     --------
@@ -93,22 +98,25 @@ class SparsityMeter:
 
     def __init__(self, model: nn.Module) -> None:
         check_module("SparsityMeter", model)
-        found = list(gated_mlps(model))
+        found = list(mlps(model))
         if not found:
-            raise ValueError(f"SparsityMeter: {type(model).__name__} has no gated MLP")
-        if any(getattr(mlp, "counts", None) is not None for _, mlp in found):
+            raise ValueError(f"SparsityMeter: {type(model).__name__} has no MLP of a family that is known")
+        if any(getattr(mlp, "counts", None) is not None for _, mlp, _ in found):
             raise ValueError("SparsityMeter: another meter counts this model already: remove() it first")
         self._counts: dict[str, Tensor] = {}
         self._neurons: dict[str, int] = {}
+        self._gated: dict[str, bool] = {}
         self._undo: list[Callable[[], object]] = []
-        for name, mlp in found:
-            counts = torch.zeros(2, dtype=torch.int64, device=_device_of(mlp.down_proj))
-            self._counts[name], self._neurons[name] = counts, mlp.down_proj.in_features
+        for name, mlp, family in found:
+            down = getattr(mlp, family.down)
+            counts = torch.zeros(2, dtype=torch.int64, device=_device_of(down))
+            self._counts[name], self._neurons[name] = counts, down.in_features
+            self._gated[name] = family.gated
             mlp.counts = counts
-            if isinstance(mlp, SparseGatedMLP):
+            if isinstance(mlp, SparseMLP):
                 self._undo.append(partial(setattr, mlp, "counts", None))
             else:
-                handle = mlp.down_proj.register_forward_pre_hook(partial(_count, counts))
+                handle = down.register_forward_pre_hook(partial(_count, counts))
                 self._undo += [handle.remove, partial(delattr, mlp, "counts")]
 
     def report(self) -> SparsityReport:
@@ -117,7 +125,8 @@ class SparsityMeter:
         for name, counts in self._counts.items():
             active, neurons = counts.tolist()
             tokens = neurons / self._neurons[name]
-            layers.append(LayerSparsity(name, active / neurons if neurons else float("nan"), tokens))
+            share = active / neurons if neurons else float("nan")
+            layers.append(LayerSparsity(name, share, tokens, self._gated[name]))
         return SparsityReport(tuple(layers))
 
     def reset(self) -> None:

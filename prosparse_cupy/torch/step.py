@@ -28,6 +28,7 @@ from .dispatch import TorchWeight, dispatched, is_taken
 from .eligibility import attention_of_config
 from .linears import CompressedLinear, whole_of
 from .matrices import groups_of
+from .mlp import SparseMLP
 
 _PROMPT, _CHECKED = 48, 3  # tokens behind which a step is compared with the model, and on which
 _REFUSALS = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, AttributeError, LookupError, OSError)
@@ -292,6 +293,8 @@ def _twin(model: Any) -> Any:
                 for leaf, part in zip(group, _parts(whole, linears), strict=True):
                     setattr(module, leaf, part)
     for module in twin.modules():
+        if isinstance(module, SparseMLP):
+            module.show_one_escape()
         shared = module.shared.whole if isinstance(module, _Part) else module
         if isinstance(shared, CompressedLinear):
             shared.show_one_escape()
@@ -305,6 +308,8 @@ def _copied(module: nn.Module, modules: dict[int, nn.Module], configs: dict[int,
     new.__dict__.pop("forward", None)  # the class's, but bound to `module`, where accelerate has left one behind
     new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
     new._modules = {name: None if m is None else _copied(m, modules, configs) for name, m in module._modules.items()}
+    if "_layer" in new.__dict__:  # of a half of an FFN, whose layer was copied before
+        new.__dict__["_layer"] = tuple(modules[id(m)] for m in module.__dict__["_layer"])
     config: Any = module.__dict__.get("config")
     if hasattr(config, "_attn_implementation"):
         if id(config) not in configs:

@@ -1,0 +1,99 @@
+"""The two halves of an FFN whose projections belong to a whole decoder layer, which stays, as OPT's do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..ops import ffn_4, ffn_12
+from .activation import FATReLU
+from .dispatch import dispatched, does_more, forward_is_torchs, is_cast, is_recorded, is_taken, is_watched
+from .families import MLPFamily
+from .mlp import pack
+
+
+class _Half(nn.Linear):
+    """A projection that shares the parameters of the `nn.Linear` that it is in the place of."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self._replaced: tuple[nn.Linear, ...] = (linear,)
+        self.train(linear.training)
+
+    def linear(self) -> nn.Linear:
+        """What this one is in the place of, with the parameters of now."""
+        linear = self._replaced[0]
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def _by_operator(self, name: str, operator: Any, x: Tensor, weight: Tensor, *threshold: float) -> Tensor | None:
+        """One token by an operator, or None where only torch does what is asked."""
+        extras = () if self.bias is None else (self.bias,)
+        if not forward_is_torchs() or is_cast(x) or is_recorded(x, (weight, *extras)):
+            return None
+        token = x.flatten()
+        if x.is_cuda and not is_watched():
+            try:
+                eager: Tensor = operator(token, weight, *threshold, bias=self.bias)
+                return eager.view(*x.shape[:-1], -1)
+            except (TypeError, ValueError):  # what the operators refuse, torch does, or refuses as it always did
+                return None
+        if not is_taken(token, weight, extras=extras, axis=0 if name == "ffn_4" else -1):
+            return None
+        return dispatched(name, token, (weight,), *threshold, bias=self.bias).view(*x.shape[:-1], -1)
+
+
+class SparseUp(_Half):
+    """The up-projection and, for one token, the (FAT)ReLU that the layer applies to it next, which then changes nothing."""
+
+    def __init__(self, linear: nn.Linear, layer: nn.Module, family: MLPFamily, threshold: float) -> None:
+        super().__init__(linear)
+        self._layer: tuple[nn.Module, ...] = (layer,)  # no submodule
+        self._activation: tuple[nn.Module, ...] = ()  # the layer's own, where it was replaced
+        self._names = family.up, family.activation
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``, of one token after its activation."""
+        if x.numel() == self.in_features and self._is_followed():
+            y = self._by_operator("ffn_12", ffn_12, x, self.weight, self.threshold)
+            if y is not None:
+                return y
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def _is_followed(self) -> bool:
+        """Whether the layer still applies this activation to what this module returns, and nothing else."""
+        up, activation = self._names
+        modules = self._layer[0]._modules
+        after: Any = modules.get(activation)
+        if modules.get(up) is not self or after is None or does_more(after) or self._forward_hooks:
+            return False
+        return (type(after) is nn.ReLU and self.threshold == 0) or (
+            type(after) is FATReLU and after.threshold == self.threshold
+        )
+
+
+class SparseDown(_Half):
+    """The down-projection: for one token it reads no weight of an input that is zero, whatever made it zero.
+
+    Its weight is the transposed view of a contiguous (d_ff, d_model) buffer.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        pack(self)
+        self.register_load_state_dict_post_hook(_pack_what_was_loaded)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``"""
+        if x.numel() == self.in_features:
+            y = self._by_operator("ffn_4", ffn_4, x, self.weight.mT)
+            if y is not None:
+                return y
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def _pack_what_was_loaded(module: SparseDown, incompatible_keys: Any) -> None:
+    pack(module)
