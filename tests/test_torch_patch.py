@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason='the extra "hf" brings
 from torch import nn  # noqa: E402
 from torch_devices import DEVICES  # noqa: E402
 
+from prosparse_cupy.formula import Formula  # noqa: E402
 from prosparse_cupy.torch import (  # noqa: E402
     CompressedLinear,
     DecodingLinear,
@@ -175,7 +176,7 @@ def test_what_is_not_relu_is_refused_where_its_matrices_are_not_asked_for(activa
     model = _model(hidden_act=activation)
     for threshold, linears in ((None, False), (0.01, False), (0.01, True)):
         with pytest.raises(
-            ValueError, match=rf"layers.0.mlp: the config says hidden_act='{activation}': gated FFNs with relu or"
+            ValueError, match=rf"layers.0.mlp: the config says hidden_act='{activation}': it leaves no zeros: relu, fatrelu and"
         ):
             patch_model(model, threshold, linears=linears)
         assert _unchanged(model)
@@ -188,9 +189,11 @@ def test_what_is_not_relu_decodes_through_ffn_1(activation, device):
     before, mlps = _text(model), [layer.mlp for layer in model.model.layers]
     report = patch_model(model)
     assert len(report.layers) == 3 and not report.sparse
-    assert all(f"hidden_act='{activation}': gated FFNs with relu or" in layer.reason for layer in report.layers)
+    assert all(
+        f"hidden_act='{activation}': it leaves no zeros: relu, fatrelu and relu2 are" in layer.reason for layer in report.layers
+    )
     assert len(report.decoding) == len(report.matrices) == 3 * 7 + 1
-    assert str(report).startswith("0 of 3 gated MLPs decode sparsely")
+    assert str(report).startswith("0 of 3 MLPs decode sparsely")
     assert "22 of 22 other matrices decode through ffn_1" in str(report)
     assert [layer.mlp for layer in model.model.layers] == mlps
     assert torch.equal(_text(model), before)
@@ -256,8 +259,9 @@ class QuantisedLinear(nn.Linear):
 def _spoil(mlp, how: str) -> None:
     if how == "quantised":
         mlp.up_proj = QuantisedLinear(64, 160, bias=False)
-    elif how == "bias":
-        mlp.gate_proj = nn.Linear(64, 160)
+    elif how == "vector":
+        mlp.gate_proj = nn.Linear(64, 160).requires_grad_(False)
+        mlp.gate_proj.bias.data = mlp.gate_proj.bias.data.half()
     elif how == "meta":
         mlp.to("meta")
     elif how == "hook":
@@ -278,7 +282,7 @@ def _spoil(mlp, how: str) -> None:
     ("how", "reason"),
     [
         ("quantised", "test_torch_patch.QuantisedLinear, not a torch.nn.Linear itself"),
-        ("bias", "gate_proj has a bias"),
+        ("vector", "different devices or dtypes"),
         ("meta", "on the meta device"),
         ("hook", "has hooks"),
         ("float64", "torch.float64"),
@@ -296,12 +300,27 @@ def test_what_cannot_be_patched_is_left_dense_and_said(how, reason):
     assert [x.sparse for x in report.layers] == [True, False, True] and reason in report.layers[1].reason
     assert model.model.layers[1].mlp is mlp and mlp.down_proj.weight.is_contiguous()
     text = str(report)
-    assert text.startswith("2 of 3 gated MLPs decode sparsely") and "dense: " in text and "model.layers.1.mlp" in text
+    assert text.startswith("2 of 3 MLPs decode sparsely") and "dense: " in text and "model.layers.1.mlp" in text
 
 
-def test_biases_of_the_config_leave_the_model_dense():
-    report = patch_model(_model(mlp_bias=True))
-    assert not report.sparse and {x.reason for x in report.layers} == {"gate_proj has a bias"}
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("biased", [("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "up_proj", "down_proj")])
+def test_biases_are_added(biased, device):
+    model = _model(device=device, mlp_bias=True)
+    for layer in model.model.layers:
+        for name, linear in layer.mlp.named_children():
+            if isinstance(linear, nn.Linear):
+                linear.bias = nn.Parameter(torch.randn_like(linear.bias) / 4) if name in biased else None
+    before, token = _text(model), _ids(device)[:, :1]
+    with torch.inference_mode():
+        wanted = model(token, use_cache=False).logits
+    report = patch_model(model)
+    assert [(x.sparse, str(x.formula), x.note) for x in report.layers] == [(True, "relu", "")] * 3
+    with torch.inference_mode():
+        torch.testing.assert_close(model(token, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-4)
+    assert torch.equal(_text(model), before)
+    unpatch_model(model)
+    assert _unchanged(model) and torch.equal(_text(model), before)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -411,17 +430,23 @@ class Around(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.02])
 @pytest.mark.parametrize("twist", Twisted.TWISTS)
-def test_only_the_formula_that_is_named_is_taken(twist, threshold, dtype, device):
-    if device == "cuda" and twist not in ("nothing", "scaled by 0.999", "leaky", "a sub-norm"):
+def test_only_what_the_code_computes_is_taken(twist, threshold, dtype, device):
+    if device == "cuda" and twist not in ("nothing", "squared", "dReLU", "scaled by 0.999", "leaky", "a sub-norm"):
         pytest.skip("its code is tried in float64 alike on any device")
     torch.manual_seed(0)
     model = Around(Twisted(twist, dtype, device), hidden_act="relu")
     mlp = model.mlp
+    known = {"nothing": "relu", "squared": "relu2", "dReLU": "drelu"}
     (layer,) = patch_model(model, threshold).layers
-    assert layer.sparse == (twist == "nothing"), layer.reason
-    if twist == "nothing":
-        assert model.mlp.threshold == (threshold or 0.0)
+    assert layer.sparse == (twist in known), layer.reason
+    if twist in known:
+        formula = Formula(threshold or 0.0, known[twist])
+        assert layer.formula == model.mlp.formula == formula and model.mlp.threshold == layer.threshold == (threshold or 0.0)
+        assert layer.note == (
+            "" if twist == "nothing" else f"the config says hidden_act='relu', its code computes {known[twist]}"
+        )
     else:
+        assert layer.formula is None and not layer.note
         assert model.mlp is mlp and mlp.down_proj.weight.is_contiguous()
         found = {
             "two outputs": "not return one tensor",
@@ -429,6 +454,31 @@ def test_only_the_formula_that_is_named_is_taken(twist, threshold, dtype, device
             "an assertion": "does not run on 256",
         }
         assert found.get(twist, "differs from that of relu by") in layer.reason
+
+
+@pytest.mark.parametrize("twist", ["nothing", "squared", "dReLU", "leaky"])
+def test_a_config_that_claims_a_threshold_is_not_told_otherwise(twist):
+    """The code of a config with a threshold is tried for that formula alone."""
+    model = Around(Twisted(twist, torch.float32, "cpu"), hidden_act="fatrelu", hidden_act_param=0.02)
+    mlp = model.mlp
+    (layer,) = patch_model(model).layers
+    assert not layer.sparse and not layer.note and "differs from that of fatrelu(0.02) by" in layer.reason
+    assert model.mlp is mlp
+
+
+@pytest.mark.parametrize("twist", ["nothing", "squared", "dReLU", "leaky", "SiLU"])
+def test_a_config_that_says_silu_is_told_what_the_code_computes(twist):
+    """As SparseLM has it, whose config says silu and whose code computes ReLU."""
+    known = {"nothing": "relu", "squared": "relu2", "dReLU": "drelu"}
+    model = Around(Twisted(twist, torch.float32, "cpu"), hidden_act="silu")
+    report = patch_model(model)
+    (layer,) = report.layers
+    assert layer.sparse == (twist in known)
+    if twist in known:
+        assert layer.formula == Formula(0.0, known[twist]) and layer.note in str(report).replace("\n", " ")
+        assert layer.note == f"the config says hidden_act='silu', its code computes {known[twist]}"
+    else:
+        assert layer.reason.startswith("the config says hidden_act='silu': it leaves no zeros") and not layer.note
 
 
 @pytest.mark.parametrize("twist", ["a threshold", "nothing", "leaky"])

@@ -70,7 +70,7 @@ def test_reset_remove_and_a_second_meter():
         meter.remove()
         model(_ids())
     assert [x.tokens for x in meter.report().layers] == [7] * 3
-    with pytest.raises(ValueError, match="has no gated MLP"):
+    with pytest.raises(ValueError, match="Linear has no MLP of a family that is known"):
         SparsityMeter(nn.Linear(2, 2))
 
 
