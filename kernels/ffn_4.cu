@@ -41,8 +41,31 @@ constexpr bool WHOLE_SLICES = false;
 static_assert(32 % LANES == 0, "a row segment must not straddle warps");
 static_assert(32 % UNIT == 0, "a unit must not straddle warps, nor the vectors of a thread");
 static_assert(SLICE <= THREADS, "a thread writes one column");
-static_assert(EACH * VEC <= 32, "a thread keeps a bit per row");
+static_assert(EACH * VEC <= 64, "a thread keeps a bit per row");
+// Rows of a tile that one warp can list: its part of the tile, or of d_ff where that is less.
+#ifdef ROW_OPT
+constexpr int UNITS = (ROW_OPT + UNIT * VEC - 1) / (UNIT * VEC), OWN = (UNITS + WARPS - 1) / WARPS * UNIT * VEC;
+constexpr int LISTED = OWN < TILE / WARPS ? OWN : TILE / WARPS;
+#else
+constexpr int LISTED = TILE / WARPS;
+#endif
+static_assert(LISTED * WARPS <= 20480, "a tile's list must fit static shared memory");
 static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
+
+template <bool WIDE>
+struct Mask {
+    typedef unsigned Bits;
+};
+template <>
+struct Mask<true> {
+    typedef unsigned long long Bits;
+};
+typedef Mask<(EACH * VEC > 32)>::Bits Bits;  // of a thread's rows in a tile
+
+__device__ __forceinline__ int count(unsigned bits) { return __popc(bits); }
+__device__ __forceinline__ int count(unsigned long long bits) { return __popcll(bits); }
+__device__ __forceinline__ unsigned lowest(unsigned bits) { return __ffs(bits) - 1; }
+__device__ __forceinline__ unsigned lowest(unsigned long long bits) { return __ffsll(bits) - 1; }
 
 // First row of the thread's k-th vector in a tile. Units go round the warps, so that a mask with its active rows side by side
 // loads all warps alike.
@@ -52,14 +75,14 @@ __device__ __forceinline__ unsigned first_row(unsigned k) {
 }
 
 // Bit k * VEC + e: whether x1[first_row(k) + e] is not zero. With a norm, adds their squares to the thread's `squares`.
-__device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows, float (&squares)[2]) {
+__device__ __forceinline__ Bits active_bits(const scalar* x1, int rows, float (&squares)[2]) {
     uint4 v[EACH];  // all loads before the first use
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const int row = first_row(k);
         v[k] = row + VEC <= rows ? *reinterpret_cast<const uint4*>(x1 + row) : uint4{0, 0, 0, 0};
     }
-    unsigned bits = 0;
+    Bits bits = 0;
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const int row = first_row(k);
@@ -67,7 +90,7 @@ __device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows, floa
         for (int e = 0; e < VEC; ++e) {
             scalar value = raw_element(v[k], e);
             if (rows % VEC != 0 && row + VEC > rows && row + e < rows) value = x1[row + e];  // the vector that d_ff cuts off
-            bits |= (unsigned)is_nonzero(value) << (k * VEC + e);
+            bits |= (Bits)is_nonzero(value) << (k * VEC + e);
             if constexpr (NORM_WEIGHT) squares[e % 2] = fmaf(to_float(value), to_float(value), squares[e % 2]);
         }
     }
@@ -76,20 +99,20 @@ __device__ __forceinline__ unsigned active_bits(const scalar* x1, int rows, floa
 
 // Writes the rows behind the warp's bits to its `list`, in an order that only the bits decide, and returns how many there are.
 // The first barrier keeps the list of one tile from overwriting that of another, which may still be read.
-__device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
-    const int lane = threadIdx.x % 32, count = __popc(bits);
-    int upto = count;  // inclusive sum of the counts over the lanes
+__device__ __forceinline__ int list_rows(Bits bits, unsigned short* list) {
+    const int lane = threadIdx.x % 32, own = count(bits);
+    int upto = own;  // inclusive sum of the counts over the lanes
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
         const int lower = __shfl_up_sync(ALL_LANES, upto, step);
         if (lane >= step) upto += lower;
     }
     const int total = __shfl_sync(ALL_LANES, upto, 31);
-    unsigned position = upto - count;
+    unsigned position = upto - own;
     __syncwarp();
     const unsigned base = first_row(0);
     for (; bits != 0; bits &= bits - 1) {
-        const unsigned bit = __ffs(bits) - 1;
+        const unsigned bit = lowest(bits);
         list[position++] = base + bit / VEC * (THREADS * VEC) + bit % VEC;
     }
     __syncwarp();
@@ -99,7 +122,7 @@ __device__ __forceinline__ int list_rows(unsigned bits, unsigned short* list) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, scalar* __restrict__ y, int d_ff, int d_model, const scalar* bias,
           const scalar* norm_weight, float norm_eps) {
-    __shared__ unsigned short lists[WARPS][TILE / WARPS];
+    __shared__ unsigned short lists[WARPS][LISTED];
     __shared__ float partial[WARPS][SLICE];
     __shared__ float squares_of[WARPS];
 
@@ -172,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         float all = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) all += squares_of[w];
-        total *= 1.0f / sqrtf(all / rows + norm_eps);
+        if (total != 0.0f) total *= 1.0f / sqrtf(all / rows + norm_eps);  // where nothing is active r may be infinite
     }
     y[c] = from_float(biased<DOWN_BIAS>(total, bias, c));
 }

@@ -571,7 +571,7 @@ def _check_shape(
             origins.setdefault(dim, operand.name)
         return
     known, hint = dims, ""
-    if len(sizes) == 2 and _agree(operand.dims, sizes[::-1], dims):
+    if len(sizes) == len(operand.dims) == 2 and _agree(operand.dims, sizes[::-1], dims):
         known = {**dims, **dict(zip(operand.dims, sizes[::-1], strict=True))}
         hint = f": {_TRANSPOSED.get(operand.name, 'this is transposed')}."
     elif len(sizes) == len(operand.dims):

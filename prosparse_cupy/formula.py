@@ -48,7 +48,8 @@ class Formula:
 
     def activate(self, gate: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Formula 2 in the dtype of `gate`: the activation of active neurons, +0 of others."""
-        return np.where(self.active(gate), self._activated(gate).astype(gate.dtype), np.zeros_like(gate))
+        with np.errstate(over="ignore", under="ignore"):
+            return np.where(self.active(gate), self._activated(gate).astype(gate.dtype), np.zeros_like(gate))
 
     def combine(self, gate: npt.NDArray[Any], up: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Formulas 2 and 3 before x1 is rounded, in the dtype of `up`: the product of active neurons, +0 of others."""
@@ -115,11 +116,15 @@ def check_norm_eps(operator: str, norm_eps: float, has_norm: bool) -> float:
     """What a norm adds to a mean of squares: finite as float32 and not negative, and 0 without a norm."""
     if not isinstance(norm_eps, (float, int, Real)):
         raise TypeError(f"{operator}: norm_eps must be a Python number, got {type(norm_eps).__name__}: pass a float")
-    if not 0.0 <= float(norm_eps) <= _LARGEST_THRESHOLD:
-        raise ValueError(f"{operator}: norm_eps must be finite as float32 and >= 0, got {norm_eps}")
-    if norm_eps and not has_norm:
-        raise ValueError(f"{operator}: norm_eps={norm_eps:g} without a norm: pass norm_weight too, or leave norm_eps out")
-    return float(norm_eps)
+    try:
+        value = float(norm_eps)
+    except OverflowError:  # an int beyond all floats
+        value = math.inf
+    if not 0.0 <= value <= _LARGEST_THRESHOLD:
+        raise ValueError(f"{operator}: norm_eps must be finite as float32 and >= 0, got {value}")
+    if value and not has_norm:
+        raise ValueError(f"{operator}: norm_eps={value:g} without a norm: pass norm_weight too, or leave norm_eps out")
+    return value
 
 
 def said_by(config: object, key: str = "hidden_act") -> tuple[Any, Any]:

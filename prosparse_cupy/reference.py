@@ -78,7 +78,7 @@ def ffn_4(
     with np.errstate(invalid="ignore", over="ignore"):
         for token, values in zip(y, rows, strict=True):
             used = np.flatnonzero(values.astype(np.float32) != 0)
-            if norm_weight is not None:
+            if norm_weight is not None and len(used):
                 scale = 1 / np.sqrt(np.mean(np.square(values)) + norm_eps)
                 values[used] *= norm_weight[used].astype(np.float64) * scale
             token += rows_sum(values, w_down_t, used)
