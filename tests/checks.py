@@ -57,27 +57,86 @@ def bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.uint8)
 
 
-def exact_ffn_1(x: np.ndarray, w_gate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Float64 gate and the sum of its terms' magnitudes."""
+def exact_ffn_1(x: np.ndarray, w_gate: np.ndarray, bias: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 gate and the sum of its terms' magnitudes, of which a bias is one."""
     a, w = x.astype(np.float64), w_gate.astype(np.float64)
-    return w @ a, np.abs(w) @ np.abs(a)
+    total, magnitude = w @ a, np.abs(w) @ np.abs(a)
+    if bias is None:
+        return total, magnitude
+    return total + bias.astype(np.float64), magnitude + np.abs(bias.astype(np.float64))
 
 
-def exact_ffn_23(gate: np.ndarray, x: np.ndarray, w_up: np.ndarray, threshold: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def exact_activation(g: np.ndarray, threshold: float = 0.0, activation: str = "relu") -> np.ndarray:
+    """s of rounded gates, as float64: squared ReLU squares in float32."""
+    on = ~(g.astype(np.float64) < float(np.float32(threshold))) & ~(g.astype(np.float64) == 0)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        s = np.square(g.astype(np.float32)) if activation == "relu2" else g
+        return np.where(on, s.astype(np.float64), 0.0)
+
+
+def exact_ffn_12(
+    g: np.ndarray,
+    x: np.ndarray,
+    w_up: np.ndarray,
+    threshold: float = 0.0,
+    activation: str = "relu",
+    bias: np.ndarray | None = None,
+) -> np.ndarray:
+    """x1 to the bit, of the rounded pre-activation `g`, which is first held against its own truth.
+
+    One rounding lies before the activation, so that no bound on x1 alone would be tight.
+    """
+    assert_rounded_sum(g, *exact_ffn_1(x, w_up, bias), len(x) + 1)
+    with np.errstate(over="ignore"):
+        return exact_activation(g, threshold, activation).astype(g.dtype)
+
+
+def exact_ffn_23(
+    gate: np.ndarray,
+    x: np.ndarray,
+    w_up: np.ndarray,
+    threshold: float = 0.0,
+    activation: str = "relu",
+    bias: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Float64 x1 and the sum of its terms' magnitudes, from formulas 2 and 3 as written."""
     on = reference.active(gate, threshold)
-    s = np.where(on, gate.astype(np.float64), 0.0)
-    up, magnitude = exact_ffn_1(x, w_up[on])
+    s = exact_activation(gate, threshold, activation)
+    up, magnitude = exact_ffn_1(x, w_up[on], None if bias is None else bias[on])
+    if activation == "drelu":
+        up = np.maximum(up, 0.0)  # an error of the sum is at most what it was
     x1, total = np.zeros(len(gate)), np.zeros(len(gate))
     x1[on], total[on] = s[on] * up, np.abs(s[on]) * magnitude
     return x1, total
 
 
-def exact_ffn_4(x1: np.ndarray, w_down_t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def exact_ffn_4(
+    x1: np.ndarray,
+    w_down_t: np.ndarray,
+    bias: np.ndarray | None = None,
+    norm_weight: np.ndarray | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Float64 y and the sum of its terms' magnitudes."""
     on = np.flatnonzero(x1.astype(np.float32))
     a, w = x1[on].astype(np.float64), w_down_t[on].astype(np.float64)
-    return a @ w, np.abs(a) @ np.abs(w)
+    if norm_weight is not None and len(on):
+        a = a * norm_weight[on].astype(np.float64) / np.sqrt((a @ a) / len(x1) + norm_eps)
+    y, magnitude = a @ w, np.abs(a) @ np.abs(w)
+    if bias is None:
+        return y, magnitude
+    return y + bias.astype(np.float64), magnitude + np.abs(bias.astype(np.float64))
+
+
+def terms_of_ffn_4(d_ff: int, *, normed: bool = False) -> int:
+    """Roundings on the way to y: the bias, and with a norm as many as d_ff of its mean, halved by the root, and six more."""
+    return d_ff + 1 + normed * (d_ff // 2 + 7)
+
+
+def norm_weight(d_ff: int, dtype: str, rng: np.random.Generator) -> np.ndarray:
+    """Weights of a norm, near one, with some negative."""
+    sign = np.where(rng.random(d_ff) < 0.1, -1, 1)
+    return (sign * (1 + 0.2 * rng.standard_normal(d_ff))).astype(DTYPES[dtype])
 
 
 @lru_cache(maxsize=12)

@@ -26,6 +26,7 @@ SHAPES = [(m.d_model, m.d_ff, True) for m in (models.LLAMA_2_7B, models.LLAMA_2_
 # Threads an SM must hold, of its 65536 registers: what launch_bounds promise and the occupancy the times were measured at.
 REGISTERS = {
     "ffn_1": 128,
+    "ffn_12": 128,
     "ffn_123": 128,
     "ffn_23": 64,
     "ffn_23 of 12 rows a block": 80,
@@ -70,7 +71,7 @@ def test_no_spills_within_budget(kernel, dtype, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "decompress"])
+@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_12", "ffn_123", "ffn_23", "ffn_4", "decompress"])
 def test_weights_in_12_bits_do_not_spill_either(kernel, architecture):
     for d_model, d_ff, specialize in SHAPES:
         formats = compressed_formats(kernel, d_model, d_ff)
@@ -79,6 +80,37 @@ def test_weights_in_12_bits_do_not_spill_either(kernel, architecture):
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan
         assert _reported(r"(\d+) bytes stack frame", report) == 0
         assert "warning" not in report, report
+
+
+# What a kernel has beside ReLU: every activation with all its biases, and the norm.
+OTHERS = {
+    "ffn_1": [("relu", ("gate_bias",))],
+    "ffn_12": [(activation, ("up_bias",)) for activation in ("relu", "relu2")],
+    "ffn_123": [(activation, ("gate_bias", "up_bias")) for activation in ("relu", "relu2", "drelu")],
+    "ffn_23": [(activation, ("up_bias",)) for activation in ("relu", "relu2", "drelu")],
+    "ffn_4": [("relu", ("down_bias",)), ("relu", ("down_bias", "norm_weight"))],
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("weights", ["bfloat16", "float32", "12 bits"])
+@pytest.mark.parametrize("kernel", OTHERS)
+def test_activations_biases_and_norm_do_not_spill_either(kernel, weights, architecture):
+    """Nor take more registers than the budget."""
+    assert set(OTHERS) == {name for name, interface in KERNELS.items() if interface.optional}
+    for d_model, d_ff, specialize in SHAPES:
+        more = {"formats": compressed_formats(kernel, d_model, d_ff)} if weights == "12 bits" else {}
+        dtype = "bfloat16" if more else weights
+        for activation, extras in OTHERS[kernel]:
+            shape = Shape(d_model, d_ff, dtype, specialize, Target(architecture, 132))
+            plan = plan_of(kernel, shape, activation=activation, extras=extras, **more)
+            _, report = compile_for(plan, architecture)
+            assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan
+            assert _reported(r"(\d+) bytes stack frame", report) == 0
+            assert int(re.search(r"(\d+) bytes smem", report + " 0 bytes smem")[1]) == static_shared_bytes(plan)
+            name = f"{kernel} of 12 rows a block" if (kernel, dict(plan.defines).get("ROWS")) == ("ffn_23", 12) else kernel
+            assert more or _reported(r"Used (\d+) registers", report) <= REGISTERS[name]
+            assert "warning" not in report, report
 
 
 def test_launches_of_the_shipped_tables_do_not_spill():
@@ -158,7 +190,11 @@ WHOLE = (("ACTIVATION_RELU", None), ("DTYPE_FLOAT32", None), ("LOADS", 8), ("W_U
         ("ffn_1", (("DTYPE_FLOAT32", None), ("LOADS", 3)), "even loads are even in every batch"),
         ("ffn_23", (*WHOLE, ("WARPS", 3), ("ROWS", 8)), "warps come in pairs"),
         ("ffn_23", (*WHOLE[:-1], ("WARPS", 8), ("ROWS", 8), ("TOKENS", 2)), "one token so far"),
-        ("ffn_23", (*WHOLE[1:], ("WARPS", 8), ("ROWS", 8)), "define ACTIVATION_RELU"),
+        (
+            "ffn_23",
+            (*WHOLE[1:], ("WARPS", 8), ("ROWS", 8)),
+            "exactly one of ACTIVATION_RELU, ACTIVATION_RELU2, ACTIVATION_DRELU",
+        ),
     ],
 )
 def test_kernels_refuse_defines_that_make_no_sense(kernel, defines, message):

@@ -10,9 +10,12 @@ from checks import (
     bits,
     exact_ffn_1,
     exact_ffn_4,
+    exact_ffn_12,
     exact_ffn_23,
     gate,
+    norm_weight,
     poisoned,
+    terms_of_ffn_4,
     token,
     weights,
 )
@@ -35,12 +38,54 @@ shapes_of_ffn_23 = pytest.mark.parametrize(("d_model", "d_ff"), [*SHAPES, *SHARE
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def _run_twice(host, kernel, shape, inputs, out, **options):
-    """Under two orders of threads and blocks: the bits must not depend on them."""
-    plan = plan_of(kernel, shape)
-    first, second = (host.run(plan, [*inputs, shape.d_ff, shape.d_model], out, seed=seed, **options) for seed in (1, 2))
+def _run_twice(host, kernel, shape, inputs, out, trailing=(), **more):
+    """Under two orders of threads and blocks: the bits must not depend on them.
+
+    `trailing` are the arguments behind the dims, and `more` goes to the `Problem`.
+    """
+    plan = plan_of(kernel, shape, **more)
+    first, second = (host.run(plan, [*inputs, shape.d_ff, shape.d_model, *trailing], out, seed=seed) for seed in (1, 2))
     np.testing.assert_array_equal(bits(first), bits(second))
     return first
+
+
+class _Half:
+    """The first half of an FFN with an activation and biases, by each of its kernels."""
+
+    def __init__(self, host, shape: Shape, activation: str, biased: bool, rng: np.random.Generator) -> None:
+        self.host, self.shape, self.activation, self.biased = host, shape, activation, biased
+        d_model, d_ff, dtype = shape.d_model, shape.d_ff, shape.dtype
+        self.x, self.w_gate, self.w_up = (
+            token(d_model, dtype, rng),
+            weights(d_ff, d_model, dtype),
+            weights(d_ff, d_model, dtype, 1),
+        )
+        self.gate_bias, self.up_bias = (token(d_ff, dtype, rng) if biased else None for _ in range(2))
+
+    def _run(self, kernel: str, inputs: list, *biases: np.ndarray | None) -> np.ndarray:
+        names = {"ffn_1": ("gate_bias",), "ffn_123": ("gate_bias", "up_bias")}.get(kernel, ("up_bias",))
+        more = {"extras": names, "trailing": biases} if self.biased else {}
+        if kernel != "ffn_1":
+            more["activation"] = self.activation
+        return _run_twice(self.host, kernel, self.shape, inputs, poisoned(self.shape.d_ff, self.shape.dtype), **more)
+
+    def ffn_1(self, up: bool = False) -> np.ndarray:
+        """The gate, or without a gate the up-projection."""
+        w, bias = (self.w_up, self.up_bias) if up else (self.w_gate, self.gate_bias)
+        return self._run("ffn_1", [self.x, w, None], bias)
+
+    def ffn_12(self, threshold: float) -> np.ndarray:
+        return self._run("ffn_12", [self.x, self.w_up, None, threshold], self.up_bias)
+
+    def ffn_23(self, g: np.ndarray, w_up: np.ndarray, threshold: float) -> np.ndarray:
+        return self._run("ffn_23", [g, self.x, w_up, None, threshold], self.up_bias)
+
+    def ffn_123(self, w_up: np.ndarray, threshold: float) -> np.ndarray:
+        return self._run("ffn_123", [self.x, self.w_gate, w_up, None, threshold], self.gate_bias, self.up_bias)
+
+
+def _without_negative_zeros(out: np.ndarray) -> bool:
+    return not np.signbit(out[out == 0].astype(np.float32)).any()
 
 
 @both
@@ -114,6 +159,136 @@ def test_ffn_123_is_ffn_1_and_ffn_23_to_the_bit(host, d_model, d_ff, dtype, spec
         assert_rounded_sum(one, *exact_ffn_23(g, x, w_up, threshold), d_model + 1)
 
 
+# Without constants one build runs every shape; with them one is enough, as the code is the same.
+ONCE = [(264, 101)]
+HALVES = [
+    *(("bfloat16", activation, biased, False) for activation, biased in (("relu", True), ("relu2", True), ("drelu", True))),
+    ("float16", "drelu", True, False),
+    ("float32", "relu2", True, False),
+    ("bfloat16", "drelu", True, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "biased", "specialize"),
+    [
+        *((dtype, "relu2", True, False) for dtype in DTYPES),
+        *((dtype, "relu", False, False) for dtype in DTYPES),
+        ("bfloat16", "relu", True, False),
+        ("bfloat16", "relu2", False, False),
+        ("float16", "relu2", True, True),
+        ("float32", "relu", False, True),
+    ],
+)
+def test_ffn_12_is_ffn_1_and_the_activation_to_the_bit(host, dtype, activation, biased, specialize):
+    rng = np.random.default_rng(12)
+    for d_model, d_ff in ONCE if specialize else SHAPES:
+        half = _Half(host, Shape(d_model, d_ff, dtype, specialize), activation, biased, rng)
+        dense = _Half(host, Shape(d_model, d_ff, dtype, False), activation, biased, rng)
+        dense.x, dense.up_bias = half.x, half.up_bias
+        g = dense.ffn_1(up=True)
+        for threshold in (0.0, 0.25, max(0.0, float(g.max()))):
+            out = half.ffn_12(threshold)
+            expected = exact_ffn_12(g, half.x, half.w_up, threshold, activation, half.up_bias)
+            np.testing.assert_array_equal(bits(out), bits(expected))
+    assert np.count_nonzero(out) >= 1, "the largest is at the threshold"
+
+
+@pytest.mark.parametrize(("dtype", "activation", "biased", "specialize"), HALVES)
+def test_every_half_with_a_gate(host, dtype, activation, biased, specialize):
+    """ffn_123 is ffn_1 and ffn_23 to the bit, with each activation and with biases."""
+    rng = np.random.default_rng(123)
+    for d_model, d_ff in ONCE if specialize else [(264, 33), SHARED_ROWS[1]]:
+        half = _Half(host, Shape(d_model, d_ff, dtype, specialize), activation, biased, rng)
+        g = half.ffn_1()
+        assert_rounded_sum(g, *exact_ffn_1(half.x, half.w_gate, half.gate_bias), d_model + 1)
+        for threshold in (0.0, 0.25, max(0.0, float(g.max()))):
+            active, w_up = reference.active(g, threshold), half.w_up.copy()
+            w_up[~active] = np.nan
+            half.up_bias[~active] = np.nan
+            two = half.ffn_23(g, w_up, threshold)
+            exact, magnitude = exact_ffn_23(g, half.x, w_up, threshold, activation, half.up_bias)
+            assert_rounded_sum(two, exact, magnitude, d_model + 2)
+            assert not np.any(bits(two[~active])), "an inactive output is not +0"
+            np.testing.assert_array_equal(bits(half.ffn_123(w_up, threshold)), bits(two))
+            half.up_bias = token(d_ff, dtype, rng)
+            if activation == "drelu":
+                off = exact_ffn_1(half.x, half.w_up)[0] < -3
+                np.testing.assert_array_equal(two[off & active].astype(np.float32), 0)
+                assert _without_negative_zeros(two) and not (two.astype(np.float32) < 0).any()
+
+
+def test_a_row_of_ffn_23_with_a_bias_has_the_same_bits_whatever_else_is_active(host):
+    """Read by two warps or by one, with dReLU."""
+    rng = np.random.default_rng(23)
+    half = _Half(host, Shape(*SHARED_ROWS[0], "bfloat16", False), "drelu", True, rng)
+    g = np.abs(half.ffn_1()) + DTYPES["bfloat16"].type(1)
+    every = half.ffn_23(g, half.w_up, 0.0)
+    assert np.count_nonzero(every) > 10 and np.count_nonzero(every == 0) > 10
+    for stride in (len(g), 12, 3):
+        active = np.arange(len(g)) % stride == rng.integers(stride)
+        out = half.ffn_23(np.where(active, g, np.zeros_like(g)), half.w_up, 0.0)
+        np.testing.assert_array_equal(bits(out), bits(np.where(active, every, np.zeros_like(every))))
+
+
+def test_a_bias_of_zeros_changes_no_bit(host):
+    rng = np.random.default_rng(0)
+    shape = Shape(264, 101, "bfloat16", False)
+    plain, zeros = (_Half(host, shape, "relu", biased, rng) for biased in (False, True))
+    zeros.x, zeros.gate_bias[:], zeros.up_bias[:] = plain.x, 0, 0
+    g = plain.ffn_1()
+    for name, arguments in [
+        ("ffn_1", ()),
+        ("ffn_12", (0.1,)),
+        ("ffn_23", (g, plain.w_up, 0.1)),
+        ("ffn_123", (plain.w_up, 0.1)),
+    ]:
+        one, other = getattr(plain, name)(*arguments), getattr(zeros, name)(*arguments)
+        np.testing.assert_array_equal(bits(one), bits(other), err_msg=name)
+        assert np.any(bits(one)), "nothing was compared"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [("bfloat16", "relu2"), ("bfloat16", "drelu"), ("float16", "drelu"), ("float32", "relu2")]
+)
+def test_special_values_of_other_activations(host, dtype, activation):
+    """Every special gate with every special up-projection, as the reference treats them: the kernels of the tests above."""
+    tiny = {"bfloat16": 2.0**-133, "float16": 2.0**-24, "float32": 2.0**-149}[dtype]
+    values = [np.nan, np.inf, -np.inf, 0.0, -0.0, tiny, -tiny, 0.25, 0.2490234375, -0.25, 1.5, -2.0, 2.0**-14, 300.0]
+    gates, ups = (a.ravel() for a in np.meshgrid(*[np.array(values).astype(DTYPES[dtype])] * 2))
+    half = _Half(host, Shape(8, len(gates), dtype, False), activation, True, np.random.default_rng(0))
+    half.x, w_up = np.eye(8, dtype=DTYPES[dtype])[0], np.zeros((len(ups), 8), DTYPES[dtype])
+    w_up[:, 0], half.up_bias = ups, np.zeros_like(ups)
+    for threshold in (0.0, 0.25):
+        out = half.ffn_23(gates, w_up, threshold)
+        with np.errstate(all="ignore"):
+            expected = reference.ffn_23(gates, half.x, w_up, threshold, activation=activation)
+        off = ~reference.active(gates, threshold) | ((activation == "drelu") & (ups.astype(np.float32) <= 0))
+        np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))
+        assert not np.any(bits(out[off])), "an inactive output is not +0"
+        assert np.isnan(out[np.isnan(gates) & (ups.astype(np.float32) > 0)].astype(np.float32)).all()
+        assert np.isnan(out[~off & np.isnan(ups)].astype(np.float32)).all(), "NaN in the up-projection stays visible"
+
+
+@dtypes
+def test_special_values_of_ffn_12(host, dtype):
+    """Squared ReLU of every value: its square in float32, rounded once more."""
+    rng = np.random.default_rng(1)
+    tiny = {"bfloat16": 2.0**-133, "float16": 2.0**-24, "float32": 2.0**-149}[dtype]
+    values = [np.nan, np.inf, -np.inf, 0.0, -0.0, tiny, -tiny, 0.25, 0.2490234375, 0.2509765625, -0.25, 300.0, 2.0**-70]
+    g = np.concatenate([values, rng.standard_normal(88)]).astype(DTYPES[dtype])
+    half = _Half(host, Shape(8, len(g), dtype, False), "relu2", True, rng)
+    half.x, half.w_up = np.eye(8, dtype=DTYPES[dtype])[0], np.zeros((len(g), 8), DTYPES[dtype])
+    half.w_up[:, 0], half.up_bias = g, np.zeros_like(g)
+    for threshold in (0.0, 0.25):
+        out, wide = half.ffn_12(threshold), g.astype(np.float32)
+        with np.errstate(all="ignore"):
+            active = ~(wide < threshold) & (wide != 0)
+            expected = np.where(active, wide * wide, np.float32(0)).astype(DTYPES[dtype])
+        np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))
+        assert not np.any(bits(out[~active])), "an inactive output is not +0"
+
+
 @both
 @dtypes
 @pytest.mark.parametrize(("d_model", "d_ff"), SHAPES_OF_FFN_4)
@@ -126,6 +301,72 @@ def test_ffn_4(host, d_model, d_ff, dtype, specialize):
         w[x1 == 0] = np.nan
         out = _run_twice(host, "ffn_4", shape, [x1, w, None], poisoned(d_model, dtype))
         assert_rounded_sum(out, *exact_ffn_4(x1, w), d_ff)
+
+
+def _ffn_4(host, shape, x1, w, bias=None, norm=None, eps=0.0):
+    """With what is given of a bias and a norm."""
+    extras = tuple(name for name, array in (("down_bias", bias), ("norm_weight", norm)) if array is not None)
+    trailing = (0 if bias is None else bias, 0 if norm is None else norm, eps)
+    return _run_twice(
+        host, "ffn_4", shape, [x1, w, None], poisoned(shape.d_model, shape.dtype), trailing=trailing, extras=extras
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_bias", "has_norm", "specialize"),
+    [
+        *(("bfloat16", has_bias, has_norm, False) for has_bias, has_norm in ((True, False), (False, True), (True, True))),
+        ("bfloat16", True, True, True),
+        ("float16", True, True, False),
+        ("float32", True, True, False),
+    ],
+)
+def test_ffn_4_with_a_bias_and_a_norm(host, dtype, has_bias, has_norm, specialize):
+    """NaN in weights of inactive neurons, the norm's too, does no harm, and of nothing active the bias is left."""
+    d_model, d_ff = 40, 700
+    shape, rng = Shape(d_model, d_ff, dtype, specialize), np.random.default_rng(4)
+    for sparsity, eps in [(0.0, 0.5), (0.5, 0.0), (0.9, 1e-5), (1.0, 0.0), (1.0, 1e-5), ("one", 1e-5)]:
+        eps = eps if has_norm else 0.0
+        w, x1 = weights(d_ff, d_model, dtype).copy(), reference.fatrelu(gate(d_ff, dtype, sparsity, rng))
+        x1 = (x1 * token(d_ff, dtype, rng)).astype(DTYPES[dtype])
+        bias, norm = token(d_model, dtype, rng) if has_bias else None, norm_weight(d_ff, dtype, rng) if has_norm else None
+        w[x1 == 0] = np.nan
+        if has_norm:
+            norm[x1 == 0] = np.nan
+        out = _ffn_4(host, shape, x1, w, bias, norm, eps)
+        assert_rounded_sum(out, *exact_ffn_4(x1, w, bias, norm, eps), terms_of_ffn_4(d_ff, normed=has_norm))
+        if sparsity == 1.0:
+            np.testing.assert_array_equal(out, bias if has_bias else np.zeros_like(out))
+
+
+def test_a_bias_of_zeros_changes_no_bit_of_ffn_4(host):
+    shape, rng = Shape(40, 700, "bfloat16", False), np.random.default_rng(0)
+    w, x1 = weights(700, 40, "bfloat16"), reference.fatrelu(gate(700, "bfloat16", 0.7, rng)) * token(700, "bfloat16", rng)
+    with_zeros = _ffn_4(host, shape, x1, w, np.zeros(40, w.dtype))
+    np.testing.assert_array_equal(bits(with_zeros), bits(_ffn_4(host, shape, x1, w)))
+
+
+def test_dims_as_constants_do_not_change_the_bits_of_a_norm(host):
+    """Nor does what it is scaled by, a power of two: the mean and the sum scale with x1."""
+    rng = np.random.default_rng(44)
+    w, x1 = weights(700, 40, "bfloat16"), reference.fatrelu(gate(700, "bfloat16", 0.7, rng)) * token(700, "bfloat16", rng)
+    bias, norm = token(40, "bfloat16", rng), norm_weight(700, "bfloat16", rng)
+    one, other = (_ffn_4(host, Shape(40, 700, "bfloat16", s), x1, w, bias, norm, 0.0) for s in (True, False))
+    np.testing.assert_array_equal(bits(one), bits(other))
+    scaled = _ffn_4(host, Shape(40, 700, "bfloat16", False), x1 * DTYPES["bfloat16"].type(0.25), w, bias, norm, 0.0)
+    np.testing.assert_array_equal(bits(scaled), bits(other))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_not_lost_in_a_norm(host, value):
+    """Both leave NaN: infinity over infinity is none."""
+    shape, rng = Shape(40, 700, "bfloat16", False), np.random.default_rng(5)
+    x1 = token(700, "bfloat16", rng)
+    x1[37] = value
+    w, bias, norm = weights(700, 40, "bfloat16"), token(40, "bfloat16", rng), norm_weight(700, "bfloat16", rng)
+    assert np.isnan(_ffn_4(host, shape, x1, w, bias, norm, 1e-5).astype(np.float32)).all()
+    with np.errstate(all="ignore"):
+        assert np.isnan(reference.ffn_4(x1, w, bias=bias, norm_weight=norm, norm_eps=1e-5).astype(np.float32)).all()
 
 
 @dtypes

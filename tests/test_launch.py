@@ -22,6 +22,7 @@ shapes = st.builds(
     st.builds(Target, st.sampled_from([80, 86, 89, 90, 100, 120]), st.integers(1, 200)),
 )
 kernels = st.sampled_from(sorted(KERNELS))
+EXTRAS = {"GATE_BIAS", "UP_BIAS", "DOWN_BIAS", "NORM_WEIGHT"}
 
 
 def _defines(plan: launch.Launch) -> dict[str, int | str | None]:
@@ -35,7 +36,8 @@ def static_shared_bytes(plan: launch.Launch) -> int:
     itemsize = 4 if "DTYPE_FLOAT32" in defines else 2
     if plan.kernel == "ffn_4":
         tile = defines["EACH"] * 32 * defines["WARPS"] * 16 // itemsize
-        return 2 * tile + 4 * defines["WARPS"] * defines["LANES"] * 16 // itemsize
+        squares = 4 * defines["WARPS"] * defines["NORM_WEIGHT"]
+        return 2 * tile + 4 * defines["WARPS"] * defines["LANES"] * 16 // itemsize + squares
     if plan.kernel == "ffn_23" and "ROWS" in defines:
         return 4 * 32 * defines["WARPS"] // 2 + 4
     return 32 * 33 * itemsize if plan.kernel == "pack_down" else 0
@@ -60,7 +62,7 @@ def test_defines_say_the_dtype_and_the_dims(kernel, shape):
     assert dims == ((shape.d_ff, shape.d_model) if shape.specialize else (None, None))
 
 
-@given(st.sampled_from(["ffn_1", "ffn_123", "ffn_23"]), shapes)
+@given(st.sampled_from(["ffn_1", "ffn_12", "ffn_123", "ffn_23"]), shapes)
 def test_every_row_has_one_block(kernel, shape):
     plan = plan_of(kernel, shape)
     defines = _defines(plan)
@@ -86,7 +88,7 @@ def test_warps_of_ffn_23_share_rows_that_two_of_them_can_halve(shape):
 def test_by_the_rule_a_successor_comes_early_only_where_all_rows_have_a_warp(kernel, shape):
     early = "EARLY_SUCCESSOR" in _defines(plan_of(kernel, shape))
     fits = shape.d_ff <= 32 * shape.target.multiprocessors
-    assert early == (kernel == "ffn_123" and shape.specialize and shape.target.capability >= 90 and fits)
+    assert early == (kernel in ("ffn_12", "ffn_123") and shape.specialize and shape.target.capability >= 90 and fits)
 
 
 @given(shapes)
@@ -107,7 +109,7 @@ def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
     assert each == min(32 // length, 7) or (each - 1) * plan.block[0] * length < shape.d_ff <= tile
 
 
-@given(st.sampled_from([("ffn_1", 20), ("ffn_123", 10), ("ffn_23", 10)]), shapes)
+@given(st.sampled_from([("ffn_1", 20), ("ffn_12", 20), ("ffn_123", 10), ("ffn_23", 10)]), shapes)
 def test_batches_of_a_row_are_equal_and_even(kernel_and_most, shape):
     kernel, most = kernel_and_most
     loads = _defines(plan_of(kernel, shape))["LOADS"]
@@ -183,6 +185,7 @@ def test_kernels_are_compiled_for_their_own_weights_and_formula(kernel, shape):
     weights = {name for name in defines if name.startswith("W_")}
     own = {
         "ffn_1": {"W_GATE"},
+        "ffn_12": {"W_UP"},
         "ffn_123": {"W_GATE", "W_UP"},
         "ffn_23": {"W_UP"},
         "ffn_4": {"W_DOWN"},
@@ -190,7 +193,29 @@ def test_kernels_are_compiled_for_their_own_weights_and_formula(kernel, shape):
     }
     assert weights == own.get(kernel, set())
     assert all(defines[name] == "Plain" for name in weights) and defines["TOKENS"] == 1
-    assert ("ACTIVATION_RELU" in defines) == (kernel in ("ffn_123", "ffn_23"))
+    assert ("ACTIVATION_RELU" in defines) == (kernel in ("ffn_12", "ffn_123", "ffn_23"))
+    assert [name for name, value in defines.items() if name in EXTRAS and value != 0] == []
+
+
+@given(kernels, shapes, st.sampled_from(["relu", "relu2", "drelu"]), st.booleans(), st.booleans())
+def test_activation_biases_and_norm_are_defines_and_change_nothing_else(kernel, shape, activation, bias, norm):
+    own = {
+        "ffn_1": ["gate_bias"],
+        "ffn_12": ["up_bias"],
+        "ffn_123": ["gate_bias", "up_bias"],
+        "ffn_23": ["up_bias"],
+        "ffn_4": ["down_bias", "norm_weight"],
+    }.get(kernel, [])
+    extras = tuple(name for name in own if (norm if name == "norm_weight" else bias))
+    plain, plan = plan_of(kernel, shape), plan_of(kernel, shape, activation=activation, extras=extras)
+    before, after = _defines(plain), _defines(plan)
+    assert {name for name in before if name in EXTRAS} == {name.upper() for name in own}
+    if "ACTIVATION_RELU" in before:
+        del before["ACTIVATION_RELU"]
+        before[f"ACTIVATION_{activation.upper()}"] = None
+    assert after == {**before, **{name.upper(): int(name in extras) for name in own}}
+    assert dataclasses.replace(plan, defines=plain.defines) == plain
+    assert "".join(plan.arguments).endswith("ii" + "P" * len(own) + "f" * (kernel == "ffn_4"))
 
 
 def test_models_are_frozen_and_as_published():
