@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prosparse_cupy.device import NoGPUError, cupy, current_device
+from prosparse_cupy.formula import RELU
 from prosparse_cupy.libraries import NUMPY_DTYPES
-from prosparse_cupy.models import LLAMA_2_7B, LLAMA_2_13B, MINICPM_S_1B, Model
+from prosparse_cupy.models import (
+    AFM_4_5B,
+    BITNET_2B,
+    LLAMA_2_7B,
+    LLAMA_2_13B,
+    MINICPM_S_1B,
+    MINITRON_4B,
+    TURBOSPARSE_MISTRAL,
+    Model,
+)
 from prosparse_cupy.testing import best_dense
-from prosparse_cupy.testing.layers import STEPS, Layers
+from prosparse_cupy.testing.layers import STEPS, Layers, operators_of
 
 from . import compare, conditions, tables
 from . import host as host_times
@@ -25,8 +36,15 @@ from .measure import GRAPH, WALLCLOCK, Setting, measure, portable
 from .paper import PUBLISHED
 from .results import DecodeRow, Result, Row, read_json, write_csv, write_json
 
-MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B}
-_WHOLE = {"7B": LLAMA_2_7B, "13B": LLAMA_2_13B, "7B SiLU": Model("llama-2-7b", 4096, 11008, 32, 0.0, 0.0)}
+MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B, "Minitron-4B": MINITRON_4B, "AFM-4.5B": AFM_4_5B}
+_FORMULAS = {"BitNet-2B": BITNET_2B, "TurboSparse-7B": TURBOSPARSE_MISTRAL}
+"""Whose formula costs more than a gated ReLU's; each is timed beside that of the same dims."""
+_WHOLE = {
+    "7B": LLAMA_2_7B,
+    "13B": LLAMA_2_13B,
+    "7B SiLU": Model("llama-2-7b", 4096, 11008, 32, 0.0, 0.0),
+    "AFM-4.5B": replace(AFM_4_5B, threshold=0.01),  # by hand, see decode.random_model
+}
 Show = Callable[[str, int], None]
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -88,8 +106,9 @@ def sweep(names, dtypes, masks, sparsities, weights, **options) -> None:
         if format_ == "plain" or dtype == "bfloat16"
         for mask in masks
         for sparsity in wanted
-        for op in (*STEPS, "ffn_123", "SparseFFN")
-        if op != "ffn_1" or (mask, sparsity) == (masks[0], wanted[0])  # which is dense: once
+        for op in operators_of(MODELS[name])
+        if op not in ("sparse_ffn", "three operators")
+        if op not in ("ffn_1", "ffn_12") or (mask, sparsity) == (masks[0], wanted[0])  # which are dense: once
     ]
     _run("sweep", settings, **options)
 
@@ -100,12 +119,19 @@ def ffn(**options) -> None:
     """The whole FFN at each model's own sparsity: its operators, and ways to call all of it."""
     settings = [
         Setting(op, model, name, "bfloat16", "hot", model.sparsity, format_, with_dense=(op, format_) == ("SparseFFN", "plain"))
-        for name, model in MODELS.items()
+        for name, model in (MODELS | _FORMULAS | _with_relu(_FORMULAS)).items()
         for format_ in _WEIGHTS
-        for op in (*STEPS, "ffn_123", "three operators", "sparse_ffn", "SparseFFN")
+        for op in operators_of(model)
         if not (options["quick"] and name == "13B")
+        if name in MODELS or op == "SparseFFN"
     ]
     _run("ffn", settings, **options)
+
+
+def _with_relu(models: dict[str, Model]) -> dict[str, Model]:
+    """The same dims and sparsities with a gated ReLU."""
+    plain = {"threshold": 0.01, "activation": RELU, "normed": False}
+    return {f"{name} dims, ReLU": replace(model, name=f"{model.name}, ReLU", **plain) for name, model in models.items()}
 
 
 @main.command()
@@ -155,7 +181,8 @@ def decode(
             else:
                 model = models.random_model(_WHOLE[label])
                 prompt = models.random_prompt(model)
-            found = models.measure_model(model, prompt, label, yard, repeats, say)
+            by_hand = None if checkpoint or _WHOLE[label].gated else _WHOLE[label].threshold
+            found = models.measure_model(model, prompt, label, yard, repeats, say, threshold=by_hand)
             del model
             models.free_memory()
             return found

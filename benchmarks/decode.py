@@ -16,10 +16,10 @@ import torch
 import torch._inductor.config
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
+from transformers import ArceeConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
 
 from prosparse_cupy.device import cupy
-from prosparse_cupy.formula import Formula, said_by
+from prosparse_cupy.formula import ACTIVATIONS, FATRELU, said_by
 from prosparse_cupy.models import Model
 from prosparse_cupy.numerics import within_contract
 from prosparse_cupy.testing import synthetic, truth
@@ -27,7 +27,7 @@ from prosparse_cupy.testing.timing import Times, graph_clock, interleave, summar
 from prosparse_cupy.testing.torch_dense import capture
 from prosparse_cupy.torch import (
     CompressedLinear,
-    SparseGatedMLP,
+    SparseMLP,
     SparsityMeter,
     generate,
     patch_model,
@@ -69,21 +69,27 @@ def random_prompt(model: nn.Module) -> torch.Tensor:
 def random_model(record: Model) -> nn.Module:
     """A LLaMA of these dims with random weights in bfloat16 on the GPU, each layer as sparse as `shares` says.
 
-    One whose record has no sparsity has SiLU.
+    One whose record has no sparsity has SiLU, and one without a gate is an Arcee of AFM-4.5B's attention. Random weights leave
+    half of squared ReLU's neurons at zero, so more of them come from a threshold, which `measure_model` is given too.
     """
     register_fatrelu()
     has_zeros = record.sparsity > 0
-    activation = {"hidden_act": "fatrelu", "hidden_act_param": record.threshold} if has_zeros else {"hidden_act": "silu"}
-    config = LlamaConfig(
-        hidden_size=record.d_model,
-        intermediate_size=record.d_ff,
-        num_hidden_layers=record.n_layers,
-        num_attention_heads=record.d_model // _HEAD_SIZE,
-        num_key_value_heads=record.d_model // _HEAD_SIZE,
-        **activation,
-        max_position_embeddings=4096,
-        attn_implementation="sdpa",
-    )
+    dims = {
+        "hidden_size": record.d_model,
+        "intermediate_size": record.d_ff,
+        "num_hidden_layers": record.n_layers,
+        "num_attention_heads": record.d_model // _HEAD_SIZE,
+        "num_key_value_heads": record.d_model // _HEAD_SIZE,
+        "max_position_embeddings": 4096,
+        "attn_implementation": "sdpa",
+    }
+    if not record.gated:
+        more = {"num_key_value_heads": 4, "vocab_size": 128_004, "bos_token_id": 1, "eos_token_id": 2}
+        config: Any = ArceeConfig(**dims | more, hidden_act=record.activation)
+    elif has_zeros:
+        config = LlamaConfig(**dims, hidden_act="fatrelu", hidden_act_param=record.threshold)
+    else:
+        config = LlamaConfig(**dims, hidden_act="silu")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     if has_zeros:
@@ -98,15 +104,17 @@ def shares(record: Model) -> np.ndarray:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, layer_shares: np.ndarray, threshold: float, seed: int = 0) -> None:
-    """Scale the rows of every `gate_proj` so that a layer has this share of active neurons, some far more often than others.
+    """Scale the rows of every gate so that a layer has this share of active neurons, some far more often than others.
+
+    Without a gate these are the rows of the up-projection.
 
     A token enters the FFN with norm sqrt(d_model), so a gate with random weights of standard deviation s is normal with
     standard deviation s * sqrt(d_model), and active with probability P where that is threshold / quantile(1 - P).
     """
     rng = np.random.default_rng(seed)
     model.get_input_embeddings().weight.normal_(0, 1)  # the residual stream's scale, so that the norm's epsilon does not count
-    for (_, mlp, _), share in zip(mlps(model), layer_shares, strict=True):
-        weight = mlp.gate_proj.weight
+    for (_, mlp, family), share in zip(mlps(model), layer_shares, strict=True):
+        weight = getattr(mlp, family.gate or family.up).weight
         active = torch.as_tensor(_neuron_shares(share, weight.shape[0], rng), dtype=torch.float32, device=weight.device)
         spread = threshold / torch.special.ndtri(1 - active)
         weight.normal_(0, weight.shape[1] ** -0.5)
@@ -213,8 +221,8 @@ def _bytes_of_a_token(model: nn.Module, sparsity: float, context: int) -> int:
         if isinstance(module, (nn.Linear, CompressedLinear)):
             total += module.packed.nbytes if isinstance(module, CompressedLinear) else module.weight.nbytes
     for _, mlp, _ in mlps(model):
-        if isinstance(mlp, SparseGatedMLP):
-            for linear in (mlp.up_proj, mlp.down_proj):
+        if isinstance(mlp, SparseMLP):
+            for linear in (mlp.up_proj, mlp.down_proj) if mlp.family.gated else (mlp.down_proj,):
                 whole = linear.packed.nbytes if isinstance(linear, CompressedLinear) else linear.weight.nbytes
                 total -= round(sparsity * whole)
     config = model.config
@@ -231,14 +239,18 @@ def measure_model(
     repeats: int,
     tell: Callable[[str], None],
     context: int = CONTEXT,
+    threshold: float | None = None,
 ) -> list[DecodeRow]:
-    """Rows of one unpatched model, which is patched and compressed in turn: steps, and what users call."""
+    """Rows of one unpatched model, which is patched and compressed in turn: steps, and what users call.
+
+    `threshold` is one by hand, as for `patch_model`.
+    """
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    has_zeros = said_by(model.config)[0] in ("relu", "fatrelu")
+    has_zeros = said_by(model.config)[0] in (*ACTIVATIONS, FATRELU)
     facts: dict[str, Any] = {"sparsity": 0.0, "error": 0.0, "dense_error": 0.0, "checked": True}
     if has_zeros:
         tell("sparsity and errors")
-        patch_model(model)
+        patch_model(model, threshold)
         facts = _sparsity_and_errors(model, prompt)
         unpatch_model(model)
     rows = _Rows(model, prompt, label, facts, yard, repeats, tell, context)
@@ -248,7 +260,7 @@ def measure_model(
     for weights in ("plain", "bf12"):
         tell(f"{weights}: patching")
         unpatch_model(model)
-        patch_model(model, compress=weights == "bf12")
+        patch_model(model, threshold, compress=weights == "bf12")
         if has_zeros and weights == "plain":
             rows.add_transformers(weights)
         rows.add_ours(weights)
@@ -361,12 +373,18 @@ def _sparsity_and_errors(model: nn.Module, prompt: torch.Tensor) -> dict[str, An
 
 def _errors_of(mlp: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     """‖out - float64‖ / ‖float64‖ of a patched MLP's sparse path and of its dense one."""
-    w_gate, w_up, w_down_t, token = map(
-        cupy().from_dlpack, (mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data.t(), x.reshape(-1))
+    formula = mlp.formula
+    first = mlp.gate_proj if formula.gated else mlp.up_proj
+    w_first, w_up, w_down_t, token = map(
+        cupy().from_dlpack, (first.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data.t(), x.reshape(-1))
     )
-    gate = truth.rounded(truth.dot(w_gate, token), token)
-    on = Formula(mlp.threshold).active(truth.to_numpy(gate))
-    wanted = truth.down(truth.rounded(truth.up(gate, w_up, token, on), token), w_down_t)
+    gate = truth.rounded(truth.dot(w_first, token), token)
+    on = formula.active(truth.to_numpy(gate))
+    if formula.gated:
+        x1 = truth.up(gate, w_up, token, on, activation=formula.activation)
+    else:
+        x1 = truth.half(gate, formula.activation, on)
+    wanted = truth.down(truth.rounded(x1, token), w_down_t)
     outputs = mlp(x), mlp(x.expand(1, 2, -1))[:, :1]
     sparse, dense = (truth.relative_error(cupy().from_dlpack(out.detach().reshape(-1)), wanted) for out in outputs)
     return sparse, dense

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -128,11 +129,15 @@ def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU) -
 @cache
 def load(problem: Problem, device: int) -> Kernel:
     """The kernel for a problem on a GPU, compiled at the first call and kept."""
-    return Kernel(launch.plan(problem, target_of(device), _tried.get(problem)), device)
+    kernel = Kernel(launch.plan(problem, target_of(device), _tried.get(problem.measured)), device)
+    _loaded.append(kernel)
+    return kernel
 
 
 _pretended: dict[int, Target] = {}
 _tried: dict[Problem, Knobs] = {}
+_loaded: deque[Kernel] = deque(maxlen=0)
+"""What `trying` has loaded; nothing is kept otherwise."""
 
 
 def target_of(device: int) -> Target:
@@ -148,10 +153,18 @@ def pretending(device: int, target: Target) -> Iterator[None]:
 
 
 @contextmanager
-def trying(problem: Problem, knobs: Knobs) -> Iterator[None]:
-    """Launch a problem with these knobs: for measurements. Not for several threads."""
-    with _meanwhile(_tried, problem, knobs):
-        yield
+def trying(problem: Problem, knobs: Knobs) -> Iterator[deque[Kernel]]:
+    """Launch a problem with these knobs: for measurements. Not for several threads.
+
+    Yields the kernels that are loaded meanwhile: a graph does not keep them.
+    """
+    global _loaded
+    before, _loaded = _loaded, deque()
+    try:
+        with _meanwhile(_tried, problem.measured, knobs):
+            yield _loaded
+    finally:
+        _loaded = before
 
 
 K = TypeVar("K")

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from .formats import BF12_ROWS, BF12_SLICES, SLICE_UNIT, Format, vector_length
 from .problem import H100, KERNELS, WARP, Problem, Target, ceil_div
@@ -109,7 +109,10 @@ class EarlyRowKnobs(RowKnobs):
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> EarlyRowKnobs:
         dense = RowKnobs.rule(problem, target)
-        return EarlyRowKnobs(dense.warps, dense.min_blocks, dense.loads, _starts_early(problem, target))
+        early = problem.specialize and target.is_programmatic and problem.is_plain
+        if not problem.is_plain and problem.lane_loads <= 12:  # a row in one batch
+            return EarlyRowKnobs(warps=1, min_blocks=8, loads=_loads(problem, most=12), early_successor=early)
+        return EarlyRowKnobs(dense.warps, dense.min_blocks, dense.loads, early)
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[EarlyRowKnobs]:
@@ -200,7 +203,6 @@ def _loads(problem: Problem, most: int) -> int:
 class ColumnKnobs(Knobs):
     """Of `ffn_4`. Its warps are part of the order of sums."""
 
-    WARPS: ClassVar[int] = 16
     loads: int = 4
     """Rows that a lane reads at once."""
 
@@ -209,27 +211,33 @@ class ColumnKnobs(Knobs):
         # Rows that lie a power of two apart share memory channels, and four by four they meet there; those in 12 bits do not.
         # Where some multiprocessors hold two blocks, these have enough in flight with three.
         apart = problem.formats[0].row_bytes(problem.d_model, problem.dtype)
-        alone = ceil_div(problem.vectors, order_of_ffn_4(problem).lanes) <= H100.multiprocessors
+        lanes, _, _, warps = order_of_ffn_4(problem)
+        blocks = ceil_div(problem.vectors, lanes)
+        alone = blocks <= H100.multiprocessors
         if not problem.specialize:
             loads = 4 if problem.is_plain else 3
+        elif warps == _MOST_WARPS:
+            loads = 5 if problem.is_plain else 3
+        elif lanes >= SLICE_UNIT and 4 * blocks <= 3 * H100.multiprocessors:  # few must each have more in flight
+            loads = 5
         elif problem.is_plain:
             loads = 5 if problem.dtype != "float32" and apart & (apart - 1) == 0 else 4
         else:
             loads = 4 if alone and BF12_SLICES in problem.formats else 3
-        return ColumnKnobs(warps=ColumnKnobs.WARPS, min_blocks=2, loads=loads)
+        return ColumnKnobs(warps, min_blocks=_MOST_WARPS // warps, loads=loads)
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:
         for loads in (2, 3, 4, 5, 6, 8):
             for min_blocks in (1, 2):
-                yield ColumnKnobs(ColumnKnobs.WARPS, min_blocks, loads)
+                yield ColumnKnobs(order_of_ffn_4(problem).warps, min_blocks, loads)
 
     def shape(self, problem: Problem) -> Shape:
         return (ceil_div(problem.vectors, order_of_ffn_4(problem).lanes), 1, 1), (WARP * self.warps, 1, 1)
 
     def legal(self, problem: Problem, target: Target) -> str:
-        if self.warps != self.WARPS:
-            return f"{self.warps} warps would change the order of sums: {self.WARPS} have"
+        if self.warps != (needed := order_of_ffn_4(problem).warps):
+            return f"{self.warps} warps would change the order of sums: it is that of {needed}"
         if self.loads < 1:
             return f"{self.loads} loads"
         if BF12_SLICES in problem.formats and order_of_ffn_4(problem).lanes < SLICE_UNIT:
@@ -249,31 +257,43 @@ class Order(NamedTuple):
     """16-byte vectors of x1 that a thread looks at before its warp lists the active rows."""
     unit: int
     """Neighbouring vectors of x1 that go to one warp."""
+    warps: int
+    """Warps of a block, among which rows are dealt out."""
 
     def defines(self) -> tuple[tuple[str, int], ...]:
-        return tuple((name.upper(), value) for name, value in self._asdict().items())
+        return tuple((name.upper(), value) for name, value in self._asdict().items() if name != "warps")
 
 
 def order_of_ffn_4(problem: Problem) -> Order:
     """The order of the sums for a shape."""
-    length, threads = vector_length(problem.dtype), WARP * ColumnKnobs.WARPS
-    most = min(WARP // length, 7)  # a bit a row, and registers: eight spill on sm_80
-    each = min(most, ceil_div(problem.d_ff, length * threads))
-    return Order(_slice_lanes(problem), each, _unit(problem))
+    lanes = _slice_lanes(problem)
+    warps = _column_warps(problem, lanes)
+    length, threads = vector_length(problem.dtype), WARP * warps
+    most = 7 if length == 4 else 5  # registers: eight spill on sm_80; and the list must fit static shared memory
+    each = ceil_div(problem.d_ff, length * threads)
+    return Order(lanes, ceil_div(each, ceil_div(each, most)), _unit(problem, warps), warps)
+
+
+def _column_warps(problem: Problem, lanes: int) -> int:
+    """32 where a third of an H100's multiprocessors get no block of four lanes: the others must each have more in flight."""
+    return 32 if lanes >= SLICE_UNIT and 3 * ceil_div(problem.vectors, lanes) <= 2 * H100.multiprocessors else 16
 
 
 def _slice_lanes(problem: Problem) -> int:
-    """The fewest lanes, two at least, that make at most five blocks for four multiprocessors of an H100."""
-    lanes = 2
+    """The fewest lanes that make at most five blocks for four multiprocessors of an H100; of two lanes, at most one for each.
+
+    Blocks of two lanes read 32 bytes of a row, which memory serves worse than it serves few blocks.
+    """
+    lanes = 2 if ceil_div(problem.vectors, 2) <= H100.multiprocessors else 4
     while lanes < WARP and 4 * ceil_div(problem.vectors, lanes) > 5 * H100.multiprocessors:
         lanes *= 2
     return lanes
 
 
-def _unit(problem: Problem) -> int:
+def _unit(problem: Problem, warps: int) -> int:
     """16 vectors if that loads the warps as evenly as 8 does: longer runs of rows read better, uneven warps wait."""
     vectors = problem.d_ff / vector_length(problem.dtype)
-    shares = {unit: math.ceil(vectors / unit / ColumnKnobs.WARPS) * unit for unit in (16, 8)}
+    shares = {unit: math.ceil(vectors / unit / warps) * unit for unit in (16, 8)}
     return 16 if shares[16] <= shares[8] else 8
 
 

@@ -25,6 +25,7 @@ from benchmarks import cli, compare, conditions, tables  # noqa: E402
 from benchmarks.paper import PUBLISHED  # noqa: E402
 from benchmarks.results import DecodeRow, Head, Result, Row, read_json, write_csv, write_json  # noqa: E402
 from prosparse_cupy.testing import timing  # noqa: E402
+from prosparse_cupy.testing.dense import Dense  # noqa: E402
 
 HEAD = Head(
     "sweep",
@@ -407,19 +408,25 @@ def test_a_disturbed_model_is_made_and_measured_once_more(monkeypatch, no_gpu_ne
     monkeypatch.setattr(decode, "random_prompt", lambda model: None)
     monkeypatch.setattr(decode, "free_memory", lambda: None)
 
-    def measured(model, prompt, label, yard, repeats, say):
+    def measured(model, prompt, label, yard, repeats, say, threshold):
         say("steps")
+        assert threshold == (0.01 if label == "AFM-4.5B" else None)  # by hand where the formula has none
         assert not model, "patched already"
         model.append("patched")
         return [_decode_row(model=label, time_us=1000.0 * len(made))]
 
     monkeypatch.setattr(decode, "measure_model", measured)
-    _show(monkeypatch, [QUIET, SHARED, QUIET, QUIET, QUIET])
+    _show(monkeypatch, [QUIET, SHARED, QUIET, QUIET, QUIET, QUIET])
     done = CliRunner().invoke(cli.main, ["decode", "--json", str(tmp_path / "r.json")])
     assert done.exit_code == 0 and "disturbed: 7B: 1 other process(es) on the GPU" in done.output, done.output
     rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
-    assert [(row["model"], row["time_us"]) for row in rows] == [("7B", 2000.0), ("13B", 3000.0), ("7B SiLU", 4000.0)]
-    assert made == [cli._WHOLE[label] for label in ("7B", "7B", "13B", "7B SiLU")]
+    assert [(row["model"], row["time_us"]) for row in rows] == [
+        ("7B", 2000.0),
+        ("13B", 3000.0),
+        ("7B SiLU", 4000.0),
+        ("AFM-4.5B", 5000.0),
+    ]
+    assert made == [cli._WHOLE[label] for label in ("7B", "7B", "13B", "7B SiLU", "AFM-4.5B")]
 
 
 def test_the_picture_of_decode_has_a_bar_for_each_way(stored):
@@ -613,29 +620,48 @@ def test_the_first_release_and_the_dense_path_get_rows_of_their_own(monkeypatch)
     assert [row.time_us for row in rows] == [10.0, 10.0, 10.0, 320.0]  # eagerly: the two calls, not 64
 
 
-class _NumpyDense:
+class _NumpyDense(Dense):
     """A dense path on NumPy arrays."""
 
-    def adopt(self, array):
-        return array
+    name = "NumPy"
 
     def mv(self, weights, x, out):
         out[...] = weights.astype(np.float32) @ x.astype(np.float32)
 
-    def ffn_23(self, gate, x, w_up, threshold, out):
-        self.mv(w_up, x, out)
-        out *= np.where(gate.astype(np.float32) >= np.float32(threshold), gate, 0)
+    def activate(self, pre, formula, out=None):
+        kept = np.where(pre.astype(np.float32) >= np.float32(formula.threshold), pre, 0) * (pre > 0)
+        activated = kept * kept if formula.activation == "relu2" else kept
+        if out is None:
+            return activated
+        out[...] = activated
+        return out
 
-    def ffn(self, weights, x, threshold, gate, x1, out):
-        self.mv(weights[0], x, gate)
-        self.ffn_23(gate, x, weights[1], threshold, x1)
-        self.mv(weights[2], x1, out)
+    def norm(self, x1, weight, eps):
+        wide = x1.astype(np.float32)
+        return weight * (wide / np.sqrt(np.mean(wide * wide) + eps)).astype(x1.dtype)
 
 
 @pytest.mark.parametrize("mask", ["hot", "uniform", "contiguous"])
 @pytest.mark.parametrize("op", ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "three operators", "sparse_ffn", "SparseFFN"])
 @pytest.mark.parametrize("weights", ["plain", "bf12"])
 def test_layers_call_what_they_check(monkeypatch, op, mask, weights):
+    _layers_call_what_they_check(monkeypatch, {}, op, mask, weights)
+
+
+@pytest.mark.parametrize("weights", ["plain", "bf12"])
+@pytest.mark.parametrize(
+    ("formula", "op"),
+    [
+        *(({"activation": "relu2", "gated": False}, op) for op in ("ffn_12", "ffn_4", "sparse_ffn", "SparseFFN")),
+        *(({"activation": "relu2", "normed": True}, op) for op in ("ffn_23", "ffn_123", "three operators", "SparseFFN")),
+        *(({"activation": "drelu"}, op) for op in ("ffn_23", "ffn_123", "SparseFFN")),
+    ],
+)
+def test_layers_of_other_formulas(monkeypatch, formula, op, weights):
+    _layers_call_what_they_check(monkeypatch, formula, op, "hot", weights)
+
+
+def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights):
     """On NumPy arrays, which run the reference: every timed call, ours and dense, leaves what `exact` says, and no NaN."""
     from prosparse_cupy.models import Model
     from prosparse_cupy.testing import layers, truth
@@ -649,11 +675,12 @@ def test_layers_call_what_they_check(monkeypatch, op, mask, weights):
     monkeypatch.setattr(truth, "cupy", lambda: fake)
     monkeypatch.setattr(layers, "current_device", lambda: 0)
     dtype, tolerance = ("float32", 1e-4) if weights == "plain" else ("bfloat16", 3e-2)
-    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8), dtype, _NumpyDense())
+    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8, **formula), dtype, _NumpyDense())
     compressed = []
     monkeypatch.setattr(layers, "compress", lambda w, **layout: compressed.append(w) or psc.compress(w, **layout))
     timed = made.calls(op, mask, 0.8, weights)
-    assert bool(compressed) == (weights == "bf12")
+    has_others = formula.get("gated", True)  # whose up-projection is compressed beside a plain w_down
+    assert bool(compressed) == (weights == "bf12" and (op != "ffn_4" or has_others))
     if weights == "bf12" and op != "ffn_4":  # whose weight of so narrow a model stays plain
         assert 0 < made.touched(op, 40, "bf12") < made.touched(op, 40)
     assert made.count == 16 and len(timed) % made.count == 0 and 0 < made.touched(op, 40) <= 4 * (3 * 64 * 200 + 1000)

@@ -18,6 +18,7 @@ from gpu_arrays import OnCupy
 import prosparse_cupy as psc
 from prosparse_cupy import cli, device, reference
 from prosparse_cupy.cli import demo
+from prosparse_cupy.formula import Formula
 from prosparse_cupy.testing.measure import DENSE, OURS, all_right
 
 
@@ -216,7 +217,7 @@ def test_every_dense_path_is_right(dtype, torch):
         out = on.put(np.full(96, np.nan).astype(DTYPES[dtype]))
         arrays = [dense.adopt(on.put(a)) for a in (g, x, w)]
         try:
-            dense.ffn_23(*arrays, t, dense.adopt(out))
+            dense.ffn_23(*arrays, Formula(t), dense.adopt(out))
         except (TypeError, cupy.cuda.compiler.CompileException):
             assert (
                 isinstance(dense, CupyDense) and "cuBLAS" in dense.name and dtype == "bfloat16"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..torch import commandline
 
 MODELS = {"7b": models.LLAMA_2_7B, "13b": models.LLAMA_2_13B, "1b": models.MINICPM_S_1B}
+_TUNABLE = MODELS | {"minitron-4b": models.MINITRON_4B, "afm-4.5b": models.AFM_4_5B}
 
 _model = click.option("--model", type=click.Choice(list(MODELS)), default="7b", show_default=True, help="Dims of the FFN.")
 
@@ -178,9 +179,10 @@ def _generate(**options: Any) -> None:
 
 
 @main.command("tune")
-@_model
+@click.option("--model", type=click.Choice(list(_TUNABLE)), default="7b", show_default=True, help="Dims of the FFN.")
 @click.option("--d-model", type=click.IntRange(1), help="Dims of another model, with --d-ff.")
 @click.option("--d-ff", type=click.IntRange(1), help="Dims of another model, with --d-model.")
+@click.option("--no-gate", is_flag=True, help="Of an FFN without a gate, with --d-model and --d-ff.")
 @click.option("--dtype", type=click.Choice(list(ITEMSIZE)), default="bfloat16", show_default=True)
 @click.option(
     "--weights", type=click.Choice(["plain", "bf12"]), default="plain", show_default=True, help="bf12: compressed ones."
@@ -192,7 +194,14 @@ def _generate(**options: Any) -> None:
     help="Write the table here.  [default: the user's own, which is used from then on]",
 )
 def _tune(
-    model: str, d_model: int | None, d_ff: int | None, dtype: str, weights: str, sparsity: float | None, output: Path | None
+    model: str,
+    d_model: int | None,
+    d_ff: int | None,
+    no_gate: bool,
+    dtype: str,
+    weights: str,
+    sparsity: float | None,
+    output: Path | None,
 ) -> None:
     """Time launches of the kernels on this GPU and keep the fastest that lose nowhere. Results do not change by a bit."""
     given = click.get_current_context().get_parameter_source("model")
@@ -200,11 +209,13 @@ def _tune(
         raise click.UsageError("--d-model and --d-ff go together")
     if d_model is not None and given is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--model brings its own dims: leave out --d-model and --d-ff")
+    if no_gate and d_model is None:
+        raise click.UsageError("--no-gate goes with --d-model and --d-ff: models are known to have a gate or not")
     if weights == "bf12" and dtype != "bfloat16":
         raise click.UsageError(f"--weights bf12 is of bfloat16 alone, not of {dtype}")
-    chosen = MODELS[model]
+    chosen = _TUNABLE[model]
     if d_model is not None and d_ff is not None:
-        chosen = models.Model(f"{d_model} x {d_ff}", d_model, d_ff, 1, 0.01, 0.9)
+        chosen = models.Model(f"{d_model} x {d_ff}", d_model, d_ff, 1, 0.01, 0.9, gated=not no_gate)
     if chosen.d_model % vector_length(dtype):
         raise click.UsageError(f"--d-model must be a multiple of {vector_length(dtype)} for {dtype}, got {chosen.d_model}")
     if sparsity is not None:

@@ -21,7 +21,7 @@ from ..testing.layers import Layers, Timed
 
 # What a kernel is timed in: ffn_123's launch decides when ffn_4's can start.
 TIMED_IN = {"ffn_1": "ffn_1", "ffn_123": "sparse_ffn", "ffn_23": "ffn_23", "ffn_4": "ffn_4"}
-_KERNELS = {"sparse_ffn": ("ffn_123", "ffn_4")}
+TIMED_IN_WITHOUT_A_GATE = {"ffn_12": "sparse_ffn", "ffn_4": "ffn_4"}
 _LEAST_CALLS = 64
 _LEAST_GAIN = 0.005  # of the rule's time: less is noise
 _ELSEWHERE = (0.0, 0.5, 0.97, 0.99, 1.0)  # sparsities at which what is kept must not lose
@@ -47,16 +47,19 @@ class _Candidate:
 def tune(model: Model, dtype: str, dense: Dense, commit: str, tell: Tell, weights: str = "plain") -> list[Measured]:
     """The fastest knobs of every kernel for a model's dims on CuPy's current GPU; `weights` may also be bf12."""
     layers, found = Layers(model, dtype, dense), []
-    for kernel in TIMED_IN:
-        found.append(
-            _tune_kernel(_problem(kernel, model.d_model, model.d_ff, dtype, weights), layers, model.sparsity, commit, tell)
-        )
+    for kernel in TIMED_IN if model.gated else TIMED_IN_WITHOUT_A_GATE:
+        problem = _problem(kernel, model, dtype, weights)
+        found.append(_tune_kernel(problem, layers, model.sparsity, commit, tell))
     return found
 
 
-def _problem(kernel: str, d_model: int, d_ff: int, dtype: str, weights: str) -> Problem:
-    formats = () if weights == "plain" else compressed_formats(kernel, d_model, d_ff)
-    return Problem(kernel, d_model, d_ff, dtype, formats=formats)
+def _problem(kernel: str, model: Model, dtype: str, weights: str) -> Problem:
+    formats = () if weights == "plain" else compressed_formats(kernel, model.d_model, model.d_ff)
+    return Problem(kernel, model.d_model, model.d_ff, dtype, formats=formats)
+
+
+def _timed_in(problem: Problem) -> str:
+    return (TIMED_IN | TIMED_IN_WITHOUT_A_GATE)[problem.kernel]
 
 
 def _weights(problem: Problem) -> str:
@@ -66,7 +69,7 @@ def _weights(problem: Problem) -> str:
 def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str, tell: Tell) -> Measured:
     """The knobs that are fastest at this sparsity among those that are no slower than the rule's elsewhere."""
     every = list(candidates(problem, compiler.target_of(current_device())))
-    timed = layers.calls(TIMED_IN[problem.kernel], "hot", sparsity, _weights(problem))
+    timed = layers.calls(_timed_in(problem), "hot", sparsity, _weights(problem))
     tried = _tried(problem, every, timed, lambda done: tell(problem.kernel, done, len(every)))
     quick = _times(tried, _repeated(timed), repeats=8)
     finalists = [tried[0], *sorted(tried[1:], key=lambda c: quick[c.knobs])[:_FINALISTS]]
@@ -76,7 +79,7 @@ def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str,
     for share in _ELSEWHERE if problem.kernel != "ffn_1" else ():  # the gate does not know what will be active
         if len(left) == 1:
             break
-        timed = layers.calls(TIMED_IN[problem.kernel], "hot", share, _weights(problem))
+        timed = layers.calls(_timed_in(problem), "hot", share, _weights(problem))
         there = _times(_tried(problem, left, timed), _repeated(timed), repeats=24)
         left = [knobs for knobs in left if there[knobs] <= (1 + _MOST_LOSS) * there[every[0]]]
     best = min(left, key=lambda knobs: times[knobs])
@@ -105,17 +108,14 @@ def _tried(
 
 def _try(problem: Problem, knobs: Knobs, timed: Sequence[Timed]) -> tuple[_Candidate, list[bytes]]:
     """A graph of the calls with these knobs, and the bits that they leave."""
-    with compiler.trying(problem, knobs):
-        names = _KERNELS.get(TIMED_IN[problem.kernel], (problem.kernel,))
-        dims = problem.d_model, problem.d_ff, problem.dtype, _weights(problem)
-        problems = (_problem(name, *dims) for name in names)
-        kernels = tuple(compiler.load(p, current_device()) for p in problems)
+    with compiler.trying(problem, knobs) as kernels:
+        timed[0].call()  # compiles, which a capture forbids
         for t in timed:
             t.out.view(np.uint8).fill(0xFF)
         replay = timing.capture([t.call for t in timed] * (_repeated(timed) // len(timed)))
         replay()
         outputs = [truth.to_numpy(t.out).tobytes() for t in timed]
-    return _Candidate(knobs, kernels, replay), outputs
+    return _Candidate(knobs, tuple(kernels), replay), outputs
 
 
 def _repeated(timed: Sequence[Timed]) -> int:

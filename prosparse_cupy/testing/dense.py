@@ -10,11 +10,13 @@ import numpy as np
 
 from .. import ops
 from ..device import cupy
-from ..formula import Formula
+from ..formula import DRELU, Formula
 from . import timing
 
 MatrixVector = Callable[[Any, Any, Any], object]
 """``weights @ x`` into `out`."""
+Weights = tuple[Any, Any, Any]
+"""w_gate, w_up and w_down; w_gate None without a gate."""
 
 
 class Dense(ABC):
@@ -35,14 +37,34 @@ class Dense(ABC):
         """``weights @ x``: formulas 1 and 4."""
 
     @abstractmethod
-    def ffn_23(self, gate: Any, x: Any, w_up: Any, threshold: float, out: Any) -> None:
-        """(FAT)ReLU of the gate times the up-projection: formulas 2 and 3."""
+    def activate(self, pre: Any, formula: Formula, out: Any = None) -> Any:
+        """The activation of a gate, or of the up-projection without one: a new array, or `out`."""
 
-    def ffn(self, weights: tuple[Any, Any, Any], x: Any, threshold: float, gate: Any, x1: Any, out: Any) -> None:
-        """The whole FFN; `weights` are w_gate, w_up and w_down."""
-        self.mv(weights[0], x, gate)
-        self.ffn_23(gate, x, weights[1], threshold, x1)
-        self.mv(weights[2], x1, out)
+    @abstractmethod
+    def norm(self, x1: Any, weight: Any, eps: float) -> Any:
+        """The RMS norm of x1."""
+
+    def ffn_23(self, gate: Any, x: Any, w_up: Any, formula: Formula, out: Any) -> None:
+        """The activation of the gate times the up-projection: formulas 2 and 3."""
+        self.mv(w_up, x, out)
+        if formula.activation == DRELU:
+            self.activate(out, Formula(), out)
+        out *= self.activate(gate, formula)
+
+    def ffn_12(self, x: Any, w_up: Any, formula: Formula, out: Any) -> None:
+        """The first half of a block without a gate."""
+        self.mv(w_up, x, out)
+        self.activate(out, formula, out)
+
+    def ffn(self, weights: Weights, x: Any, formula: Formula, gate: Any, x1: Any, out: Any, norm: Any, eps: float) -> None:
+        """The whole FFN. `norm` is the weight of a norm between activation and down-projection, if the formula has one."""
+        if weights[0] is None:
+            self.mv(weights[1], x, x1)
+            x1 = self.activate(x1, formula)
+        else:
+            self.mv(weights[0], x, gate)
+            self.ffn_23(gate, x, weights[1], formula, x1)
+        self.mv(weights[2], self.norm(x1, norm, eps) if formula.normed else x1, out)
 
 
 class CupyDense(Dense):
@@ -54,9 +76,16 @@ class CupyDense(Dense):
     def mv(self, weights: Any, x: Any, out: Any) -> None:
         self._product(weights, x, out)
 
-    def ffn_23(self, gate: Any, x: Any, w_up: Any, threshold: float, out: Any) -> None:
-        self.mv(w_up, x, out)
-        cupy().multiply(out, Formula(threshold).activate(gate), out=out)
+    def activate(self, pre: Any, formula: Formula, out: Any = None) -> Any:
+        activated = formula.activate(pre)
+        if out is None:
+            return activated
+        out[...] = activated
+        return out
+
+    def norm(self, x1: Any, weight: Any, eps: float) -> Any:
+        wide = x1.astype(np.float32)
+        return (wide * (wide @ wide / len(wide) + eps) ** -0.5).astype(x1.dtype) * weight
 
 
 def through_cublas() -> CupyDense:

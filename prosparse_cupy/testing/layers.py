@@ -15,7 +15,7 @@ from .. import ffn, ops
 from ..compressed import compress, is_too_narrow
 from ..device import cupy, current_device
 from ..formats import BF12_ROWS, PLAIN
-from ..formula import Formula
+from ..formula import DRELU
 from ..libraries import NUMPY_DTYPES
 from ..models import Model
 from . import synthetic, truth
@@ -32,6 +32,15 @@ MASKS: dict[str, Callable[[int, float, np.random.Generator], Mask]] = {
 }
 STEPS = ("ffn_1", "ffn_23", "ffn_4")
 WHOLE = ("SparseFFN", "sparse_ffn", "three operators")
+_NORM_EPS = 1e-5
+
+
+def operators_of(model: Model) -> tuple[str, ...]:
+    """The operators that a model's FFN is made of, then the ways to call all of it."""
+    halves = (*STEPS, "ffn_123", "three operators") if model.gated else ("ffn_12", "ffn_4")
+    return (*halves, "sparse_ffn", "SparseFFN")
+
+
 _LEAST_LAYERS = 16
 _TIMES_L2 = 4
 _MOST_CALLS = 256
@@ -75,6 +84,7 @@ class Layers:
         self.x = self._token()
         self._weights = [self._layer(i) for i in range(self.count)]
         self._packed = [ops.pack_down(w[2]) for w in self._weights]
+        self._norm = (1 + self._normal((model.d_ff,), 0.1)).astype(self.dtype) if model.normed else None
 
     def _least_touched(self) -> int:
         """Bytes that a call touches at least: more layers are made of less."""
@@ -84,26 +94,36 @@ class Layers:
         return self._normal((self.model.d_model,), 1.0)
 
     def _layer(self, index: int) -> tuple[Any, Any, Any]:
-        """w_gate, w_up and w_down of a layer."""
+        """w_gate, w_up and w_down of a layer; without a gate, w_up stands first too, since it is what is steered."""
         d_model, d_ff, scale = self.model.d_model, self.model.d_ff, self.model.d_model**-0.5
-        return tuple(self._normal(shape, scale) for shape in ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)))
+        first = self._normal((d_ff, d_model), scale)
+        return first, self._normal((d_ff, d_model), scale) if self.model.gated else first, self._normal((d_model, d_ff), scale)
 
     def _normal(self, shape: tuple[int, ...], scale: float) -> Any:
         return (self._random.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(self.dtype)
 
     def touched(self, op: str, active: int, weights: str = "plain") -> int:
-        """Bytes that one call must move: active rows once, in the format of the weights, and its vectors."""
+        """Bytes that one call must move: active rows once, in the format of the weights, and its vectors.
+
+        `active` counts the neurons whose x1 is not zero.
+        """
         d_model, d_ff = self.model.d_model, self.model.d_ff
+        gates = self._active_gates(active)
         rows, elements = {
             "ffn_1": (d_ff, d_model + d_ff),
-            "ffn_23": (active, d_model + 2 * d_ff),
+            "ffn_12": (d_ff, d_model + d_ff),
+            "ffn_23": (gates, d_model + 2 * d_ff),
             "ffn_4": (active, d_ff + d_model),
-            "ffn_123": (d_ff + active, d_model + d_ff),
-            **dict.fromkeys(WHOLE, (d_ff + 2 * active, 2 * d_model)),
+            "ffn_123": (d_ff + gates, d_model + d_ff),
+            **dict.fromkeys(WHOLE, (d_ff + self.model.gated * gates + active, 2 * d_model)),
         }[op]
         row_bytes = self._row_bytes if weights == "plain" else BF12_ROWS.row_bytes(d_model, str(self.dtype))
         plain = active if op in ("ffn_4", *WHOLE) and is_too_narrow(d_model, d_ff) else 0  # rows that are plain in any case
         return int((rows - plain) * row_bytes + plain * self._row_bytes + elements * self.dtype.itemsize)
+
+    def _active_gates(self, active: int) -> int:
+        """Neurons whose gate is active, of which dReLU's up-projection makes half zero."""
+        return min(self.model.d_ff, 2 * active) if self.model.activation == DRELU else active
 
     def calls(self, op: str, mask: str, sparsity: float, weights: str = "plain") -> list[Timed]:
         """Calls of an operator; as many masks a layer as touch several times the L2 cache. `weights` may also be bf12.
@@ -112,9 +132,17 @@ class Layers:
         """
         active = synthetic.active_count(self.model.d_ff, sparsity)
         masks = self._masks(op, active, weights)
+        if op != "ffn_4":
+            sparsity = 1 - self._active_gates(active) / self.model.d_ff
         self._format = weights
         rng = np.random.default_rng(1)
-        steps = {"ffn_1": self._ffn_1, "ffn_123": self._ffn_123, "ffn_23": self._ffn_23, "ffn_4": self._ffn_4}
+        steps = {
+            "ffn_1": self._ffn_1,
+            "ffn_12": self._ffn_12,
+            "ffn_123": self._ffn_123,
+            "ffn_23": self._ffn_23,
+            "ffn_4": self._ffn_4,
+        }
         make = steps.get(op, partial(self._ffn, op))
         return [
             make(layer, self._neurons(layer, mask, sparsity, rng), rng) for _ in range(masks) for layer in range(self.count)
@@ -136,10 +164,11 @@ class Layers:
         """w_up and w_down_t as the sparse side gets them."""
         w_up, packed = self._weights[layer][1], self._packed[layer]
         if self._format == "plain":
-            return w_up, packed
+            return w_up, packed  # without a gate w_up is what `_sparse_gate` has
         if layer not in self._compressed:
+            up = None if not self.model.gated else compress(w_up)  # without a gate `_sparse_gate` has it, steered
             narrow = is_too_narrow(self.model.d_model, self.model.d_ff)  # then patch_model leaves it plain too
-            self._compressed[layer] = compress(w_up), packed if narrow else compress(packed, layout="slices")
+            self._compressed[layer] = up, packed if narrow else compress(packed, layout="slices")
         return self._compressed[layer]
 
     def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
@@ -183,18 +212,18 @@ class Layers:
         )
 
     def _ffn_123(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
-        (w_gate, w_up, _), x, threshold = self._weights[layer], self.x, self.model.threshold
+        (w_gate, w_up, _), x, formula = self._weights[layer], self.x, self.model.formula
         self._steer(layer, neurons, rng)
         x_, gate_, *w_ = map(self._dense.adopt, (x, self._poisoned(self.model.d_ff), w_gate, w_up))
         given = self._sparse_gate(layer), self._sparse_others(layer)[0]
 
         def dense(out: Any) -> None:
             self._dense.mv(w_[0], x_, gate_)
-            self._dense.ffn_23(gate_, x_, w_[1], threshold, out)
+            self._dense.ffn_23(gate_, x_, w_[1], formula, out)
 
         return self._timed(
             self.model.d_ff,
-            lambda out: ops.ffn_123(x, *given, threshold, out=out),
+            lambda out: ops.ffn_123(x, *given, formula.threshold, activation=formula.activation, out=out),
             dense,
             lambda: self._exact_x1(layer, neurons),
         )
@@ -203,19 +232,34 @@ class Layers:
         """Formulas 1 to 3 of a layer whose token makes these neurons active, the gate rounded."""
         (w_gate, w_up, _), x = self._weights[layer], self.x
         gate = truth.rounded(truth.dot(w_gate, x), x)
-        np.testing.assert_array_equal(Formula(self.model.threshold).active(truth.to_numpy(gate)), neurons)
-        return truth.up(gate, w_up, x, neurons)
+        np.testing.assert_array_equal(self.model.formula.active(truth.to_numpy(gate)), neurons)
+        if not self.model.gated:
+            return truth.half(gate, self.model.activation, neurons)
+        return truth.up(gate, w_up, x, neurons, activation=self.model.activation)
+
+    def _ffn_12(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
+        w_up, x, formula = self._weights[layer][1], self.x, self.model.formula
+        self._steer(layer, neurons, rng)
+        x_, w_ = map(self._dense.adopt, (x, w_up))
+        given = self._sparse_gate(layer)
+        return self._timed(
+            self.model.d_ff,
+            lambda out: ops.ffn_12(x, given, formula.threshold, activation=formula.activation, out=out),
+            lambda out: self._dense.ffn_12(x_, w_, formula, out),
+            lambda: self._exact_x1(layer, neurons),
+        )
 
     def _ffn_23(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
-        gate, x, w, threshold = self._gate(layer, neurons, rng), self.x, self._weights[layer][1], self.model.threshold
+        gate, x, w, formula = self._gate(layer, neurons, rng), self.x, self._weights[layer][1], self.model.formula
+        threshold, activation = formula.threshold, formula.activation
         gate_, x_, w_ = map(self._dense.adopt, (gate, x, w))
         first, dims = self._first, (self.model.d_model, self.model.d_ff)
         given = self._sparse_others(layer)[0]
         return self._timed(
             self.model.d_ff,
-            lambda out: ops.ffn_23(gate, x, given, threshold, out=out),
-            lambda out: self._dense.ffn_23(gate_, x_, w_, threshold, out),
-            lambda: truth.up(gate, w, x, neurons),
+            lambda out: ops.ffn_23(gate, x, given, threshold, activation=activation, out=out),
+            lambda out: self._dense.ffn_23(gate_, x_, w_, formula, out),
+            lambda: truth.up(gate, w, x, neurons, activation=activation),
             None if first is None else lambda out: first[0](gate_, x_, w_, out, *dims, threshold),
         )
 
@@ -234,26 +278,35 @@ class Layers:
         )
 
     def _ffn(self, how: str, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
-        (w_gate, w_up, w_down), packed, x, threshold = self._weights[layer], self._packed[layer], self.x, self.model.threshold
+        (w_gate, w_up, w_down), packed, x, formula = self._weights[layer], self._packed[layer], self.x, self.model.formula
         self._steer(layer, neurons, rng)
         gate, x1 = self._poisoned(self.model.d_ff), self._poisoned(self.model.d_ff)
-        gate_given, (up_given, down_given) = self._sparse_gate(layer), self._sparse_others(layer)
-        bound = ffn.SparseFFN(gate_given, up_given, down_given, threshold)
+        first, (second, down_given) = self._sparse_gate(layer), self._sparse_others(layer)
+        given: Any = (first, second, down_given) if formula.gated else (None, first, down_given)
+        norm: dict[str, Any] = {"norm_weight": self._norm, "norm_eps": _NORM_EPS} if formula.normed else {}
+        threshold, activation = formula.threshold, formula.activation
+        how_: dict[str, Any] = {"threshold": threshold, "activation": activation, **norm}
+        bound = ffn.SparseFFN(*given, **how_)
         sparse: dict[str, Callable[[Any], Any]] = {
             "SparseFFN": lambda out: bound(x, out=out),
-            "sparse_ffn": lambda out: ffn.sparse_ffn(x, gate_given, up_given, down_given, threshold, out=out),
+            "sparse_ffn": lambda out: ffn.sparse_ffn(x, *given, **how_, out=out),
             "three operators": lambda out: ops.ffn_4(
-                ops.ffn_23(ops.ffn_1(x, gate_given, out=gate), x, up_given, threshold, out=x1), down_given, out=out
+                ops.ffn_23(ops.ffn_1(x, first, out=gate), x, second, threshold, activation=activation, out=x1),
+                down_given,
+                **norm,
+                out=out,
             ),
         }
         vectors = (x, self._poisoned(self.model.d_ff), self._poisoned(self.model.d_ff))
         x_, gate_, x1_, *w_ = map(self._dense.adopt, (*vectors, w_gate, w_up, w_down))
+        norm_ = self._dense.adopt(self._norm) if formula.normed else None
+        weights = (w_[0] if formula.gated else None, w_[1], w_[2])
 
         def dense(out: Any) -> None:
-            self._dense.ffn((w_[0], w_[1], w_[2]), x_, threshold, gate_, x1_, out)
+            self._dense.ffn(weights, x_, formula, gate_, x1_, out, norm_, _NORM_EPS)
 
         def exact() -> truth.Float64:
-            return truth.down(truth.rounded(self._exact_x1(layer, neurons), x), packed)
+            return truth.down(truth.rounded(self._exact_x1(layer, neurons), x), packed, **norm)
 
         return self._timed(self.model.d_model, sparse[how], dense, exact)
 

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 import torch.utils.dlpack
 
-from ..torch import FATReLU
+from ..formula import Formula
+from ..torch.activation import module_of
 from . import timing
 from .dense import Dense
 
@@ -33,12 +34,15 @@ class TorchDense(Dense):
     def mv(self, weights: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
         torch.mv(weights, x, out=out)
 
-    def ffn_23(self, gate: torch.Tensor, x: torch.Tensor, w_up: torch.Tensor, threshold: float, out: torch.Tensor) -> None:
-        torch.mv(w_up, x, out=out)
-        out.mul_(_fatrelu(threshold)(gate))
+    def activate(self, pre: torch.Tensor, formula: Formula, out: torch.Tensor | None = None) -> torch.Tensor:
+        activated = _activation(formula)(pre)
+        return activated if out is None else out.copy_(activated)
+
+    def norm(self, x1: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x1, x1.shape, weight, eps)
 
 
-_fatrelu = cache(FATReLU)
+_activation = cache(module_of)
 
 
 def capture(calls: Sequence[timing.Call], runs_before: int = 1) -> timing.Call:

@@ -34,22 +34,34 @@ def dot(weights: Any, x: Any) -> Float64:
     return np.concatenate(sums) if sums else np.zeros(0)
 
 
-def up(gate: Any, w_up: Any, x: Any, neurons: npt.NDArray[np.bool_]) -> Float64:
-    """Formulas 2 and 3 for these active neurons of a ReLU or FATReLU block."""
+def up(gate: Any, w_up: Any, x: Any, neurons: npt.NDArray[np.bool_], *, activation: str = "relu") -> Float64:
+    """Formulas 2 and 3 for these active neurons of a block with a gate."""
     on = np.flatnonzero(neurons)
     x1 = np.zeros(len(neurons))
     if len(on):
-        x1[on] = to_numpy(_wide(gate))[on] * dot(w_up[moved(on, w_up)], x)
+        projected = dot(w_up[moved(on, w_up)], x)
+        rectified = np.maximum(projected, 0) if activation == "drelu" else projected
+        x1[on] = half(gate, activation, neurons)[on] * rectified
     return x1
 
 
-def down(x1: Any, w_down_t: Any) -> Float64:
-    """Formula 4."""
+def half(pre: Any, activation: str, neurons: npt.NDArray[np.bool_]) -> Float64:
+    """Formula 2 for these active neurons, of gates or of the up-projection without one."""
+    wide = np.where(neurons, to_numpy(_wide(pre)), 0)
+    return np.square(wide) if activation == "relu2" else wide
+
+
+def down(x1: Any, w_down_t: Any, *, norm_weight: Any = None, norm_eps: float = 0.0) -> Float64:
+    """Formula 4, of x1 or of its RMS norm."""
     on = np.flatnonzero(to_numpy(x1.astype(np.float32)))
+    values = to_numpy(_wide(x1))
+    if norm_weight is not None:
+        values = values * to_numpy(_wide(norm_weight)) / np.sqrt(np.mean(np.square(values)) + norm_eps)
     y = np.zeros(w_down_t.shape[1])
     for i in range(0, len(on), _ROWS_AT_ONCE):
-        part = moved(on[i : i + _ROWS_AT_ONCE], x1)
-        y += to_numpy((_wide(x1[part])[:, None] * _wide(w_down_t[part])).sum(axis=0))
+        part = on[i : i + _ROWS_AT_ONCE]
+        s = moved(values[part], w_down_t)
+        y += to_numpy((s[:, None] * _wide(w_down_t[moved(part, w_down_t)])).sum(axis=0))
     return y
 
 

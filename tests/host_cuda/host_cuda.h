@@ -252,6 +252,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     return result;
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
+inline int __ffsll(unsigned long long value) { return __builtin_ffsll((long long)value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
 inline unsigned __float_as_uint(float value) { return unsigned(host_cuda::bits_of(value)); }
