@@ -175,9 +175,14 @@ def _with_tensors(mlp: Any, family: MLPFamily, tensors: Tensors, formula: Formul
 
 
 def why_outside_the_contract(
-    mlp: Any, family: MLPFamily, formula: Formula, sparse: Callable[[Tensor], Tensor], becomes: Formula, hidden: Tensor | None
+    mlp: Any,
+    family: MLPFamily,
+    formula: Formula,
+    sparse: Callable[[Tensor], Tensor] | None,
+    becomes: Formula,
+    hidden: Tensor | None,
 ) -> str:
-    """Why the output of `sparse`, or of the `mlp` of `formula` that it replaces, is not the formula's within rounding.
+    """Why the output of `sparse`, if given, or of the `mlp` of `formula` that it replaces is not the formula's within rounding.
 
     Both are compared with float64 on the layer's own weights, on random inputs of several sizes and on `hidden`, a token's real
     hidden state, if it is given. As a vector an output may have twice the error of the dense path in the same dtype, plus one
@@ -190,10 +195,11 @@ def why_outside_the_contract(
     if hidden is not None:
         x, named = torch.cat([x, hidden.detach().reshape(1, -1).to(x)]), [*named, "the hidden state that was given"]
     before = mlp if not _lacks_threshold(mlp, family) else _with_tensors(mlp, family, tensors, formula)
-    outputs = torch.cat([sparse(row[None]) for row in x])
-    return _compare("sparse output", outputs, x, named, tensors, becomes) or _compare(
-        "output", run(before, family, x), x, named, tensors, formula
-    )
+    if sparse is not None:
+        outputs = torch.cat([sparse(row[None]) for row in x])
+        if reason := _compare("sparse output", outputs, x, named, tensors, becomes):
+            return reason
+    return _compare("output", run(before, family, x), x, named, tensors, formula)
 
 
 def _compare(what: str, output: Tensor, x: Tensor, named: list[str], tensors: Tensors, formula: Formula) -> str:

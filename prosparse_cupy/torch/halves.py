@@ -48,10 +48,10 @@ class _Half(nn.Linear):
 class SparseUp(_Half):
     """The up-projection and, for one token, the (FAT)ReLU that the layer applies to it next, which then changes nothing."""
 
-    def __init__(self, linear: nn.Linear, layer: nn.Module, family: MLPFamily, threshold: float) -> None:
+    def __init__(self, linear: nn.Linear, layer: nn.Module, family: MLPFamily, threshold: float, activation: nn.Module) -> None:
         super().__init__(linear)
         self._layer: tuple[nn.Module, ...] = (layer,)  # no submodule
-        self._activation: tuple[nn.Module, ...] = ()  # the layer's own, where it was replaced
+        self._activation: tuple[nn.Module, ...] = (activation,)  # the layer's own, which a threshold of the user's replaces
         self._names = family.up, family.activation
         self.threshold = threshold
 
@@ -62,6 +62,10 @@ class SparseUp(_Half):
             if y is not None:
                 return y
         return nn.functional.linear(x, self.weight, self.bias)
+
+    def put_back_activation(self) -> None:
+        """Give the layer the activation that it had."""
+        setattr(self._layer[0], self._names[1], self._activation[0])
 
     def _is_followed(self) -> bool:
         """Whether the layer still applies this activation to what this module returns, and nothing else."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from ..bf12 import CHUNK
 from ..compressed import LARGEST_RATIO, is_too_narrow
 from ..formats import VECTOR_BYTES
 from ..formula import ACTIVATIONS, DRELU, FATRELU, RELU, Formula, UnsupportedFormula, check_threshold, formula_of
@@ -271,6 +272,10 @@ def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
         linear = getattr(sparse, name)
         weight, transposed = linear.weight, name == sparse.family.down
         before += weight.numel()
+        if name == sparse.family.fused and sparse.d_ff * (sparse.d_model // CHUNK) * 4 % VECTOR_BYTES:
+            left.append(f"{name}: compressed, its lower half does not start at a multiple of {VECTOR_BYTES} bytes")
+            plain += weight.numel()
+            continue
         if transposed and is_too_narrow(sparse.d_model, sparse.d_ff):
             left.append(f"{name}: d_model {sparse.d_model} is too narrow")
             plain += weight.numel()
@@ -304,8 +309,7 @@ def unpatch_model(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseMLP) and module.replaced is not None:
             _put_back(model, name, module)
-        elif (family := family_of_module(module)) is not None and family.is_inside:
-            _put_back_halves(module, family)
+    _put_back_halves(model)
     put_back_matrices(model)
 
 
@@ -393,6 +397,8 @@ def _why_dense(mlp: Any, family: MLPFamily) -> str:
             return (
                 f"{name} is {linear.weight.dtype} in a {type(linear.weight.data).__name__}: bfloat16, float16 or float32 needed"
             )
+    if family.norm is not None and not isinstance(getattr(getattr(mlp, family.norm), "weight", None), Tensor):
+        return f"{family.norm} has no weight"
     weights = [linear.weight for linear in linears]
     watched = linears if family.is_inside else list(mlp.modules())
     if any(hasattr(m, "_hf_hook") or does_more(m) for m in watched):
@@ -467,27 +473,26 @@ def _replace_halves(layer: Any, family: MLPFamily, was: Formula, becomes: Formul
         return f"{was} inside a layer: only an activation that may be applied twice is known there"
     up, down = getattr(layer, family.up), getattr(layer, family.down)
     before = getattr(layer, family.activation)
-    reason = why_outside_the_contract(layer, family, was, lambda x: run(layer, family, x), was, hidden)
-    if reason:
+    if reason := why_outside_the_contract(layer, family, was, None, was, hidden):
         return reason
     if becomes != was:
         moved = module_of(becomes)
         setattr(layer, family.activation, moved.train(before.training))
-    sparse_up, sparse_down = SparseUp(up, layer, family, becomes.threshold), SparseDown(down)
-    sparse_up._activation = (before,)
-    setattr(layer, family.up, sparse_up)
-    setattr(layer, family.down, sparse_down)
+    setattr(layer, family.up, SparseUp(up, layer, family, becomes.threshold, before))
+    setattr(layer, family.down, SparseDown(down))
     reason = why_outside_the_contract(layer, family, becomes, lambda x: run(layer, family, x), becomes, hidden)
     if reason:
-        _put_back_halves(layer, family)
+        _put_back_halves(layer)
     return reason
 
 
-def _put_back_halves(layer: Any, family: MLPFamily) -> None:
-    up, down = getattr(layer, family.up), getattr(layer, family.down)
-    if isinstance(down, SparseDown):
-        unpack(down)
-        setattr(layer, family.down, down.linear())
-    if isinstance(up, SparseUp):
-        setattr(layer, family.up, up.linear())
-        setattr(layer, family.activation, up._activation[0])
+def _put_back_halves(module: nn.Module) -> None:
+    """Those of a layer, or of a whole model, also where an adapter holds them by now."""
+    for name, half in list(module.named_modules()):
+        if isinstance(half, SparseUp):
+            half.put_back_activation()
+        elif isinstance(half, SparseDown):
+            unpack(half)
+        else:
+            continue
+        module.set_submodule(name, half.linear())
