@@ -15,7 +15,7 @@ from gpu_arrays import Exporter
 import prosparse_cupy as psc
 from prosparse_cupy import arguments, ops
 from prosparse_cupy.arguments import Checked, Meta, _check_addresses, check
-from prosparse_cupy.ffn import SPARSE_FFN
+from prosparse_cupy.ffn import SPARSE_FFN, UNGATED_FFN
 from prosparse_cupy.formula import check_threshold
 from prosparse_cupy.libraries import CUPY, NUMPY
 
@@ -32,6 +32,7 @@ def _arrays(dtype: str = "bfloat16") -> dict[str, np.ndarray]:
 
 INPUTS = {
     "ffn_1": ("x", "w_gate"),
+    "ffn_12": ("x", "w_up"),
     "ffn_123": ("x", "w_gate", "w_up"),
     "ffn_23": ("gate", "x", "w_up"),
     "ffn_4": ("x1", "w_down_t"),
@@ -40,6 +41,7 @@ INPUTS = {
 }
 OUT = {
     "ffn_1": (D_FF,),
+    "ffn_12": (D_FF,),
     "ffn_123": (D_FF,),
     "ffn_23": (D_FF,),
     "ffn_4": (D_MODEL,),
@@ -218,7 +220,138 @@ def test_out_overlapping_an_input(operator, name):
     np.testing.assert_array_equal(bits(buffer), bits(before))
 
 
-@pytest.mark.parametrize("operator", ["ffn_123", "ffn_23", "sparse_ffn", "SparseFFN"])
+# What an operator may have beside its inputs: the arguments' names and their dims.
+EXTRAS = {
+    "ffn_1": {"bias": D_FF},
+    "ffn_12": {"bias": D_FF},
+    "ffn_123": {"gate_bias": D_FF, "up_bias": D_FF},
+    "ffn_23": {"bias": D_FF},
+    "ffn_4": {"bias": D_MODEL, "norm_weight": D_FF},
+    "sparse_ffn": {"gate_bias": D_FF, "up_bias": D_FF, "down_bias": D_MODEL, "norm_weight": D_FF},
+}
+every_extra = pytest.mark.parametrize(("operator", "name"), [(op, name) for op, names in EXTRAS.items() for name in names])
+
+
+def _extra(operator: str, name: str, dtype: str = "bfloat16") -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(EXTRAS[operator][name]).astype(DTYPES[dtype])
+
+
+@every_extra
+def test_what_a_call_may_have(operator, name):
+    """It is used, in the same way with `out`, and left as it was."""
+    arrays, extra, out = _arrays(), _extra(operator, name), poisoned(OUT[operator], "bfloat16")
+    before, plain = extra.copy(), _call(operator, arrays)
+    result = _call(operator, arrays, **{name: extra})
+    assert _call(operator, arrays, **{name: extra}, out=out) is out
+    np.testing.assert_array_equal(bits(out), bits(result))
+    np.testing.assert_array_equal(bits(extra), bits(before))
+    assert np.any(bits(result) != bits(plain))
+
+
+@every_extra
+def test_biases_and_norm_weights_that_do_not_fit(operator, name):
+    arrays, right = _arrays(), _extra(operator, name)
+    dim = {D_FF: "d_ff", D_MODEL: "d_model"}[len(right)]
+    shape = rf"{name} must have shape \({dim},\) = \({len(right)},\), got "
+    for wrong, error, message in [
+        (np.concatenate([right, right[:1]]), ValueError, rf"{shape}\({len(right) + 1},\): {dim} is {len(right)} in \w+$"),
+        (right[:0], ValueError, rf"{shape}\(0,\)"),
+        (right[None], ValueError, rf"{name} must be 1-D, one for all tokens, got \(1, {len(right)}\): pass {name}\[0\]$"),
+        (np.stack([right] * 2), ValueError, rf"{shape}\(2, {len(right)}\)$"),
+        (right[:, None], ValueError, rf"{shape}\({len(right)}, 1\)$"),
+        (right[:1].reshape(()), ValueError, rf"{shape}\(\)$"),
+        (right.astype(np.float32), TypeError, rf"{name} must have the dtype of \w+, bfloat16, got float32: one dtype per call"),
+        (right.astype(np.float64), TypeError, rf"{name} must be bfloat16, float16 or float32, got float64"),
+        (np.repeat(right, 2)[::2], ValueError, rf"{name} must be C-contiguous, got a strided view"),
+        ([1.0], TypeError, rf"{name} must be a CuPy array.* got builtins\.list"),
+        (psc.compress(arrays["w_up"]), TypeError, rf"{name} must be an array, got a CompressedWeight: decompress\(\) it first"),
+    ]:
+        with pytest.raises(error, match=rf"^{operator}: {message}"):
+            _call(operator, arrays, **{name: wrong})
+
+
+@every_extra
+def test_out_overlapping_a_bias_or_a_norm_weight(operator, name):
+    size, own = OUT[operator][0], EXTRAS[operator][name]
+    buffer = np.ones(own + size - 1, DTYPES["bfloat16"])
+    with pytest.raises(ValueError, match=rf"{operator}: out must not share memory with {name}: .* pass another array"):
+        _call(operator, _arrays(), **{name: buffer[:own]}, out=buffer[-size:])
+    np.testing.assert_array_equal(buffer, np.ones_like(buffer))
+
+
+@every_extra
+def test_mixed_libraries_name_the_bias(operator, name):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=rf"{operator}: all arrays .* one library, got .*{name} is torch\.Tensor"):
+        _call(operator, _arrays(), **{name: torch.zeros(EXTRAS[operator][name])})
+
+
+@pytest.mark.parametrize("operator", ["ffn_12", "ffn_123", "ffn_23", "sparse_ffn", "SparseFFN", "warmup"])
+def test_activations_that_there_are_not(operator):
+    arrays, inputs = _arrays(), INPUTS.get(operator, ("w_gate", "w_up", "w_down_t"))
+
+    def call(activation):
+        if operator == "warmup":
+            return psc.warmup(D_MODEL, D_FF, activation=activation)
+        return getattr(psc, operator)(*(arrays[name] for name in inputs), activation=activation)
+
+    for wrong in ("silu", "gelu", "", None, 2):
+        with pytest.raises(ValueError, match=rf"^{operator}: activation must be 'relu' or 'relu2'.*, got {wrong!r}$"):
+            call(wrong)
+    with pytest.raises(ValueError, match=rf"^{operator}: .* got 'fatrelu': FATReLU is activation='relu' with a threshold$"):
+        call("fatrelu")
+
+
+def test_what_needs_a_gate():
+    arrays, bias = _arrays(), np.ones(D_FF, DTYPES["bfloat16"])
+    x, w_up, w_down_t = (arrays[name] for name in ("x", "w_up", "w_down_t"))
+    for operator, call in [
+        ("ffn_12", lambda **o: psc.ffn_12(x, w_up, **o)),
+        ("sparse_ffn", lambda **o: psc.sparse_ffn(x, None, w_up, w_down_t, **o)),
+        ("SparseFFN", lambda **o: psc.SparseFFN(None, w_up, w_down_t, **o)),
+        ("warmup", lambda **o: psc.warmup(D_MODEL, D_FF, gated=False, **o)),
+    ]:
+        with pytest.raises(ValueError, match=rf"^{operator}: activation must be .* got 'drelu': dReLU needs a gate$"):
+            call(activation="drelu")
+        if "FFN" in operator.upper() and operator != "ffn_12":
+            with pytest.raises(ValueError, match=rf"^{operator}: gate_bias without a gate: .* bias of up_proj is up_bias$"):
+                call(gate_bias=bias)
+    with pytest.raises(TypeError, match=r"^sparse_ffn: w_up must be a CuPy array.* got builtins\.NoneType"):
+        psc.sparse_ffn(x, None, None, w_down_t)
+
+
+@pytest.mark.parametrize("operator", ["ffn_4", "sparse_ffn", "SparseFFN"])
+def test_what_a_norm_adds(operator):
+    arrays, inputs = _arrays(), INPUTS.get(operator, ("w_gate", "w_up", "w_down_t"))
+    norm = np.ones(D_FF, DTYPES["bfloat16"])
+
+    def call(**options):
+        return getattr(psc, operator)(*(arrays[name] for name in inputs), **options)
+
+    with pytest.raises(ValueError, match=rf"^{operator}: norm_eps=1e-06 without a norm: pass norm_weight too, or leave"):
+        call(norm_eps=1e-6)
+    for wrong in (-1e-9, float("nan"), float("inf"), 1e39, 10**400):
+        with pytest.raises(ValueError, match=rf"^{operator}: norm_eps must be finite as float32 and >= 0, got"):
+            call(norm_weight=norm, norm_eps=wrong)
+    for wrong in ("1e-6", None, np.zeros(1)):
+        with pytest.raises(TypeError, match=rf"^{operator}: norm_eps must be a Python number, got \w+: pass a float"):
+            call(norm_weight=norm, norm_eps=wrong)
+    for right in (0, 1e-6, np.float32(1e-5), Fraction(1, 3)):
+        call(norm_weight=norm, norm_eps=right)
+
+
+def test_a_bias_needs_no_alignment():
+    """It is read an element at a time."""
+    metas = tuple(Meta(CUPY, shape, "bfloat16", 0, True) for shape in ((D_MODEL,), (D_FF, D_MODEL), (D_FF,)))
+    signature, _ = arguments.with_extras(ops.FFN_1, (metas[2],))
+    checked = check(signature, metas, None)
+    assert checked.extras == ("gate_bias",) and checked.extra_places == (2,)
+    _check_addresses(signature, checked, (16, 1024, 4098, 8192))
+    with pytest.raises(ValueError, match="ffn_1: out must not share memory with bias"):
+        _check_addresses(signature, checked, (16, 1024, 4098, 4098 + 2 * D_FF - 2))
+
+
+@pytest.mark.parametrize("operator", ["ffn_12", "ffn_123", "ffn_23", "sparse_ffn", "SparseFFN"])
 def test_thresholds(operator):
     arrays = _arrays()
     inputs = INPUTS.get(operator, ("w_gate", "w_up", "w_down_t"))
@@ -422,7 +555,7 @@ def test_without_cupy():
 
 
 def test_signatures_name_the_public_functions():
-    for signature in (ops.FFN_1, ops.FFN_23, ops.FFN_4, SPARSE_FFN, ops.PACK_DOWN):
+    for signature in (ops.FFN_1, ops.FFN_12, ops.FFN_123, ops.FFN_23, ops.FFN_4, SPARSE_FFN, UNGATED_FFN, ops.PACK_DOWN):
         assert hasattr(psc, signature.operator)
 
 

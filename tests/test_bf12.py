@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from checks import DTYPES, bits, gate, poisoned, token, weights
+from checks import DTYPES, bits, gate, norm_weight, poisoned, token, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -130,9 +130,10 @@ def _arguments(w: np.ndarray, format_) -> tuple:
     return (*packed.words, packed.escapes, packed.base)
 
 
-def _run(host, kernel: str, shape: Shape, inputs: list, out: np.ndarray, **more) -> np.ndarray:
+def _run(host, kernel: str, shape: Shape, inputs: list, out: np.ndarray, trailing: tuple = (), **more) -> np.ndarray:
     plan = plan_of(kernel, shape, **more)
-    return host.run(plan, [*inputs, shape.d_ff, shape.d_model], out, seed=1 + bool(more))  # another order of threads
+    seed = 1 + ("formats" in more)  # another order of threads
+    return host.run(plan, [*inputs, shape.d_ff, shape.d_model, *trailing], out, seed=seed)
 
 
 @formats
@@ -162,6 +163,45 @@ def test_kernels_give_the_bits_of_plain_weights(host, format_, d_model, d_ff, sp
         found = _run(host, kernel, shape, packed, out, formats=(format_,) * len(KERNELS[kernel].weights))
         np.testing.assert_array_equal(bits(found), bits(expected), err_msg=kernel)
         assert np.any(bits(expected)), "nothing was compared"
+
+
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "kernel", "activation", "format_"),
+    [
+        (264, 101, "ffn_12", "relu2", BF12_ROWS),
+        (264, 101, "ffn_123", "drelu", BF12_SLICES),
+        (264, 101, "ffn_23", "relu2", BF12_ROWS),
+        (264, 101, "ffn_4", "relu", BF12_ROWS),
+        (5208, 9, "ffn_4", "relu", BF12_SLICES),
+    ],
+)
+def test_activations_biases_and_norm_do_not_depend_on_the_format(host, d_model, d_ff, kernel, activation, format_):
+    rng = np.random.default_rng(d_model * d_ff)
+    shape = Shape(d_model, d_ff, "bfloat16", specialize=False)
+    x, g, w = token(d_model, "bfloat16", rng), gate(d_ff, "bfloat16", 0.6, rng, 0.25), _weights(d_ff, d_model, rng)
+    biases = [token(d_ff, "bfloat16", rng) for _ in range(2)]
+    x1, trailing = reference.fatrelu(g) * token(d_ff, "bfloat16", rng), ()
+    inputs = {
+        "ffn_12": [x, w, None, 0.1],
+        "ffn_123": [x, w, w, None, 0.1],
+        "ffn_23": [g, x, w, None, 0.25],
+        "ffn_4": [x1, w, None],
+    }
+    if kernel == "ffn_4":
+        extras, trailing = (
+            ("down_bias", "norm_weight"),
+            (token(d_model, "bfloat16", rng), norm_weight(d_ff, "bfloat16", rng), 1e-5),
+        )
+    else:
+        extras = ("gate_bias", "up_bias") if kernel == "ffn_123" else ("up_bias",)
+        trailing = tuple(biases[: len(extras)])
+    more = {"trailing": trailing, "extras": extras, "activation": activation}
+    out = poisoned(d_model if kernel == "ffn_4" else d_ff, "bfloat16")
+    expected = _run(host, kernel, shape, inputs[kernel], out, **more)
+    packed = [_arguments(w, format_) if a is w else a for a in inputs[kernel]]
+    found = _run(host, kernel, shape, packed, out, formats=(format_,) * len(KERNELS[kernel].weights), **more)
+    np.testing.assert_array_equal(bits(found), bits(expected))
+    assert np.count_nonzero(expected) > 4, "nothing was compared"
 
 
 @formats

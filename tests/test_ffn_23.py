@@ -49,6 +49,32 @@ def test_small_and_odd_shapes(d_model, d_ff, dtype, specialize):
             _assert_right(on.get(out), g, x, w, threshold)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_and_biases(dtype):
+    """NaN in a row or a bias of an inactive neuron does no harm."""
+    rng, threshold = np.random.default_rng(), 0.25
+    for d_model, d_ff in SMALL:
+        for activation, biased in [("relu", True), ("relu2", False), ("relu2", True), ("drelu", False), ("drelu", True)]:
+            for sparsity, specialize in ((0.0, False), (0.5, True), (0.9, False), ("one", True)):
+                g, x, w = (
+                    gate(d_ff, dtype, sparsity, rng, threshold),
+                    token(d_model, dtype, rng),
+                    weights(d_ff, d_model, dtype).copy(),
+                )
+                bias, off = token(d_ff, dtype, rng) if biased else None, ~reference.active(g, threshold)
+                w[off] = np.nan
+                if biased:
+                    bias[off] = np.nan
+                out, given = on.put(poisoned(d_ff, dtype)), None if bias is None else on.put(bias)
+                options = {"activation": activation, "bias": given, "specialize": specialize}
+                assert psc.ffn_23(on.put(g), on.put(x), on.put(w), threshold, out=out, **options) is out
+                found = on.get(out)
+                assert_rounded_sum(found, *exact_ffn_23(g, x, w, threshold, activation, bias), d_model + 2)
+                assert not bits(found[off]).any(), "an inactive output is not +0"
+                if activation == "drelu":
+                    assert not np.signbit(found.astype(np.float32)).any(), "a rectified output is +0"
+
+
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d_model", "d_ff"), LARGE)
@@ -122,6 +148,24 @@ def test_boundaries_and_special_values(dtype, specialize):
         np.testing.assert_array_equal(out[~flushed].astype(np.float32), expected[~flushed].astype(np.float32))
         tiny = float(np.finfo(np.float32).smallest_normal)
         assert np.all(np.abs(out[flushed].astype(np.float64)) <= tiny + ulp(expected[flushed], out.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_of_other_activations(dtype):
+    """Every special gate with every special up-projection, in kernels that give a warp a row and that share rows."""
+    values = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 0.25, 0.2490234375, -0.25, 1.5, -2.0, 300.0]).astype(DTYPES[dtype])
+    g, ups = (a.ravel() for a in np.meshgrid(values, values))
+    x, w = np.eye(8, dtype=DTYPES[dtype])[0], np.zeros((len(g), 8), DTYPES[dtype])
+    w[:, 0] = ups
+    for activation in ("relu2", "drelu"):
+        for threshold, specialize in ((0.0, True), (0.25, True), (0.0, False), (0.25, False)):
+            options = {"activation": activation, "specialize": specialize}
+            out = on.get(psc.ffn_23(on.put(g), on.put(x), on.put(w), threshold, **options))
+            with np.errstate(all="ignore"):
+                expected = reference.ffn_23(g, x, w, threshold, activation=activation)
+            np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))
+            off = ~reference.active(g, threshold) | ((activation == "drelu") & (ups.astype(np.float32) <= 0))
+            assert not bits(out[off]).any(), "an inactive output is not +0"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

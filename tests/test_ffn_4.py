@@ -14,7 +14,9 @@ from checks import (
     bits,
     exact_ffn_4,
     gate,
+    norm_weight,
     poisoned,
+    terms_of_ffn_4,
     token,
     weights,
 )
@@ -44,6 +46,44 @@ def test_small_and_odd_shapes(d_model, d_ff, dtype, specialize):
         out = on.put(poisoned(d_model, dtype))
         assert psc.ffn_4(on.put(x1), on.put(w), out=out, specialize=specialize) is out
         assert_rounded_sum(on.get(out), *exact_ffn_4(x1, w), d_ff)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_biases_and_norms(dtype):
+    """NaN in the weights of inactive inputs, the norm's too, does no harm, and of nothing active the bias is left."""
+    rng = np.random.default_rng()
+    for d_model, d_ff in SMALL:
+        for sparsity in SPARSITIES:
+            x1, w = _x1(d_ff, dtype, sparsity, rng), weights(d_ff, d_model, dtype).copy()
+            w[x1 == 0] = np.nan
+            bias, norm = token(d_model, dtype, rng), norm_weight(d_ff, dtype, rng)
+            norm[x1 == 0] = np.nan
+            for b, n, eps, specialize in [(bias, None, 0.0, True), (None, norm, 0.0, False), (bias, norm, 1e-5, True)]:
+                given = {"bias": None if b is None else on.put(b), "norm_weight": None if n is None else on.put(n)}
+                out = on.put(poisoned(d_model, dtype))
+                assert psc.ffn_4(on.put(x1), on.put(w), **given, norm_eps=eps, out=out, specialize=specialize) is out
+                exact = exact_ffn_4(x1, w, b, n, eps)
+                assert_rounded_sum(on.get(out), *exact, terms_of_ffn_4(d_ff, normed=n is not None))
+                if not x1.astype(np.float32).any():
+                    np.testing.assert_array_equal(on.get(out), np.zeros_like(bias) if b is None else b)
+
+
+def test_dims_as_constants_do_not_change_the_bits_of_a_norm():
+    """At BitNet's dims, and as often as it is run."""
+    d_model, d_ff = 2560, 6912
+    rng = np.random.default_rng()
+    x1, w = on.put(_x1(d_ff, "bfloat16", 0.9, rng)), on.put(weights(d_ff, d_model, "bfloat16"))
+    options = {"bias": on.put(token(d_model, "bfloat16", rng)), "norm_weight": on.put(norm_weight(d_ff, "bfloat16", rng))}
+    first, *others = (on.get(psc.ffn_4(x1, w, **options, norm_eps=1e-5, specialize=s)) for s in (True, False, True))
+    for other in others:
+        np.testing.assert_array_equal(bits(other), bits(first))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_are_not_lost_in_a_norm(value):
+    x1, w = np.ones(100, DTYPES["bfloat16"]), np.ones((100, 64), DTYPES["bfloat16"])
+    x1[37] = value
+    assert np.isnan(on.get(psc.ffn_4(on.put(x1), on.put(w), norm_weight=on.put(np.ones_like(x1)))).astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
