@@ -268,7 +268,9 @@ def test_kernels_on_the_gpu_give_the_bits_of_plain_weights(format_, d_model, d_f
         found = cupy.full(expected.size, -1, np.int16)
         problem = Problem(kernel, d_model, d_ff, "bfloat16", specialize, formats=(format_,) * len(KERNELS[kernel].weights))
         plan = launch.plan(problem, target)
-        compiler.Kernel(plan, 0).launch(0, True, *inputs, found.data.ptr, *scalars, d_ff, d_model)
+        compiler.Kernel(plan, 0).launch(
+            0, True, *inputs, found.data.ptr, *scalars, d_ff, d_model, *ops.trailing_arguments(kernel, {}, 0.0)
+        )
         np.testing.assert_array_equal(found.get(), expected.view(np.int16).get(), err_msg=kernel)
         assert expected.view(np.int16).any()
 

@@ -21,7 +21,7 @@ from prosparse_cupy.problem import Target
 from prosparse_cupy.testing import synthetic
 
 PLAN = plan_of("ffn_23", Shape(4096, 11008, "bfloat16"))
-ARGUMENTS = (0x7F0000000010, 0x7F0000000020, 0x7F0000000030, 0x7F0000000040, 0.25, 11008, 4096)
+ARGUMENTS = (0x7F0000000010, 0x7F0000000020, 0x7F0000000030, 0x7F0000000040, 0.25, 11008, 4096, 0x7F0000000050)
 PORTABLE, HOPPER = Target(80, 132), Target(90, 132)
 
 
@@ -125,14 +125,15 @@ def test_callers_tell_a_launch_whether_it_may_overlap(noted, monkeypatch, stream
     kernel = SimpleNamespace(plan=plan, launch=lambda s, overlaps, *_: told.append((s, overlaps)))
     checked = SimpleNamespace(d_ff=24, d_model=16, device=0, scratch_bytes=4096, down_pointers=1)
     family = SimpleNamespace(stream=lambda device: stream)
-    call = SimpleNamespace(on_host=False, checked=checked, family=family, inputs=[1, 2, 3, 4], output=5, result=lambda: None)
+    facts = {"inputs": [1, 2, 3, 4], "output": 5, "extras": {}, "result": lambda: None}
+    call = SimpleNamespace(on_host=False, checked=checked, family=family, **facts)
     for module in (ops, ffn):
         monkeypatch.setattr(module, "kernel_of", lambda *_: kernel)
     monkeypatch.setattr(ffn, "take", lambda *arguments: taken.append(arguments) or (9, []))
     ops._launch("ffn_1", call, True)
     assert told == [(stream, programmatic and STREAMS[stream])]
     told.clear()
-    ffn._run(call, (), call.inputs, 0.0, True)
+    ffn._run(call, (1, None, 2, 3), call.inputs, ffn._How(0.0, "relu", 0.0, True), {})
     assert told == 2 * [(stream, STREAMS[stream])] and taken == [(stream, 0, 4096, stream == 0x57)]
 
 
@@ -183,7 +184,9 @@ def _run(kernel: str, target: Target, arrays: list, scalars: tuple = ()) -> np.n
     plan = plan_of(kernel, Shape(d_model, d_ff, "bfloat16", target=target))
     out = arrays[-1]
     out.view(np.uint8).fill(0xFF)
-    compiler.Kernel(plan, 0).launch(0, True, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model)
+    compiler.Kernel(plan, 0).launch(
+        0, True, *(a.data.ptr for a in arrays), *scalars, d_ff, d_model, *ops.trailing_arguments(kernel, {}, 0.0)
+    )
     return on.get(out)
 
 
@@ -262,4 +265,4 @@ def test_a_launch_that_the_gpu_cannot_do_is_an_error():
         kernel = compiler.Kernel(dataclasses.replace(plan, block=(4096, 1, 1)), 0)
         w, y = on.put(weights(64, 64, "bfloat16")), on.put(poisoned(64, "bfloat16"))
         with pytest.raises(cupy.cuda.driver.CUDADriverError):
-            kernel.launch(0, True, y.data.ptr, w.data.ptr, y.data.ptr, 64, 64)
+            kernel.launch(0, True, y.data.ptr, w.data.ptr, y.data.ptr, 64, 64, 0, 0, 0.0)

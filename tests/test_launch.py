@@ -87,15 +87,15 @@ def test_warps_of_ffn_23_share_rows_that_two_of_them_can_halve(shape):
 @given(kernels, shapes)
 def test_by_the_rule_a_successor_comes_early_only_where_all_rows_have_a_warp(kernel, shape):
     early = "EARLY_SUCCESSOR" in _defines(plan_of(kernel, shape))
-    fits = shape.d_ff <= 32 * shape.target.multiprocessors
-    assert early == (kernel in ("ffn_12", "ffn_123") and shape.specialize and shape.target.capability >= 90 and fits)
+    fits = kernel == "ffn_12" or (kernel == "ffn_123" and shape.d_ff <= 32 * shape.target.multiprocessors)
+    assert early == (fits and shape.specialize and shape.target.capability >= 90)
 
 
 @given(shapes)
 def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
     plan = plan_of("ffn_4", shape)
     each, length = _defines(plan)["EACH"], vector_length(shape.dtype)
-    assert each >= 1 and each * length <= 32
+    assert each >= 1 and each * length <= (40 if length == 8 else 28)
     tile = each * plan.block[0] * length
     warps, unit = plan.block[0] // 32, _defines(plan)["UNIT"]
     starts = [
@@ -106,7 +106,8 @@ def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
         for lane in range(32)
     ]
     assert sorted(starts) == list(range(0, -(-shape.d_ff // tile) * tile, length))
-    assert each == min(32 // length, 7) or (each - 1) * plan.block[0] * length < shape.d_ff <= tile
+    tiles = -(-shape.d_ff // tile)
+    assert tiles == 1 or tiles * (each - 1) * plan.block[0] * length < shape.d_ff, "tiles are equal, and as few as can be"
 
 
 @given(st.sampled_from([("ffn_1", 20), ("ffn_12", 20), ("ffn_123", 10), ("ffn_23", 10)]), shapes)
