@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from click.testing import CliRunner
 
 torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
 transformers = pytest.importorskip("transformers", reason='the extra "hf" brings it')
@@ -26,6 +27,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer  # noqa: E402
 from transformers.models.persimmon.modeling_persimmon import PersimmonMLP  # noqa: E402
 from transformers.models.phi3.modeling_phi3 import Phi3MLP  # noqa: E402
 
+from prosparse_cupy import cli  # noqa: E402
 from prosparse_cupy.formula import Formula  # noqa: E402
 from prosparse_cupy.torch import (  # noqa: E402
     FAMILIES,
@@ -36,6 +38,7 @@ from prosparse_cupy.torch import (  # noqa: E402
     SparseMLP,
     SparsityMeter,
     SquaredReLU,
+    load_compressed,
     measure_sparsity,
     patch_model,
     register_family,
@@ -851,6 +854,26 @@ def test_what_does_not_pay_stays_plain(device):
             assert torch.equal(_bits(model(x)), _bits(wanted))
 
 
+@pytest.mark.parametrize("name", ["BitNet", "Llama, relu2", "Llama, biases"])
+def test_compressed_checkpoints_decode_sparsely(name, tmp_path, calls):
+    """Those of gated FFNs; a matrix with a bias is plain in the files."""
+    model = _model(name, dtype=torch.bfloat16)
+    state = _state(model)
+    model.save_pretrained(tmp_path / "plain")
+    done = CliRunner().invoke(cli.main, ["compress", str(tmp_path / "plain"), str(tmp_path / "packed")])
+    assert done.exit_code == 0, done.output
+    loaded = load_compressed(tmp_path / "packed", "cpu")
+    assert all(mlp.formula == CASES[name].formula for mlp in _ffns(loaded))
+    patch_model(model)
+    calls.clear()
+    found = _singles(loaded)
+    assert calls == _operators(name) * 7 and torch.equal(_bits(found), _bits(_singles(model)))
+    assert torch.equal(_bits(_logits(loaded)), _bits(_logits(model)))
+    unpatch_model(loaded)
+    assert not _is_patched(loaded)
+    _same_state(loaded.state_dict(), state)
+
+
 @pytest.mark.parametrize("name", ["Nemotron, biases", "Phi3", "OPT"])
 def test_other_dtypes_do_not_compress(name):
     model = _around(name, dtype=torch.float16, hidden_size=64, intermediate_size=160)
@@ -877,6 +900,14 @@ def test_code_of_no_known_formula_stays_dense(name, activation):
         assert not layer.sparse and not layer.note and "its output differs from that of relu" in layer.reason
         assert dict(model.named_modules()) == modules and torch.equal(model(x), before)
     assert all(p.is_contiguous() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FFNS)
+def test_an_mlp_by_itself_is_no_model(name):
+    mlp = _around(name, dtype=torch.float32, hidden_size=64, intermediate_size=160).mlp
+    fix = r"use SparseGatedMLP\.from_mlp" if name in ("Llama, relu2", "Llama, biases", "dReLU") else r"put it in a torch\.nn"
+    with pytest.raises(ValueError, match=f"this is an MLP, not a model with some: {fix}"):
+        patch_model(mlp)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])

@@ -17,7 +17,7 @@ from ..formula import Formula
 from ..packed import MANIFEST, Entry, read_manifest
 from .acceptance import why_another_formula
 from .compressed import checked_packed_of
-from .families import LLAMA_LIKE
+from .families import MLPFamily
 from .linears import CompressedLinear
 from .matrices import rejoin_matrices
 from .mlp import SparseMLP, pack
@@ -68,9 +68,9 @@ def load_compressed(folder: str | Path, device: Any = "cuda", *, verify: bool = 
     with torch.device("meta"):
         model = auto.from_config(config, dtype=torch.bfloat16, **keywords)
     twin = _twin(config, keywords)
-    formula = _checked_formula(twin)
+    formulas = _checked_formulas(twin)
     _give_buffers(model, twin, device)
-    sparse = _made_sparse(model, entries, formula)
+    sparse = _made_sparse(model, formulas)
     _load(model, path, entries, device)
     for module in sparse:
         pack(module.down)
@@ -96,15 +96,15 @@ def _twin(config: Any, keywords: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _checked_formula(twin: nn.Module) -> Formula:
-    """What the model's gated MLPs compute, which its code must bear out."""
-    formula = Formula()
+def _checked_formulas(twin: nn.Module) -> dict[MLPFamily, Formula]:
+    """What the model's gated MLPs compute, by their family, which its code must bear out."""
+    formulas: dict[MLPFamily, Formula] = {}
     for name, mlp, family in mlps(twin):
-        if family == LLAMA_LIKE:
-            formula, _ = own_formula(twin, name, mlp, family, None)
-            if reason := why_another_formula(mlp, family, formula):
+        if family.gate is not None:
+            formulas[family], _ = own_formula(twin, name, mlp, family, None)
+            if reason := why_another_formula(mlp, family, formulas[family]):
                 raise CheckpointError(f"load_compressed: {reason}: load the plain checkpoint with from_pretrained")
-    return formula
+    return formulas
 
 
 def _give_buffers(model: nn.Module, twin: nn.Module, device: Any) -> None:
@@ -118,15 +118,14 @@ def _give_buffers(model: nn.Module, twin: nn.Module, device: Any) -> None:
         model.get_submodule(holder)._buffers[leaf] = like.to(device, copy=True)
 
 
-def _made_sparse(model: nn.Module, entries: dict[str, Entry], formula: Formula) -> list[SparseMLP]:
-    """Put a `SparseMLP` in the place of every gated MLP that has a compressed weight."""
+def _made_sparse(model: nn.Module, formulas: dict[MLPFamily, Formula]) -> list[SparseMLP]:
+    """Put a `SparseMLP` in the place of every gated MLP."""
     made = []
     for name, mlp, family in list(mlps(model)):
-        if family != LLAMA_LIKE or not any(entry.startswith(f"{name}.") for entry in entries):
-            continue
-        sparse = made_sparse(mlp, family, formula)
-        model.set_submodule(name, sparse)
-        made.append(sparse)
+        if family in formulas:
+            sparse = made_sparse(mlp, family, formulas[family])
+            model.set_submodule(name, sparse)
+            made.append(sparse)
     return made
 
 

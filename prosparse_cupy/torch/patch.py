@@ -164,7 +164,8 @@ def patch_model(
             "projections: nothing to patch"
         )
     if found and found[0][0] == "" and not found[0][2].is_inside:
-        raise ValueError("patch_model: this is a gated MLP, not a model with some: use SparseGatedMLP.from_mlp(mlp)")
+        fix = "use SparseGatedMLP.from_mlp(mlp)" if found[0][2] == LLAMA_LIKE else "put it in a torch.nn.Sequential"
+        raise ValueError(f"patch_model: this is an MLP, not a model with some: {fix}")
     if any(isinstance(m, _OURS) for m in model.modules()):
         raise ValueError("patch_model: the model is patched already: call unpatch_model(model) first")
     given = None if threshold is None else check_threshold("patch_model", threshold)
