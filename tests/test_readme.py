@@ -25,7 +25,7 @@ def test_whole_model(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     python_blocks(README)[0].run({})
     printed = capsys.readouterr().out
-    assert "4 of 4 gated MLPs decode sparsely" in printed and "def main" in printed
+    assert "4 of 4 MLPs decode sparsely" in printed and "def main" in printed
 
 
 @pytest.mark.parametrize("library", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])

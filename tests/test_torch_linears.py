@@ -390,7 +390,7 @@ def test_biases_of_qwen_and_a_tied_head():
 
 def test_the_report():
     text = str(patch_model(_model(hidden_act="silu")))
-    assert text.startswith("0 of 2 gated MLPs decode sparsely") and "15 of 15 other matrices decode through ffn_1" in text
+    assert text.startswith("0 of 2 MLPs decode sparsely") and "15 of 15 other matrices decode through ffn_1" in text
     for name in (*QKV, "o_proj"):
         assert f"model.layers.*.self_attn.{name}" in text
     assert "model.layers.*.mlp.gate_proj" in text and "lm_head" in text and "100.0%" in text
