@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from checks import DTYPES, assert_no_worse_than_vendor, bits, poisoned, token
+from checks import DTYPES, assert_no_worse_than_vendor, bits, norm_weight, poisoned, token, weights
 from gpu_arrays import OnCupy, OnTorch, large_weights, vendor_mv
 
 import prosparse_cupy as psc
-from prosparse_cupy import reference
+from prosparse_cupy import ffn as ffn_module
+from prosparse_cupy import launch, reference
+from prosparse_cupy.problem import KERNELS
 from prosparse_cupy.testing import synthetic
 
 on = OnCupy()
@@ -71,6 +74,93 @@ def test_no_worse_than_the_vendor(d_model, d_ff, dtype, sparsity, torch):
         ffn = psc.SparseFFN(*arrays[1:], T, specialize=specialize)
         for again in (ffn(arrays[0]), ffn(arrays[0][None])[0], psc.sparse_ffn(*arrays, T, specialize=specialize)):
             np.testing.assert_array_equal(bits(to.get(again)), bits(first))
+
+
+# Of models with other formulas: Nemotron-H and Minitron without a gate, BitNet's norm, Mistral-sized TurboSparse.
+OTHERS = [
+    (2560, 18432, "bfloat16", "relu2", False, ()),
+    (3072, 9216, "float16", "relu2", False, ("down_bias",)),
+    (2560, 6912, "bfloat16", "relu2", True, ("norm_weight",)),
+    (4096, 14336, "bfloat16", "drelu", True, ("up_bias", "down_bias")),
+]
+
+
+def _other_ffn(x, w_gate, w_up, w_down_t, activation: str, extras: dict, exact: bool):
+    """The dense path of another formula in the dtype of x, or in float64, rounded only where the operators round."""
+    import torch
+
+    def wide(a):
+        return a.double() if exact else a
+
+    def mv(w, v):
+        return w.double() @ v.double() if exact else vendor_mv(w, v)
+
+    gate = wide(mv(w_gate, x).to(x.dtype))
+    s = gate * (gate >= T)
+    x1 = s.square() if activation == "relu2" else s
+    if w_up is not None:
+        up = mv(w_up, x) + wide(extras.get("up_bias", x.new_zeros(())))
+        x1 = x1 * (torch.relu(up) if activation == "drelu" else up)
+    x1 = wide(x1.to(x.dtype))
+    if "norm_weight" in extras:
+        long = x1 if exact else x1.float()
+        x1 = wide((long * torch.rsqrt(long.square().mean() + 1e-5)).to(x1.dtype)) * wide(extras["norm_weight"])
+    return mv(w_down_t.t().contiguous(), x1) + wide(extras.get("down_bias", x.new_zeros(())))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("d_model", "d_ff", "dtype", "activation", "gated", "names"), OTHERS)
+def test_other_formulas_are_no_worse_than_the_vendor(d_model, d_ff, dtype, activation, gated, names, torch):
+    """And one call has the bits of its two halves, bound or not, with weights in 12 bits or not."""
+    to, rng = OnTorch(), np.random.default_rng()
+    x, w_gate, w_up, w_down_t, _ = _random_ffn(d_model, d_ff, dtype, 0.9)
+    made = {
+        "norm_weight": norm_weight(d_ff, dtype, rng),
+        "up_bias": token(d_ff, dtype, rng),
+        "down_bias": token(d_model, dtype, rng),
+    }
+    extras = {name: to.put(made[name]) for name in names}
+    other = (x, w_gate, w_up if gated else None, w_down_t, activation, extras)
+    exact, dense = _other_ffn(*other, exact=True), _other_ffn(*other, exact=False)
+    ws = (w_gate, w_up, w_down_t) if gated else (None, w_gate, w_down_t)
+    options = {"activation": activation, **extras, "norm_eps": 1e-5 if "norm_weight" in extras else 0.0}
+    out = to.put(poisoned(d_model, dtype))
+    assert psc.sparse_ffn(x, *ws, T, **options, out=out) is out
+    first = to.get(out)
+    assert_no_worse_than_vendor(first, to.get(dense), exact.cpu().numpy())
+    if gated:
+        x1 = psc.ffn_123(x, *ws[:2], T, activation=activation, up_bias=extras.get("up_bias"))
+    else:
+        x1 = psc.ffn_12(x, w_gate, T, activation=activation)
+    norm = {"norm_weight": extras.get("norm_weight"), "norm_eps": options["norm_eps"]}
+    again = [psc.ffn_4(x1, w_down_t, bias=extras.get("down_bias"), **norm)]
+    again += [psc.SparseFFN(*ws, T, **options)(x), psc.SparseFFN(*ws, T, **options, specialize=False)(x[None])[0]]
+    if dtype == "bfloat16":
+        packed = [None if w is None else psc.compress(w, layout="slices" if w is w_down_t else "rows") for w in ws]
+        again += [psc.SparseFFN(*packed, T, **options)(x), psc.sparse_ffn(x, *packed, T, **options)]
+    for y in again:
+        np.testing.assert_array_equal(bits(to.get(y)), bits(first))
+
+
+@pytest.mark.gpu
+def test_biases_that_change_under_a_sparse_ffn(torch):
+    """Other values are used, and so is other memory; another shape is refused, and nothing is written."""
+    to, rng = OnTorch(), np.random.default_rng()
+    x, w = to.put(token(256, "bfloat16", rng)), to.put(weights(1000, 256, "bfloat16"))
+    bias = torch.nn.Parameter(to.put(token(1000, "bfloat16", rng)), requires_grad=False)
+    ffn = psc.SparseFFN(None, w, w, activation="relu2", up_bias=bias)
+    before = ffn(x)
+    bias.data = bias.data.clone()
+    assert torch.equal(ffn(x), before), "elsewhere in memory, it is the same bias"
+    bias.data.mul_(2)
+    assert torch.equal(ffn(x), psc.sparse_ffn(x, None, w, w, activation="relu2", up_bias=bias)) and not torch.equal(
+        ffn(x), before
+    )
+    bias.data = bias.data[:-8].clone()
+    out = torch.full_like(x, float("nan"))
+    with pytest.raises(ValueError, match=r"SparseFFN: up_bias must have shape \(d_ff,\) = \(1000,\), got \(992,\)"):
+        ffn(x, out=out)
+    assert bool(out.isnan().all())
 
 
 @pytest.mark.gpu
@@ -196,3 +286,116 @@ def test_numpy_arrays_run_the_reference(dtype):
     assert ffn(layer.x, out=out) is out
     for result in (out, ffn(layer.x), psc.sparse_ffn(layer.x, layer.w_gate, layer.w_up, w_down_t, layer.threshold)):
         np.testing.assert_array_equal(bits(result), bits(expected))
+
+
+def _every_option(d_model: int, d_ff: int, dtype: str, gated: bool) -> dict:
+    rng = np.random.default_rng(7)
+    options = {
+        "up_bias": token(d_ff, dtype, rng),
+        "down_bias": token(d_model, dtype, rng),
+        "norm_weight": norm_weight(d_ff, dtype, rng),
+    }
+    return {**options, **({"gate_bias": token(d_ff, dtype, rng)} if gated else {}), "activation": "relu2", "norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numpy_arrays_with_every_option_are_the_operators_one_by_one(dtype, gated):
+    d_model, d_ff = 64, 101
+    x, options = token(d_model, dtype, np.random.default_rng()), _every_option(d_model, d_ff, dtype, gated)
+    w_gate, w_up, w_down_t = (weights(d_ff, d_model, dtype, seed) for seed in range(3))
+    half = {"activation": "relu2"}
+    if gated:
+        x1 = psc.ffn_123(x, w_gate, w_up, T, gate_bias=options["gate_bias"], up_bias=options["up_bias"], **half)
+        two = psc.ffn_23(psc.ffn_1(x, w_gate, bias=options["gate_bias"]), x, w_up, T, bias=options["up_bias"], **half)
+        np.testing.assert_array_equal(bits(two), bits(x1))
+    else:
+        x1 = psc.ffn_12(x, w_up, T, bias=options["up_bias"], **half)
+    norm = {"norm_weight": options["norm_weight"], "norm_eps": options["norm_eps"]}
+    expected = psc.ffn_4(x1, w_down_t, bias=options["down_bias"], **norm)
+    ws, out = (w_gate if gated else None, w_up, w_down_t), poisoned(d_model, dtype)
+    ffn = psc.SparseFFN(*ws, T, **options)
+    assert psc.sparse_ffn(x, *ws, T, **options, out=out) is out
+    for y in (out, ffn(x), ffn(x[None])[0], ffn(x, out=poisoned(d_model, dtype))):
+        np.testing.assert_array_equal(bits(y), bits(expected))
+    for name in options:  # all of them are used
+        other = {key: value for key, value in options.items() if key not in (name, *["norm_eps"] * (name == "norm_weight"))}
+        assert np.any(bits(psc.sparse_ffn(x, *ws, T, **other)) != bits(expected)) or name == "norm_eps"
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("how", ["copy", "pickle"])
+def test_a_sparse_ffn_with_every_option_can_be_copied(how, gated):
+    options, x = _every_option(64, 101, "bfloat16", gated), token(64, "bfloat16", np.random.default_rng())
+    ws = [weights(101, 64, "bfloat16", seed) for seed in range(3)]
+    ffn = psc.SparseFFN(ws[0] if gated else None, *ws[1:], T, **options)
+    again = copy.deepcopy(ffn) if how == "copy" else pickle.loads(pickle.dumps(ffn))
+    np.testing.assert_array_equal(bits(again(x)), bits(ffn(x)))
+    assert repr(again) == repr(ffn) and again.activation == "relu2" and again.gated == gated and again.norm_eps == 1e-5
+    options["up_bias"][:] = 3
+    assert np.any(bits(again(x)) != bits(ffn(x))), "a copy has biases of its own"
+
+
+def test_what_a_sparse_ffn_says_of_itself():
+    w, options = weights(101, 64, "bfloat16"), _every_option(64, 101, "bfloat16", True)
+    dims = "SparseFFN(d_model=64, d_ff=101, dtype=bfloat16, threshold="
+    assert repr(psc.SparseFFN(w, w, w, 0.25)) == f"{dims}0.25)"
+    assert repr(psc.SparseFFN(None, w, w, activation="relu2")) == f"{dims}0, activation=relu2, gated=False)"
+    named = repr(psc.SparseFFN(w, w, w, **options))
+    assert named == f"{dims}0, activation=relu2, gate_bias, up_bias, down_bias, norm_weight)"
+
+
+def test_a_sparse_ffn_whose_biases_have_changed_is_refused():
+    w, options = weights(101, 64, "bfloat16"), _every_option(64, 101, "bfloat16", True)
+    ffn, x = psc.SparseFFN(w, w, w, **options), token(64, "bfloat16", np.random.default_rng())
+    before = ffn(x)
+    options["norm_weight"] *= 2
+    assert np.any(bits(ffn(x)) != bits(before)), "other values are used"
+    options["up_bias"].resize(96, refcheck=False)
+    with pytest.raises(ValueError, match=r"^SparseFFN: up_bias must have shape \(d_ff,\) = \(101,\), got \(96,\)"):
+        ffn(x)
+
+
+@pytest.mark.parametrize(("gated", "halves"), [(True, ["ffn_123", "ffn_23"]), (False, ["ffn_12"])])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_warmup_compiles_what_a_call_asks_for(monkeypatch, gated, halves, compressed):
+    """On a stand-in for the compiler: the kernels, and what they are compiled for."""
+    problems = []
+
+    def load(problem, device):
+        problems.append(problem)
+        return SimpleNamespace(plan=launch.plan(problem))
+
+    monkeypatch.setattr(ffn_module, "load", load)
+    monkeypatch.setattr(ffn_module, "gpu", lambda device: SimpleNamespace(capability=90))
+    options = {"activation": "relu2", "gated": gated, "bias": True, "norm": True, "compressed": compressed}
+    report = psc.warmup(64, 101, device=0, **options)
+    assert [c.kernel for c in report] == sorted(
+        ["ffn_1", *halves, "ffn_4", "pack_down", *["decompress"] * compressed], key=list(KERNELS).index
+    )
+    by_kernel = {problem.kernel: problem for problem in problems}
+    assert all(by_kernel[kernel].activation == "relu2" for kernel in halves)
+    assert by_kernel["ffn_4"].extras == ("down_bias", "norm_weight") and by_kernel["ffn_4"].activation == "relu"
+    for c in report:
+        assert ("ACTIVATION_RELU2" in c.defines) == (c.kernel in halves) and "_BIAS=0" not in c.defines
+    problems.clear()
+    psc.warmup(64, 101, device=0, gated=gated)
+    assert all(problem.activation == "relu" and not problem.extras for problem in problems)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [True, False])
+def test_after_warmup_nothing_is_compiled(gated):
+    from prosparse_cupy.compiler import load
+
+    d_model, d_ff = 104, 59 + gated
+    options = {
+        name: on.put(a) if isinstance(a, np.ndarray) else a
+        for name, a in _every_option(d_model, d_ff, "bfloat16", gated).items()
+    }
+    x, w = on.put(token(d_model, "bfloat16", np.random.default_rng())), on.put(weights(d_ff, d_model, "bfloat16"))
+    report = psc.warmup(d_model, d_ff, activation="relu2", gated=gated, bias=True, norm=True)
+    assert all(c.seconds > 0 and f"ROW_OPT={d_ff} COL_OPT={d_model}" in c.defines for c in report)
+    before = load.cache_info().misses
+    psc.SparseFFN(w if gated else None, w, w, 0.1, **options)(x)
+    assert load.cache_info().misses == before
