@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from prosparse_cupy import arguments
-from prosparse_cupy.arguments import BoundWeights
-from prosparse_cupy.ffn import BOUND_FFN
+from prosparse_cupy.arguments import BoundWeights, with_bound_extras
+from prosparse_cupy.ffn import BOUND_FFN, UNGATED_BOUND_FFN
 from prosparse_cupy.libraries import Family
 
 D_MODEL, D_FF = 16, 24
@@ -135,3 +135,61 @@ def test_misaligned_weights_are_refused_when_they_are_bound(family):
     weights[2].address += 8
     with pytest.raises(ValueError, match="SparseFFN: w_down_t must start at a multiple of 16 bytes"):
         BoundWeights(BOUND_FFN, tuple(weights))
+
+
+def _with_biases(signature, weights: list[_Array]):
+    """Bound weights with a bias of each dim and a norm, at addresses that need no alignment; and these arrays."""
+    extras = {"up_bias": _Array(0x5002, D_FF), "down_bias": _Array(0x6004, D_MODEL), "norm_weight": _Array(0x7006, D_FF)}
+    bound, present = with_bound_extras(signature, extras)
+    return BoundWeights(bound, (*weights, *present)), extras
+
+
+@pytest.mark.parametrize("signature", [BOUND_FFN, UNGATED_BOUND_FFN], ids=["gate", "no gate"])
+def test_biases_are_checked_once_and_told_from_weights(family, monkeypatch, signature):
+    weights = _weights()[-len(signature.inputs) + 1 :]
+    bound, _ = _with_biases(signature, weights)
+    assert bound.facts == (D_MODEL, D_FF, "bfloat16", 0) and len(family.described) == len(weights) + 3
+    call = bound.call(_token(), None)
+    assert call.inputs == [*(w.address for w in weights), 0x800000]
+    assert call.extras == {"up_bias": 0x5002, "down_bias": 0x6004, "norm_weight": 0x7006}
+    assert call.checked.extras == ("up_bias", "down_bias", "norm_weight")
+    monkeypatch.setattr(arguments, "check", pytest.fail)
+    assert bound.call(_token(), None).checked is call.checked, "the kernel is looked up by it"
+
+
+def test_biases_in_other_memory_are_used(family):
+    bound, extras = _with_biases(UNGATED_BOUND_FFN, _weights()[1:])
+    extras["down_bias"].address = 0x9002
+    assert bound.call(_token(), None).extras == {"up_bias": 0x5002, "down_bias": 0x9002, "norm_weight": 0x7006}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("up_bias", {"shape": (D_FF + 1,)}, ValueError, r"up_bias must have shape \(d_ff,\) = \(24,\), got \(25,\)"),
+        (
+            "up_bias",
+            {"shape": (1, D_FF)},
+            ValueError,
+            r"up_bias must be 1-D, one for all tokens, got \(1, 24\): pass up_bias\[0\]",
+        ),
+        ("down_bias", {"shape": (D_FF,)}, ValueError, r"down_bias must have shape \(d_model,\) = \(16,\), got \(24,\)"),
+        ("norm_weight", {"dtype": "float32"}, TypeError, "norm_weight must have the dtype of w_gate, bfloat16, got float32"),
+        ("norm_weight", {"contiguous": False}, ValueError, "norm_weight must be C-contiguous"),
+        ("down_bias", {"address": 0}, TypeError, "down_bias must be a plain strided array in GPU memory"),
+    ],
+)
+def test_biases_that_changed_are_refused_at_every_call(family, name, change, error, message):
+    bound, extras = _with_biases(BOUND_FFN, _weights())
+    bound.call(_token(), None)
+    extras[name].__dict__.update(change)
+    for _ in range(2):
+        with pytest.raises(error, match=f"SparseFFN: {message}"):
+            bound.call(_token(), None)
+
+
+@pytest.mark.parametrize(("name", "address"), [("up_bias", 0x5010), ("down_bias", 0x5FF0), ("norm_weight", 0x7020)])
+def test_a_result_over_a_bias_is_refused(family, name, address):
+    bound, _ = _with_biases(BOUND_FFN, _weights())
+    with pytest.raises(ValueError, match=f"SparseFFN: out must not share memory with {name}"):
+        bound.call(_token(), _Array(address, D_MODEL))

@@ -287,5 +287,9 @@ def test_operators_give_the_bits_of_plain_weights(library, layout, d_model, d_ff
         (psc.sparse_ffn(x, w_gate, w_up, w_down_t, 0.1), psc.sparse_ffn(x, p_gate, w_up, p_down, 0.1)),
         (psc.SparseFFN(w_gate, w_up, w_down_t)(x), psc.SparseFFN(p_gate, p_up, p_down)(x)),
         (psc.ffn_1(x, w_gate, specialize=False), psc.ffn_1(x, p_gate, specialize=False)),
+        (psc.ffn_12(x, w_up, 0.1, activation="relu2"), psc.ffn_12(x, p_up, 0.1, activation="relu2")),
+        (psc.ffn_23(g, x, w_up, activation="drelu", bias=g), psc.ffn_23(g, x, p_up, activation="drelu", bias=g)),
+        (psc.ffn_4(g, w_down_t, bias=x, norm_weight=g), psc.ffn_4(g, p_down, bias=x, norm_weight=g)),
+        (psc.SparseFFN(None, w_up, w_down_t, norm_weight=g)(x), psc.SparseFFN(None, p_up, p_down, norm_weight=g)(x)),
     ):
         np.testing.assert_array_equal(bits(on.get(packed)), bits(on.get(plain)))

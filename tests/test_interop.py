@@ -41,6 +41,47 @@ def test_torch_and_cupy_agree_to_the_bit(dtype, torch):
         np.testing.assert_array_equal(bits(OnCupy().get(ours)), bits(OnTorch().get(theirs)))
 
 
+def _through_other_formulas(library):
+    """Every operator's result with an activation, biases and a norm, in one library; and with a bias that is not aligned."""
+    g, x, x1, w = (library.put(a) for a in _numbers())
+    rng = np.random.default_rng(3)
+    bias, down, norm = (token(n, "bfloat16", rng) for n in (D_FF + 1, D_MODEL, D_FF))
+    bias, down, norm = library.put(bias)[1:], library.put(down), library.put(norm)
+    both, last = {"gate_bias": bias, "up_bias": bias}, {"down_bias": down, "norm_weight": norm, "norm_eps": 1e-5}
+    return [
+        psc.ffn_1(x, w, bias=bias),
+        psc.ffn_12(x, w, T, activation="relu2", bias=bias),
+        psc.ffn_23(g, x, w, T, activation="drelu", bias=bias),
+        psc.ffn_123(x, w, w, T, activation="drelu", **both),
+        psc.ffn_4(x1, w, bias=down, norm_weight=norm, norm_eps=1e-5),
+        psc.sparse_ffn(x, w, w, w, T, activation="relu2", **both, **last),
+        psc.SparseFFN(w, w, w, T, activation="relu2", **both, **last)(x),
+        psc.sparse_ffn(x, None, w, w, T, activation="relu2", up_bias=bias, **last),
+        psc.SparseFFN(None, w, w, T, activation="relu2", up_bias=bias, **last)(x),
+        psc.SparseFFN(None, psc.compress(w), psc.compress(w), T, activation="relu2", up_bias=bias, **last)(x),
+    ]
+
+
+def test_torch_and_cupy_agree_to_the_bit_in_other_formulas(torch):
+    ours, theirs = (_through_other_formulas(library) for library in (OnCupy(), OnTorch()))
+    for one, other in zip(ours, theirs, strict=True):
+        assert isinstance(other, torch.Tensor) and other.is_cuda
+        np.testing.assert_array_equal(bits(OnCupy().get(one)), bits(OnTorch().get(other)))
+    for one, other in ((5, 6), (7, 8), (8, 9)):
+        np.testing.assert_array_equal(bits(OnCupy().get(ours[one])), bits(OnCupy().get(ours[other])))
+
+
+def test_other_formulas_through_dlpack():
+    on = OnCupy()
+    _, x, _, w = (on.put(a) for a in _numbers())
+    bias = on.put(token(D_FF, "bfloat16", np.random.default_rng(3)))
+    expected = psc.SparseFFN(None, w, w, T, activation="relu2", up_bias=bias)(x)
+    ffn = psc.SparseFFN(None, Exporter(w), Exporter(w), T, activation="relu2", up_bias=Exporter(bias))
+    np.testing.assert_array_equal(bits(on.get(ffn(Exporter(x)))), bits(on.get(expected)))
+    found = psc.ffn_12(Exporter(x), Exporter(w), T, activation="relu2", bias=Exporter(bias))
+    np.testing.assert_array_equal(bits(on.get(found)), bits(on.get(psc.ffn_12(x, w, T, activation="relu2", bias=bias))))
+
+
 def test_parameters_and_out_on_torch(torch):
     to = OnTorch()
     g, x, _, w = (to.put(a) for a in _numbers())

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from checks import DTYPES, bits, poisoned, token
+from checks import DTYPES, bits, norm_weight, poisoned, token, weights
 from gpu_arrays import OnCupy, OnTorch
 
 import prosparse_cupy as psc
@@ -296,6 +296,31 @@ def test_threads_on_streams_of_their_own():
     assert _run_in_threads(_callers("SparseFFN cupy"), lambda: cupy.cuda.Stream(non_blocking=True)) == 0
 
 
+def _without_a_gate(seed: int):
+    """A layer's x, w_up and w_down_t, squared ReLU with biases and a norm, and its result on an idle GPU."""
+    rng = np.random.default_rng(seed)
+    x, w_up, w_down_t = (
+        on.put(a) for a in (token(D_MODEL, "bfloat16", rng), *(weights(D_FF, D_MODEL, "bfloat16", s) for s in (0, 1)))
+    )
+    extras = {"up_bias": token(D_FF, "bfloat16", rng), "down_bias": token(D_MODEL, "bfloat16", rng)}
+    extras = {name: on.put(a) for name, a in {**extras, "norm_weight": norm_weight(D_FF, "bfloat16", rng)}.items()}
+    options = {"activation": "relu2", "norm_eps": 1e-5}
+    return (x, w_up, w_down_t), extras, options, on.get(psc.sparse_ffn(x, None, w_up, w_down_t, **extras, **options))
+
+
+@pytest.mark.gpu
+def test_threads_of_an_ffn_without_a_gate_get_their_own_numbers():
+    """One SparseFFN and four tokens."""
+    (_, *ws), extras, options, _ = _without_a_gate(0)
+    ffn, xs = (
+        psc.SparseFFN(None, *ws, **extras, **options),
+        [on.put(token(D_MODEL, "bfloat16", np.random.default_rng(s))) for s in range(4)],
+    )
+    callers = [(lambda x=x: ffn(x), on.get(psc.sparse_ffn(x, None, *ws, **extras, **options))) for x in xs]
+    assert len({expected.tobytes() for _, expected in callers}) == 4
+    assert _run_in_threads(callers, contextlib.nullcontext) == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("library", ["cupy", "torch"])
 def test_a_stream_destroyed_with_work_in_flight(library, torch):
@@ -414,6 +439,34 @@ def test_a_graph_outlives_what_it_was_captured_from(library, by, torch):
         cupy.cuda.Device().synchronize()
         np.testing.assert_array_equal(bits((to if library == "torch" else on).get(out)), bits(expected))
     assert all(bool((a == 7).all()) for a in (*others, *tensors))
+
+
+@pytest.mark.gpu
+@CAPTURES
+def test_a_graph_of_an_ffn_without_a_gate_sees_what_its_arrays_hold(library, by, torch):
+    """The token, the biases and the norm's weight are read at every launch."""
+    import cupy
+
+    (x, *ws), extras, options, expected = _without_a_gate(0)
+    (x2, *_), extras2, _, _ = _without_a_gate(1)
+    expected2 = on.get(psc.sparse_ffn(x2, None, *ws, **extras2, **options))
+    out = on.put(poisoned(D_MODEL, "bfloat16"))
+    given = dict(zip(extras, _as(library, list(extras.values())), strict=True))
+    ffn, (token_, target) = psc.SparseFFN(None, *_as(library, ws), **given, **options), _as(library, [x, out])
+    ffn(token_, out=target)
+    cupy.cuda.Device().synchronize()
+    replay = _capture(library, by, lambda: ffn(token_, out=target))
+    for right, x_now, extras_now in ((expected, None, None), (expected2, x2, extras2)):
+        if x_now is not None:
+            x[...] = x_now
+            for name, array in extras_now.items():
+                extras[name][...] = array
+        out[...] = float("nan")
+        cupy.cuda.Device().synchronize()
+        replay()
+        cupy.cuda.Device().synchronize()
+        np.testing.assert_array_equal(bits(on.get(out)), bits(right))
+    assert np.any(bits(expected) != bits(expected2))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,14 @@ Floats = npt.NDArray[np.float32]
 
 def on_numpy(x: Floats, w: Floats, gate: Floats) -> None:
     assert_type(psc.ffn_1(x, w), Floats)
+    assert_type(psc.ffn_1(x, w, bias=gate), Floats)
+    assert_type(psc.ffn_12(x, w, activation="relu2", bias=gate), Floats)
+    assert_type(psc.ffn_12(x, psc.compress(w)), Floats)
     assert_type(psc.ffn_123(x, w, w, 0.01, out=gate), Floats)
+    assert_type(psc.ffn_123(x, w, w, activation="drelu", gate_bias=gate, up_bias=gate), Floats)
+    assert_type(psc.ffn_4(gate, w, bias=x, norm_weight=gate, norm_eps=1e-6), Floats)
+    assert_type(psc.sparse_ffn(x, None, w, w, activation="relu2", up_bias=gate, down_bias=x), Floats)
+    assert_type(psc.SparseFFN(None, w, w, activation="relu2", norm_weight=gate, norm_eps=1e-6)(x), Floats)
     assert_type(psc.ffn_23(gate, x, w), Floats)
     assert_type(psc.ffn_4(gate, w, specialize=False), Floats)
     assert_type(psc.pack_down(w), Floats)
@@ -41,7 +48,7 @@ def facts() -> None:
     assert_type(psc.models.LLAMA_2_7B.d_ff, int)
     assert_type(psc.warmup(64, 128, dtype="float16"), list[psc.CompiledKernel])
     psc.warmup(64, 128, dtype=torch.bfloat16)
-    psc.warmup(64, 128, dtype=np.float32)
+    psc.warmup(64, 128, dtype=np.float32, activation="relu2", gated=False, bias=True, norm=True)
 
 
 def mistakes(x: Floats, w: Floats, t: torch.Tensor) -> None:
@@ -54,5 +61,10 @@ def mistakes(x: Floats, w: Floats, t: torch.Tensor) -> None:
     psc.ffn_4(x, w, out="y")  # error
     psc.ffn_23(x, x, w, "0.1")  # error
     psc.SparseFFN(w, w, "w")  # error
+    psc.SparseFFN(w, None, w)  # error
+    psc.ffn_12(x, w, activation=2)  # error
+    psc.ffn_1(x, w, bias="b")  # error
+    psc.ffn_23(x, x, w, bias=psc.compress(w))  # error
+    psc.ffn_4(x, w, norm_eps="1e-6")  # error
     psc.warmup("64", 128)  # error
     patch_model("model")  # error
