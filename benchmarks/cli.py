@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prosparse_cupy.device import NoGPUError, cupy, current_device
-from prosparse_cupy.formula import RELU
+from prosparse_cupy.formula import DRELU, RELU
 from prosparse_cupy.libraries import NUMPY_DTYPES
 from prosparse_cupy.models import (
     AFM_4_5B,
@@ -38,7 +38,10 @@ from .results import DecodeRow, Result, Row, read_json, write_csv, write_json
 
 MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B, "Minitron-4B": MINITRON_4B, "AFM-4.5B": AFM_4_5B}
 _FORMULAS = {"BitNet-2B": BITNET_2B, "TurboSparse-7B": TURBOSPARSE_MISTRAL}
-"""Whose formula costs more than a gated ReLU's; each is timed beside that of the same dims."""
+"""Whose formula costs more than a gated ReLU's; each is timed beside that of the same dims.
+
+dReLU's up-projection makes half of the active neurons zero, so it is timed both with the ReLU's share of x1 and of gates.
+"""
 _WHOLE = {
     "7B": LLAMA_2_7B,
     "13B": LLAMA_2_13B,
@@ -125,6 +128,7 @@ def ffn(**options) -> None:
         if not (options["quick"] and name == "13B")
         if name in MODELS or op == "SparseFFN"
     ]
+    settings += [replace(s, sparsity=(1 + s.sparsity) / 2) for s in settings if s.model.activation == DRELU]
     _run("ffn", settings, **options)
 
 
