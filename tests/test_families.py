@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ from prosparse_cupy.torch import (  # noqa: E402
     SparseMLP,
     SparsityMeter,
     SquaredReLU,
+    generate,
     load_compressed,
     measure_sparsity,
     patch_model,
@@ -374,16 +376,34 @@ def test_saved_and_loaded_and_copied(name, tmp_path):
     assert _is_patched(model) and torch.equal(_text(model), before)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_a_patched_model_loads_a_state_dict(name):
+def test_generate_says_the_same(name, device):
+    """The package's own loop, where it takes the model; else it says so and transformers' does it."""
+    model = _model(name, device)
+    before = _text(model)
+    patch_model(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "generate: transformers' own loop does this call")
+        assert torch.equal(generate(model, _ids(model), max_new_tokens=10, do_sample=False), before)
+    assert torch.equal(_text(model), before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_a_patched_model_loads_a_state_dict(name, assign, calls):
     model, other = _model(name), _model(name)
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1.25)
     patch_model(model)
-    model.load_state_dict(other.state_dict())
+    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
     _same_state(model.state_dict(), other.state_dict())
     assert all(down.weight.t().is_contiguous() for down in _down(model))
+    calls.clear()
+    assert torch.equal(_text(model), _text(other)) and calls == _operators(name) * 9
+    unpatch_model(model)
+    _same_state(model.state_dict(), other.state_dict())
     assert torch.equal(_text(model), _text(other))
 
 
@@ -436,8 +456,53 @@ def test_gradients_and_autocast_take_the_dense_path(name, device, calls):
     with torch.autocast(device, torch.bfloat16):
         assert torch.equal(_logits(model, token), _logits(twin, token))
     assert not calls
-    torch.testing.assert_close(_logits(model, token), _logits(twin, token))
+    torch.testing.assert_close(_logits(model, token), _logits(twin, token), atol=1e-4, rtol=1e-4)
     assert calls == _operators(name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["Nemotron, biases", "Llama, biases", "Falcon", "BitNet", "OPT"])
+def test_vectors_alone_can_be_trained(name, device, calls):
+    """Biases, or the norm's weight, of frozen matrices."""
+    model = _model(name, device)
+    for p in model.parameters():
+        p.requires_grad_(p.dim() == 1)
+    twin, token = _laid_out(model), _ids(model)[:, :1]
+    patch_model(model, linears=False)
+    ffns = [{id(p) for p in module.parameters()} for module in (*_ffns(model), *_ffns(twin))]
+    for own in (model, twin):
+        for p in own.parameters():  # nothing else is in the way
+            p.requires_grad_(p.requires_grad and any(id(p) in ids for ids in ffns))
+    calls.clear()
+    for own in (model, twin):
+        own(token, use_cache=False).logits.square().sum().backward()
+    assert not calls
+    wanted = {key: p.grad for key, p in twin.named_parameters() if p.grad is not None}
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert found and list(found) == list(wanted)
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[key], msg=key)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_norm_put_there_later_is_what_counts(device, calls):
+    model = _model("BitNet", device)
+    patched, token = copy.deepcopy(model), _ids(model)[:, :1]
+    patch_model(patched, linears=False)
+    same_kind = copy.deepcopy(model.model.layers[0].mlp.ffn_sub_norm)
+    with torch.no_grad():
+        same_kind.weight.mul_(3).add_(0.5)
+    same_kind.variance_epsilon = 0.1
+    for norm, called in ((same_kind, True), (nn.LayerNorm(161).to(device), False), (nn.Identity(), False)):
+        for own in (model, patched):
+            own.model.layers[0].mlp.ffn_sub_norm = norm
+        calls.clear()
+        found = _logits(patched, token)
+        assert calls == ["sparse_ffn"] * (1 + called)
+        torch.testing.assert_close(found, _logits(model, token), atol=1e-4, rtol=1e-4)
+    unpatch_model(patched)
+    assert type(patched.model.layers[0].mlp.ffn_sub_norm) is nn.Identity
+    assert torch.equal(_logits(patched, token), _logits(model, token))
 
 
 @pytest.mark.parametrize("name", ["Nemotron, biases", "OPT", "Phi3", "BitNet"])
@@ -526,8 +591,8 @@ def test_hooks_on_projections_see_what_they_did(name, device):
                 handle.remove()
         assert len(seen[0]) == len(seen[1]) == 3, part
         for found, wanted in zip(*seen, strict=True):
-            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4, msg=part)
-    torch.testing.assert_close(_logits(patched, token), _logits(twin, token), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4, msg=part)
+    torch.testing.assert_close(_logits(patched, token), _logits(twin, token), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3])
@@ -624,8 +689,8 @@ def test_a_threshold_moves_the_activation(name, device, calls):
             return module.fc2(module.activation_fn(module.fc1(rows)))
 
         with torch.inference_mode():
-            torch.testing.assert_close(run(x).double(), _moved(module, family, formula, x), atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(run(x[:1]).double(), _moved(module, family, formula, x[:1]), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(run(x).double(), _moved(module, family, formula, x), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(run(x[:1]).double(), _moved(module, family, formula, x[:1]), atol=1e-4, rtol=1e-4)
     assert calls == _operators(name)
     assert not torch.allclose(_logits(model), dense, atol=1e-2)
     unpatch_model(model)
@@ -814,6 +879,9 @@ def test_compressed(name, device, calls):
         shares = _share(model, x)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(_bits(other(x)), _bits(plain[0])) and torch.equal(_bits(other(more)), _bits(plain[1]))
+        model.load_state_dict({key: 2 * value for key, value in state.items()})
+        _same_state(model.state_dict(), {key: 2 * value.cpu() for key, value in state.items()})
+        assert not torch.equal(_bits(model(x)), _bits(plain[0]))
         model.load_state_dict(state)
         assert torch.equal(_bits(model(x)), _bits(plain[0]))
         unpatch_model(model)
@@ -1056,7 +1124,7 @@ def test_a_family_of_others(families, device, calls):
         (layer,) = patch_model(model).layers
         assert layer.sparse and layer.formula == SQUARED and not layer.note
         calls.clear()
-        torch.testing.assert_close(model(x), dense)
+        torch.testing.assert_close(model(x), dense, atol=1e-4, rtol=1e-4)
         assert calls == ["sparse_ffn"] and _share(model, x) == share
         other = pickle.loads(pickle.dumps(model))
         assert torch.equal(other(x), model(x)) and other.mlp.family == THEIRS
@@ -1151,7 +1219,8 @@ def test_published_sizes_in_bfloat16(model_name, device, calls):
     if device == "cpu":
         d_model, d_ff = d_model // 16, d_ff // 16
     with torch.device(device):
-        model = Around(MLPS[name](hidden_size=d_model, intermediate_size=d_ff, num_attention_heads=4), device, torch.bfloat16)
+        mlp = MLPS[name](hidden_size=d_model, intermediate_size=d_ff, num_attention_heads=d_model // 128)
+    model = Around(mlp, device, torch.bfloat16)
     if name == "OPT":
         model.config = SimpleNamespace(activation_function="relu")
     elif name == "Persimmon":
