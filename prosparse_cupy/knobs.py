@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .formats import BF12_ROWS, BF12_SLICES, SLICE_UNIT, Format, vector_length
+from .formula import RELU
 from .problem import H100, KERNELS, WARP, Problem, Target, ceil_div
 
 _MOST_WARPS = 32
@@ -164,7 +165,7 @@ class SharedRowKnobs(RowKnobs):
         rows, min_blocks = (8, 4) if loads <= 8 else (12, 3)  # registers of more loads leave room for three blocks
         if target.capability >= 100 and _spills_at_four_blocks(problem, loads):
             min_blocks = 3
-        if target.capability >= 100 and loads > 8 and not problem.is_plain:
+        if loads > 8 and not problem.is_plain and (target.capability >= 100 or problem.activation != RELU):
             min_blocks = 2
         return SharedRowKnobs(warps=8, min_blocks=min_blocks, loads=loads, rows=rows)
 

@@ -155,7 +155,8 @@ def _with_tensors(mlp: Any, family: MLPFamily, tensors: Tensors, formula: Formul
         kind = type(getattr(mlp, name)) if type(getattr(mlp, name)).__name__ in family.linears else nn.Linear
         new = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         new.weight = nn.Parameter(weight, requires_grad=False)
-        new.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if bias is not None:
+            new.bias = nn.Parameter(bias, requires_grad=False)
         other._modules[name] = new
 
     if family.fused is not None and tensors.gate is not None:

@@ -55,8 +55,9 @@ class SparseUp(_Half):
         self._names = family.up, family.activation
         self.threshold = threshold
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x @ weight.T + bias``, of one token after its activation."""
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ weight.T + bias``, of one token after its activation."""
+        x = input
         if x.numel() == self.in_features and self._is_followed():
             y = self._by_operator("ffn_12", ffn_12, x, self.weight, self.threshold)
             if y is not None:
@@ -90,8 +91,9 @@ class SparseDown(_Half):
         pack(self)
         self.register_load_state_dict_post_hook(_pack_what_was_loaded)  # type: ignore[no-untyped-call]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x @ weight.T + bias``"""
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ weight.T + bias``"""
+        x = input
         if x.numel() == self.in_features:
             y = self._by_operator("ffn_4", ffn_4, x, self.weight.mT)
             if y is not None:

@@ -133,7 +133,7 @@ def patch_model(
         quarters of the memory, and faster in a CUDA graph. For bfloat16 models and for inference: compressed weights are no
         parameters. One matrix at a time is compressed. Prefill decompresses a matrix for the time of its call. State dicts and
         ``save_pretrained`` hold the plain weights, in host memory. A matrix that would not get below 80 % of its size stays
-        plain, and so does a `down_proj` of a model too narrow for compression to pay (`d_model` of 2640 and less), and a head
+        plain, and so does a `down_proj` of a model too narrow for compression to pay (`d_model` of 2112 and less), and a head
         that is the embedding too.
     linears : bool, default True
         Also take the other matrices; False leaves all but the sparse FFNs as they are.
