@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
 from rich.table import Table
 
@@ -148,19 +149,23 @@ def paper(result: Result) -> str:
     return markdown(["", "sparsity", *(f"`{op}` {s}" for op in ("ffn_23", "ffn_4") for s in step)], rows)
 
 
-def sweep(result: Result, dtype: str = "bfloat16") -> str:
+def sweep(
+    result: Result,
+    dtype: str = "bfloat16",
+    ops: tuple[str, ...] = ("ffn_23", "ffn_4", "SparseFFN"),
+    weights: tuple[str, ...] = ("plain",),
+) -> str:
     """Times and speed-ups over sparsities."""
     models = [m for m in dict.fromkeys(r.model for r in result.rows) if m != "1B"]
-    ops = ("ffn_23", "ffn_4", "SparseFFN")
+    columns = [(m, op, w) for m in models for op in ops for w in weights]
     rows = []
     for sparsity in dict.fromkeys(r.sparsity for r in result.rows):
         found = [
-            result.find(op=op, model=m, dtype=dtype, mask="hot", sparsity=sparsity, variant="prosparse", weights="plain")
-            for m in models
-            for op in ops
+            result.find(op=op, model=m, dtype=dtype, mask="hot", sparsity=sparsity, variant="prosparse", weights=w)
+            for m, op, w in columns
         ]
         rows.append([f"{sparsity:.0%}", *(f"{_us(r)} ({r.speedup:.1f}x)" for r in found)])
-    return markdown(["sparsity", *(f"{m} `{op}`" for m in models for op in ops)], rows)
+    return markdown(["sparsity", *(f"{m} `{op}`{'' if w == 'plain' else f', {w}'}" for m, op, w in columns)], rows)
 
 
 def host(result: Result) -> str:
@@ -201,7 +206,17 @@ def changes(found: list[Change]) -> Table:
     return table
 
 
-TABLES = {"ffn": ffn, "paper": paper, "paper-wallclock": paper, "sweep": sweep, "host": host, "decode": decode}
+TABLES = {
+    "ffn": ffn,
+    "paper": paper,
+    "paper-wallclock": paper,
+    "sweep": sweep,
+    "sweep-bf12": partial(sweep, weights=("bf12",)),
+    "sweep-formulas": partial(sweep, ops=("ffn_4", "SparseFFN"), weights=("plain", "bf12")),
+    "host": host,
+    "decode": decode,
+    "decode-afm": decode,
+}
 
 
 def fill(text: str, results: dict[str, Result]) -> str:

@@ -137,6 +137,7 @@ def said_by(config: object, key: str = "hidden_act") -> tuple[Any, Any]:
 
 def formula_of(activation: object, parameter: object, *, gated: bool = True, normed: bool = False) -> Formula:
     """The formula that a name and a parameter as `said_by` finds them stand for, or `UnsupportedFormula`."""
+    activation = RELU2 if activation == "sqrelu" else activation
     if activation not in (RELU, FATRELU, RELU2):
         raise UnsupportedFormula("it leaves no zeros: relu, fatrelu and relu2 are what this version runs sparsely")
     if activation != FATRELU:

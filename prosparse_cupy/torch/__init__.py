@@ -3,9 +3,9 @@
 Nothing outside this folder imports torch.
 """
 
+from ..families import FAMILIES, MLPFamily, register_family
 from . import ops as _ops  # noqa: F401  registers torch.ops.prosparse
 from .activation import FATReLU, SquaredReLU, register_fatrelu
-from .families import FAMILIES, MLPFamily, register_family
 from .generation import decoding_loop, generate, prepare_generation
 from .linears import CompressedLinear, DecodingLinear
 from .loading import load_compressed

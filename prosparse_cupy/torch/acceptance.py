@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..families import MLPFamily
 from ..formula import DRELU, Formula
 from ..numerics import within_contract
 from .activation import FATReLU, module_of
-from .families import MLPFamily
 from .mlp import eps_of
 
 _NEURONS = 256  # of the copy whose code is tried

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..families import MLPFamily
 from ..ops import ffn_4, ffn_12
 from .activation import FATReLU
 from .dispatch import dispatched, does_more, forward_is_torchs, is_cast, is_recorded, is_taken, is_watched
-from .families import MLPFamily
 from .mlp import pack
 
 

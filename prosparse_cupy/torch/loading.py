@@ -13,11 +13,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, files_by_name
+from ..families import MLPFamily
 from ..formula import Formula
 from ..packed import MANIFEST, Entry, read_manifest
 from .acceptance import why_another_formula
 from .compressed import checked_packed_of
-from .families import MLPFamily
 from .linears import CompressedLinear
 from .matrices import rejoin_matrices
 from .mlp import SparseMLP, pack

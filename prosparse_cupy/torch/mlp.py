@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..families import LLAMA_LIKE, MLPFamily
 from ..ffn import SparseFFN, sparse_ffn
 from ..formula import DRELU, RELU, Formula
 from .activation import FATReLU, activation_of, module_of
@@ -22,7 +23,6 @@ from .dispatch import (
     is_watched,
     plain_or_packed,
 )
-from .families import LLAMA_LIKE, MLPFamily
 from .linears import CompressedLinear
 
 PROJECTIONS = LLAMA_LIKE.projections

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ..bf12 import CHUNK
 from ..compressed import LARGEST_RATIO, is_too_narrow
+from ..families import LLAMA_LIKE, MLPFamily
 from ..formats import VECTOR_BYTES
 from ..formula import ACTIVATIONS, DRELU, FATRELU, RELU, Formula, UnsupportedFormula, check_threshold, formula_of
 from ._text import table
 from .acceptance import run, why_another_formula, why_outside_the_contract
 from .activation import FATReLU, module_of
 from .dispatch import DTYPES, does_more
-from .families import LLAMA_LIKE, MLPFamily, family_of_module, mixtures
+from .families import family_of_module, mixtures
 from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, put_back_matrices, replace_matrices, rows_of_report
@@ -342,7 +343,7 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
     """
     config: Any = getattr(mlp, "config", None) or getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    key, activation, parameter = family.said(mlp, config)
+    key, activation, parameter = family.said(config)
     own: Any = getattr(mlp, family.activation, None)
     said = f"the config says {key}={activation!r}"
     if activation is None:
@@ -376,7 +377,7 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
 
 def _tried(mlp: Any, family: MLPFamily, but: Formula | None) -> Formula | None:
     """The formula, but for one that was tried, that an MLP's code computes, if it is a known one without a threshold."""
-    names = [RELU] if family.is_inside else [name for name in ACTIVATIONS if family.gated or name != DRELU]
+    names = [name for name in ACTIVATIONS if family.gated or name != DRELU]
     for name in names:
         formula = Formula(0.0, name, family.gated, family.norm is not None)
         with torch.no_grad():
@@ -470,20 +471,25 @@ def _put_back(model: nn.Module, name: str, sparse: SparseMLP) -> None:
 
 def _replace_halves(layer: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None) -> str:
     """The same of projections inside a layer, which stays."""
-    if was.activation != RELU:
-        return f"{was} inside a layer: only an activation that may be applied twice is known there"
     up, down = getattr(layer, family.up), getattr(layer, family.down)
     before = getattr(layer, family.activation)
     if reason := why_outside_the_contract(layer, family, was, None, was, hidden):
         return reason
-    if becomes != was:
-        moved = module_of(becomes)
-        setattr(layer, family.activation, moved.train(before.training))
-    setattr(layer, family.up, SparseUp(up, layer, family, becomes.threshold, before))
+    if was.activation == RELU and isinstance(before, nn.Module):
+        if becomes != was:
+            setattr(layer, family.activation, module_of(becomes).train(before.training))
+        setattr(layer, family.up, SparseUp(up, layer, family, becomes.threshold, before))
+    elif becomes != was:
+        return f"inside a layer only the threshold of a ReLU can be moved, not that of {was}"
+    elif up.bias is None:  # an activation that must not be applied twice stays the layer's
+        decoding = DecodingLinear.of(up)
+        decoding._replaced = (up,)
+        setattr(layer, family.up, decoding)
     setattr(layer, family.down, SparseDown(down))
     reason = why_outside_the_contract(layer, family, becomes, lambda x: run(layer, family, x), becomes, hidden)
     if reason:
         _put_back_halves(layer)
+        put_back_matrices(layer)
     return reason
 
 
