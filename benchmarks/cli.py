@@ -52,7 +52,7 @@ Show = Callable[[str, int], None]
 
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md", "docs/operators.md", "docs/models.md")
+PAGES = ("README.md", "docs/performance.md", "docs/operators.md", "docs/models.md", "docs/compression.md")
 SPARSITIES = (0.0, 0.3, 0.5, 0.66, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
 
 _json = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here.")

@@ -16,7 +16,7 @@ from .results import Result
 
 # A grey with enough contrast on white and on GitHub's dark page, and colours of the Okabe-Ito palette.
 _INK = "#7d8590"
-_WHERE = ("ffn_1", "ffn_23", "ffn_4", "SparseFFN")
+_WHERE = ("ffn_1", "ffn_12", "ffn_23", "ffn_4", "SparseFFN")
 _COLOURS = {"ffn_23": "#0072b2", "ffn_4": "#d55e00", "SparseFFN": "#009e73", "published": "#9aa4b2", "rest": "#d55e00"}
 _STYLE = {
     "figure.facecolor": "none",
@@ -66,7 +66,9 @@ def where_time_goes(result: Result) -> Any:
     """Each operator's time as bytes at the read peak, the launch, and the rest; whole FFNs with compressed weights too."""
     with plt.rc_context(_STYLE):
         ours = [r for r in result.rows if r.op in _WHERE and r.variant == "prosparse"]
-        rows = [r for r in ours if r.weights == "plain" or r.op == "SparseFFN"]
+        shown = [r for r in ours if r.weights == "plain" or r.op == "SparseFFN"]
+        models = {r.model: r.sparsity for r in reversed(shown) if "dims" not in r.model}  # at the first sparsity of each
+        rows = [r for r in shown if models.get(r.model) == r.sparsity]
         figure, axes = plt.subplots(figsize=(7, 0.32 * len(rows) + 1.4))
         launch = result.head.launch_us
         labels = [f"{r.op} {r.model}{'' if r.weights == 'plain' else ', 12 bits'}" for r in rows]

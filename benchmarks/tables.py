@@ -8,6 +8,8 @@ from functools import partial
 
 from rich.table import Table
 
+from prosparse_cupy.families import KNOWN, LLAMA_LIKE
+
 from .compare import Change
 from .paper import PUBLISHED
 from .results import DecodeRow, Result, Row
@@ -192,6 +194,23 @@ def summary(results: dict[str, Result]) -> str:
     )
 
 
+def families(results: dict[str, Result]) -> str:
+    """Families of MLPs that are patched, and what one FFN of each gains where it was measured."""
+    result, rows = results["ffn"], []
+    for family in sorted(KNOWN, key=lambda family: (family != LLAMA_LIKE, not family.measured)):
+        gains = ""
+        if family.measured:
+            found = [
+                result.find(model=family.measured, op="SparseFFN", variant="prosparse", weights=weights)
+                for weights in ("plain", "bf12")
+            ]
+            gains = f"{found[0].speedup:.2f}x, {found[1].speedup:.2f}x at {found[0].sparsity:.0%} ({family.measured})"
+        tested = f"tiny; {family.tested}" if family.tested else "tiny"
+        rows.append([family.models, family.formula, family.known, tested, gains])
+    headings = ["models", "formula", "classes", "tested", "one FFN, plain and in 12 bits"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, ["---"] * len(headings), *rows]) + "\n"
+
+
 def changes(found: list[Change]) -> Table:
     """What `compare` found."""
     table = Table()
@@ -223,8 +242,9 @@ def fill(text: str, results: dict[str, Result]) -> str:
     """A page with the tables between its markers made anew: ``<!-- table: ffn -->`` to ``<!-- end -->``."""
 
     def table(match: re.Match[str]) -> str:
-        if match["name"] == "summary":
-            return f"{match['open']}\n{summary(results)}\n<!-- end -->"
+        if match["name"] in ("summary", "families"):
+            made = summary(results) if match["name"] == "summary" else families(results)
+            return f"{match['open']}\n{made}\n<!-- end -->"
         result = results[match["name"]]
         head = result.head
         source = f"{head.gpu}, commit {head.commit}, `benchmarks/results/{RESULT_FILE.format(match['name'])}`"

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .formula import UnsupportedFormula, formula_of, said_by
+from .families import LLAMA_LIKE, MLPFamily
+from .formula import Formula, UnsupportedFormula, formula_of
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -42,10 +43,15 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
     ------
     CheckpointError
         A file is missing, may not be read or is no checkpoint's, the activation is neither ``relu`` nor ``fatrelu``, the layer
-        does not exist, or its weights are empty, quantised, not finite or do not fit each other.
+        does not exist, has biases or a norm, or its weights are empty, quantised, not finite or do not fit each other.
     """
-    threshold = threshold_of(read_json(folder / "config.json"))
+    formula = formula_of_config(read_json(folder / "config.json"))
+    if formula != Formula(formula.threshold):
+        raise CheckpointError(f"{folder}: its FFN computes {formula}: only layers of gated ReLU or FATReLU are read")
     files = files_by_name(folder)
+    for name in files:
+        if re.search(rf"(?:^|\.)layers\.{layer}\.mlp\.(?!(?:{'|'.join(_PROJECTIONS)})\.weight$)", name):
+            raise CheckpointError(f"{folder}: layer {layer} has {name}: only FFNs without biases and norms are read")
     w_gate, w_up, w_down = (_load(folder, files, layer, projection) for projection in _PROJECTIONS)
     if w_gate.ndim != 2 or w_up.shape != w_gate.shape or w_down.shape != w_gate.shape[::-1]:
         shapes = ", ".join(f"{n} {w.shape}" for n, w in zip(_PROJECTIONS, (w_gate, w_up, w_down), strict=True))
@@ -55,7 +61,7 @@ def load_ffn(folder: Path, layer: int) -> FFNWeights:
     for name, weights in zip(_PROJECTIONS, (w_gate, w_up, w_down), strict=True):
         if wrong := weights.size - np.count_nonzero(np.isfinite(weights)):
             raise CheckpointError(f"{folder}: layer {layer}'s {name} has {wrong} weights that are NaN or infinite")
-    return FFNWeights(w_gate, w_up, w_down, threshold)
+    return FFNWeights(w_gate, w_up, w_down, formula.threshold)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,13 +75,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def threshold_of(config: dict[str, Any]) -> float:
-    """FATReLU's T of a model's config; CheckpointError if its activation is not supported."""
-    activation, parameter = said_by(config)
+def formula_of_config(config: dict[str, Any], family: MLPFamily = LLAMA_LIKE) -> Formula:
+    """What a model's config says of its FFNs; CheckpointError if its activation is not supported."""
+    key, activation, parameter = family.said(config)
     try:
-        return formula_of(activation, parameter).threshold
+        return formula_of(activation, parameter, gated=family.gated, normed=family.norm is not None)
     except UnsupportedFormula as error:
-        raise CheckpointError(f"config.json says hidden_act={activation!r}: {error}") from None
+        raise CheckpointError(f"config.json says {key}={activation!r}: {error}") from None
 
 
 def files_by_name(folder: Path) -> dict[str, str]:

@@ -43,6 +43,8 @@ class MLPFamily:
         Models that have it, for tables.
     known : str
         Classes of transformers and others that belong to it, for tables.
+    tested : str
+        What of it the tests have run, beside a tiny model, for tables.
     measured : str
         What `benchmarks ffn` calls one of its models, for tables.
     """
@@ -61,6 +63,7 @@ class MLPFamily:
     formula: str = ""
     models: str = ""
     known: str = ""
+    tested: str = ""
     measured: str = ""
 
     @property
@@ -88,9 +91,10 @@ LLAMA_LIKE = MLPFamily(
     formula="gated; ReLU, FATReLU, squared ReLU or dReLU; biases",
     models="ProSparse, ReluLLaMA, MiniCPM-S, TurboSparse, SparseLM",
     known="`LlamaMLP`, `MistralMLP`, `Qwen2MLP`, remote code like them",
+    tested="7B, 13B whole; TurboSparse-Mistral's FFN",
     measured="7B",
 )
-FAMILIES: list[MLPFamily] = [
+KNOWN: tuple[MLPFamily, ...] = (
     MLPFamily(
         "BitNet",
         gate="gate_proj",
@@ -98,6 +102,7 @@ FAMILIES: list[MLPFamily] = [
         formula="gated, squared ReLU, norm",
         models="BitNet b1.58 2B4T",
         known="`BitNetMLP`",
+        tested="2B's FFN",
         measured="BitNet-2B",
     ),
     LLAMA_LIKE,
@@ -108,6 +113,7 @@ FAMILIES: list[MLPFamily] = [
         formula="gated; as LLaMA-like, no biases",
         models="Phi-3 and GLM-4 where their activation is ReLU",
         known="`Phi3MLP`, `Glm4MLP`",
+        tested="GLM-4-9B's FFN",
     ),
     MLPFamily(
         "Nemotron-H",
@@ -116,12 +122,14 @@ FAMILIES: list[MLPFamily] = [
         formula="squared ReLU, no gate",
         models="Nemotron-H, Nemotron-3, shared experts too",
         known="`NemotronHMLP`",
+        tested="8B's FFN",
     ),
     MLPFamily(
         "no gate",
         formula="squared ReLU or ReLU, no gate; biases",
         models="AFM-4.5B, Nemotron, Minitron, Jais-2",
         known="`ArceeMLP`, `NemotronMLP`, `Jais2MLP`",
+        tested="AFM-4.5B whole; Minitron-4B's FFN",
         measured="AFM-4.5B",
     ),
     MLPFamily(
@@ -144,6 +152,7 @@ FAMILIES: list[MLPFamily] = [
         formula="squared ReLU or ReLU, no gate; biases",
         models="Persimmon-8B, Falcon where its activation is ReLU",
         known="`PersimmonMLP`, `FalconMLP`",
+        tested="Persimmon-8B's FFN",
     ),
     MLPFamily(
         "OPT",
@@ -156,6 +165,7 @@ FAMILIES: list[MLPFamily] = [
         formula="ReLU, no gate; biases",
         models="OPT",
         known="`OPTDecoderLayer`",
+        tested="6.7B's FFN",
     ),
     MLPFamily(
         "RWKV-7",
@@ -167,8 +177,10 @@ FAMILIES: list[MLPFamily] = [
         models="RWKV-7's channel mix, from flash-linear-attention",
         known="`RWKV7FeedForward`",
     ),
-]
-"""In the order in which they are asked."""
+)
+"""Those that come with the package, in the order in which they are asked."""
+FAMILIES: list[MLPFamily] = [*KNOWN]
+"""Those that are asked: `register_family` adds to them."""
 
 
 def register_family(family: MLPFamily) -> None:

@@ -17,14 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checkpoint import CheckpointError, files_by_name, open_safetensors, read_json, threshold_of
+from .checkpoint import CheckpointError, files_by_name, formula_of_config, open_safetensors, read_json
 from .compressed import LARGEST_RATIO, CompressedWeight, Layout, compress, is_too_narrow
 from .device import cupy, has_gpu
+from .families import FAMILIES
+from .formats import VECTOR_BYTES
 
 MANIFEST = "prosparse.json"
 VERSION = 1
 _INDEX = "model.safetensors.index.json"
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_FAMILIES = [family for family in FAMILIES if not family.is_inside and not family.classes]
+"""Those that the names of weights tell apart."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD = "lm_head.weight"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
@@ -70,21 +73,18 @@ def compress_checkpoint(folder: Path, out: Path, tell: Tell = lambda doing, done
     Raises
     ------
     CheckpointError
-        `folder` is no checkpoint of a ReLU-activated gated FFN, cannot be read, or is compressed already; `out` exists or
-        cannot be written.
+        `folder` is no checkpoint of a model whose FFNs leave neurons at zero, cannot be read, or is compressed already; `out`
+        exists or cannot be written.
     """
     if (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder}: is a compressed checkpoint already")
     config = read_json(folder / "config.json")
-    threshold_of(config)
     files = files_by_name(folder)
-    projections = _side_by_side(files, _PROJECTIONS)
-    if not projections:
-        raise CheckpointError(f"{folder}: has no gated FFN: no weights named {', '.join(_PROJECTIONS)} side by side")
-    projections |= _side_by_side(files, _ATTENTION)
+    projections = _projections(folder, config, files)
+    others = _side_by_side(files, _ATTENTION)
     if _HEAD in files and not config.get("tie_word_embeddings", False):
-        projections.add(_HEAD)
-    projections = {name for name in projections if f"{name.removesuffix('weight')}bias" not in files}
+        others.add(_HEAD)
+    projections |= {name for name in others if f"{name.removesuffix('weight')}bias" not in files}
     if out.exists():
         raise CheckpointError(f"{out}: exists already: choose another folder, or remove it")
     try:
@@ -136,6 +136,22 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest with the checksum of what it says."""
     said = {key: value for key, value in manifest.items() if key != "checksum"}
     return {**said, "checksum": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
+
+
+def _projections(folder: Path, config: dict[str, Any], files: dict[str, str]) -> set[str]:
+    """Names of the weights of FFNs; CheckpointError if there are none, or their activation leaves no zeros."""
+    found: set[str] = set()
+    for family in _FAMILIES:
+        norm = () if family.norm is None else (family.norm,)
+        names = _side_by_side(files, (*family.projections, *norm))
+        names = {n for n in names if not n.endswith(tuple(f".{leaf}.weight" for leaf in norm)) and ".experts." not in n}
+        if names - found:
+            formula_of_config(config, family)
+            found |= names
+    if not found:
+        known = "; ".join(", ".join(family.projections) for family in _FAMILIES if family.norm is None)
+        raise CheckpointError(f"{folder}: has no FFN that is known: no weights side by side of the names {known}")
+    return found
 
 
 def _side_by_side(files: dict[str, str], leaves: tuple[str, ...]) -> set[str]:
@@ -195,7 +211,8 @@ def _write(folder: Path, out: Path, files: dict[str, str], projections: set[str]
 
 def _compressed(name: str, weight: np.ndarray, on_gpu: bool) -> CompressedWeight[np.ndarray] | str:
     """A projection's weight in 12 bits, in host memory, or why it stays as it is."""
-    down = name.endswith(".down_proj.weight")
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
+    down = leaf in {family.down for family in _FAMILIES}
     rows = np.ascontiguousarray(weight.T) if down else weight
     if str(weight.dtype) != "bfloat16" or weight.ndim != 2:
         return f"it is {weight.dtype} {weight.shape}, not a bfloat16 matrix"
@@ -203,6 +220,8 @@ def _compressed(name: str, weight: np.ndarray, on_gpu: bool) -> CompressedWeight
         return f"its rows of {rows.shape[1]} are no multiple of 8"
     if down and is_too_narrow(rows.shape[1], rows.shape[0]):
         return f"d_model {rows.shape[1]} is too narrow"
+    if leaf in {family.fused for family in _FAMILIES} and rows.shape[0] // 2 * (rows.shape[1] // 8) * 4 % VECTOR_BYTES:
+        return "its second half does not start at a multiple of 16 bytes"
     layout: Layout = "slices" if down else "rows"
     given: Any = cupy().asarray(rows) if on_gpu else rows
     packed: Any = compress(given, layout=layout)

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prosparse_cupy.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"(?:^(?P<before>(?!```)\S.*)\n+)?^```(?P<language>\w*)\n(?P<code>(?:.*\n)*?)```$", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -31,7 +33,11 @@ class Block(NamedTuple):
 
     def run(self, names: dict[str, Any]) -> None:
         """In the namespace `names`; errors name the page and its line."""
-        exec(compile("\n" * self.line + self.code, self.page, "exec"), names)
+        families = [*FAMILIES]
+        try:
+            exec(compile("\n" * self.line + self.code, self.page, "exec"), names)
+        finally:  # what a page registers is the page's
+            FAMILIES[:] = families
 
 
 def blocks(page: Path) -> list[Block]:

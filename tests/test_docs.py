@@ -182,5 +182,6 @@ def test_the_site_builds(tmp_path):
 def test_the_citation_is_of_this_version_and_of_the_paper():
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {prosparse_cupy.__version__}\n" in text
-    paper = re.search(r"title=\{(.*)\}", (ROOT / "README.md").read_text(encoding="utf-8"))[1].replace("{", "").replace("}", "")
-    assert paper in text
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    paper, number = re.search(r'ProSparse authors: .*?"(.*?)", arXiv ([\d.]+)', readme).groups()
+    assert f'title: "{paper}"' in text and number in text

@@ -294,7 +294,7 @@ def _operators(name: str) -> list[str]:
 
 
 def test_every_family_has_a_case():
-    assert {case.family for case in CASES.values()} == {family.name for family in FAMILIES}
+    assert {case.family for case in CASES.values()} | {"RWKV-7"} == {family.name for family in FAMILIES}
     assert all(family.formula and family.models for family in FAMILIES)
 
 
@@ -923,9 +923,12 @@ def test_what_does_not_pay_stays_plain(device):
             assert torch.equal(_bits(model(x)), _bits(wanted))
 
 
-@pytest.mark.parametrize("name", ["BitNet", "Llama, relu2", "Llama, biases"])
+@pytest.mark.parametrize(
+    "name",
+    ["BitNet", "Llama, relu2", "Llama, biases", "Nemotron", "Arcee", "Jais2", "Persimmon", "Falcon", "Phi3", "GLM4"],
+)
 def test_compressed_checkpoints_decode_sparsely(name, tmp_path, calls):
-    """Those of gated FFNs; a matrix with a bias is plain in the files."""
+    """Those of every family that the names of weights tell."""
     model = _model(name, dtype=torch.bfloat16)
     state = _state(model)
     model.save_pretrained(tmp_path / "plain")
@@ -950,6 +953,89 @@ def test_other_dtypes_do_not_compress(name):
     with pytest.raises(ValueError, match=r"mlp: compress=True needs bfloat16 weights, got torch.float16.*nothing was changed"):
         patch_model(model, compress=True)
     assert dict(model.named_modules()) == modules
+
+
+def test_a_projection_that_rounds_before_it_adds_its_bias_is_not_compressed():
+    """Falcon's: prefill would have other bits, and more of them right."""
+    model = _model("Falcon", dtype=torch.bfloat16)
+    wanted = _bits(_logits(model))
+    report = patch_model(model, compress=True, linears=False)
+    assert [x.ratio for x in report.sparse] == [1.0] * 2 and all("FalconLinear rounds before" in x.plain for x in report.sparse)
+    assert torch.equal(_bits(_logits(model)), wanted)
+
+
+@pytest.mark.parametrize("name", ["NanoChat", "OPT"])
+def test_checkpoints_whose_weights_names_tell_no_family_are_refused(name, tmp_path):
+    _model(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
+    done = CliRunner().invoke(cli.main, ["compress", str(tmp_path / "plain"), str(tmp_path / "packed")])
+    assert done.exit_code == 1 and "has no FFN that is known" in done.output and not (tmp_path / "packed").exists()
+
+
+# RWKV-7's channel mix, whose class also mixes in the token before, and takes more arguments.
+
+
+class RWKV7FeedForward(nn.Module):
+    """As flash-linear-attention has it, in plain torch."""
+
+    def __init__(self, activation: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.x_k = nn.Parameter(torch.rand(64))
+        self.key, self.value = nn.Linear(64, 161, bias=False), nn.Linear(161, 64, bias=False)
+        self.act_fn = activation
+
+    def forward(self, x, attention_mask=None, state=None):
+        before = nn.functional.pad(x, (0, 0, 1, -1))
+        return self.value(self.act_fn(self.key(torch.lerp(x, before, self.x_k)))), state
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, activation: Callable[[Any], Any], hidden_act: str = "sqrelu") -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_act=hidden_act)
+        self.ffn = RWKV7FeedForward(activation)
+
+    def forward(self, x):
+        return self.ffn(x)[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("activation", "formula", "operators", "hidden_act", "note"),
+    [
+        (lambda x: torch.relu(x).square(), SQUARED, ["ffn_4"], "sqrelu", ""),
+        (SquaredReLU(), SQUARED, ["ffn_4"], "relu2", ""),
+        (nn.ReLU(), NO_GATE, ["ffn_12", "ffn_4"], "sqrelu", "the config says hidden_act='sqrelu', its code computes relu"),
+    ],
+)
+def test_channel_mix_of_rwkv(activation, formula, operators, hidden_act, note, device, calls):
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = ChannelMix(activation, hidden_act).to(device).eval()
+        token, text = torch.randn(1, 1, 64, device=device), torch.randn(1, 5, 64, device=device)
+        before, text_before, share = model(token), model(text), measure_sparsity(model, token).sparsity
+        (layer,) = patch_model(model, linears=False).layers
+        assert (layer.sparse, layer.formula, layer.note) == (True, formula, note)
+        calls.clear()
+        assert (model(token) - before).norm() <= 1e-6 * before.norm() and calls == operators
+        assert torch.equal(model(text), text_before)
+        assert measure_sparsity(model, token).sparsity == share > 0.2
+        unpatch_model(model)
+        assert type(model.ffn.key) is type(model.ffn.value) is nn.Linear and model.ffn.act_fn is activation
+        assert torch.equal(model(token), before)
+
+
+def test_channel_mix_of_another_power_stays_dense():
+    model = ChannelMix(lambda x: torch.relu(x) ** 3)
+    (layer,) = patch_model(model, linears=False).layers
+    assert not layer.sparse and "differs from that of relu2" in layer.reason and type(model.ffn.key) is nn.Linear
+    with pytest.raises(ValueError, match="hidden_act='silu'"):
+        patch_model(ChannelMix(nn.SiLU(), "silu"), linears=False)
+
+
+def test_only_a_relus_threshold_moves_inside_a_layer():
+    model = ChannelMix(SquaredReLU(), "relu2")
+    (layer,) = patch_model(model, 0.1, linears=False).layers
+    assert not layer.sparse and "only the threshold of a ReLU can be moved" in layer.reason
 
 
 # What stays dense, and mixtures of experts.

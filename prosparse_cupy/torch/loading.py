@@ -20,7 +20,7 @@ from .acceptance import why_another_formula
 from .compressed import checked_packed_of
 from .linears import CompressedLinear
 from .matrices import rejoin_matrices
-from .mlp import SparseMLP, pack
+from .mlp import SparseMLP, pack, rounds_twice
 from .patch import made_sparse, mlps, own_formula
 
 _LAYER = re.compile(r"\.\d+\.")
@@ -97,10 +97,10 @@ def _twin(config: Any, keywords: dict[str, Any]) -> nn.Module:
 
 
 def _checked_formulas(twin: nn.Module) -> dict[MLPFamily, Formula]:
-    """What the model's gated MLPs compute, by their family, which its code must bear out."""
+    """What the model's MLPs compute, by their family, which its code must bear out."""
     formulas: dict[MLPFamily, Formula] = {}
     for name, mlp, family in mlps(twin):
-        if family.gate is not None:
+        if not family.is_inside:
             formulas[family], _ = own_formula(twin, name, mlp, family, None)
             if reason := why_another_formula(mlp, family, formulas[family]):
                 raise CheckpointError(f"load_compressed: {reason}: load the plain checkpoint with from_pretrained")
@@ -119,7 +119,7 @@ def _give_buffers(model: nn.Module, twin: nn.Module, device: Any) -> None:
 
 
 def _made_sparse(model: nn.Module, formulas: dict[MLPFamily, Formula]) -> list[SparseMLP]:
-    """Put a `SparseMLP` in the place of every gated MLP."""
+    """Put a `SparseMLP` in the place of every MLP."""
     made = []
     for name, mlp, family in list(mlps(model)):
         if family in formulas:
@@ -189,9 +189,14 @@ def _set_packed(model: nn.Module, path: Path, name: str, entry: Entry, parts: li
     except AttributeError:
         raise CheckpointError(f"{path}: {name} is no weight of a {type(model).__name__}") from None
     dims = linear.out_features, linear.in_features
-    if not isinstance(old, nn.Linear) or old.bias is not None or (old.out_features, old.in_features) != dims:
+    biased = isinstance(old, nn.Linear) and old.bias is not None and not isinstance(module, SparseMLP)
+    if not isinstance(old, nn.Linear) or biased or (old.out_features, old.in_features) != dims:
         raise CheckpointError(f"{path}: {name} has other dims than the model's config says, or is no plain projection there")
+    if rounds_twice(old):
+        old.weight = nn.Parameter(linear.weight.contiguous(), requires_grad=old.weight.requires_grad)
+        return
     if isinstance(module, SparseMLP):
+        linear.register_parameter("bias", old.bias)
         setattr(module.replaced, leaf, linear)
     else:
         linear.take_place_of(old)

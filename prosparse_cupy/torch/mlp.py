@@ -348,6 +348,14 @@ def is_plain_linear(linear: Any, family: MLPFamily) -> bool:
     return type(linear) is nn.Linear or (type(linear).__name__ in family.linears and isinstance(linear, nn.Linear))
 
 
+def rounds_twice(linear: nn.Linear) -> bool:
+    """Whether a projection's class may round its product before it adds a bias, as Falcon's does.
+
+    Prefill keeps its bits only if its modules stay what they are, so such a one is not compressed.
+    """
+    return type(linear) is not nn.Linear and linear.bias is not None
+
+
 def eps_of(norm: Any) -> float:
     """What an RMS norm adds to the mean of the squares, as its class calls it."""
     for name in ("variance_epsilon", "eps"):

@@ -25,7 +25,7 @@ from .families import family_of_module, mixtures
 from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, put_back_matrices, replace_matrices, rows_of_report
-from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, unpack
+from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, rounds_twice, unpack
 from .steps import release_generation
 
 
@@ -276,6 +276,10 @@ def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
         before += weight.numel()
         if name == sparse.family.fused and sparse.d_ff * (sparse.d_model // CHUNK) * 4 % VECTOR_BYTES:
             left.append(f"{name}: compressed, its lower half does not start at a multiple of {VECTOR_BYTES} bytes")
+            plain += weight.numel()
+            continue
+        if rounds_twice(linear):
+            left.append(f"{name}: a {type(linear).__name__} rounds before it adds its bias")
             plain += weight.numel()
             continue
         if transposed and is_too_narrow(sparse.d_model, sparse.d_ff):
