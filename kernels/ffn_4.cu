@@ -11,6 +11,7 @@
 //            reads those: no barrier before the first weight
 //            EACH: 16-byte vectors of x1 that a thread looks at before its warp writes down the active rows, a tile
 //            UNIT: neighbouring vectors of x1 that go to one warp
+//            LISTED: rows of a tile that a warp has at most
 //   numerics float32 accumulation in an order that only the mask, d_ff, d_model and the dtype decide, one rounding at the store;
 //            bias and norm are applied before it, in float32
 
@@ -22,8 +23,8 @@
 
 static_assert(TOKENS == 1, "one token so far");
 
-#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT)
-#error "define LANES, LOADS, EACH and UNIT"
+#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED)
+#error "define LANES, LOADS, EACH, UNIT and LISTED"
 #endif
 #ifndef NORM_WEIGHT
 #error "define NORM_WEIGHT as 0 or 1"
@@ -42,13 +43,6 @@ static_assert(32 % LANES == 0, "a row segment must not straddle warps");
 static_assert(32 % UNIT == 0, "a unit must not straddle warps, nor the vectors of a thread");
 static_assert(SLICE <= THREADS, "a thread writes one column");
 static_assert(EACH * VEC <= 64, "a thread keeps a bit per row");
-// Rows of a tile that one warp can list: its part of the tile, or of d_ff where that is less.
-#ifdef ROW_OPT
-constexpr int UNITS = (ROW_OPT + UNIT * VEC - 1) / (UNIT * VEC), OWN = (UNITS + WARPS - 1) / WARPS * UNIT * VEC;
-constexpr int LISTED = OWN < TILE / WARPS ? OWN : TILE / WARPS;
-#else
-constexpr int LISTED = TILE / WARPS;
-#endif
 static_assert(LISTED * WARPS <= 20480, "a tile's list must fit static shared memory");
 static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
 

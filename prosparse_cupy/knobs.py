@@ -21,6 +21,7 @@ from .problem import H100, KERNELS, WARP, Problem, Target, ceil_div
 
 _MOST_WARPS = 32
 _REGISTERS = 65536  # of a multiprocessor
+_MOST_LISTED = 20480  # rows of a tile, which take 16 bits each of 48 KB of shared memory
 _FEWEST_REGISTERS = 24  # of a thread, which no kernel needs fewer than
 
 
@@ -212,7 +213,8 @@ class ColumnKnobs(Knobs):
         # Rows that lie a power of two apart share memory channels, and four by four they meet there; those in 12 bits do not.
         # Where some multiprocessors hold two blocks, these have enough in flight with three.
         apart = problem.formats[0].row_bytes(problem.d_model, problem.dtype)
-        lanes, _, _, warps = order_of_ffn_4(problem)
+        order = order_of_ffn_4(problem)
+        lanes, warps = order.lanes, order.warps
         blocks = ceil_div(problem.vectors, lanes)
         alone = blocks <= H100.multiprocessors
         if not problem.specialize:
@@ -260,6 +262,8 @@ class Order(NamedTuple):
     """Neighbouring vectors of x1 that go to one warp."""
     warps: int
     """Warps of a block, among which rows are dealt out."""
+    listed: int
+    """Rows of a tile that a warp has at most: its part of the tile, or of d_ff where a whole tile's list would not fit."""
 
     def defines(self) -> tuple[tuple[str, int], ...]:
         return tuple((name.upper(), value) for name, value in self._asdict().items() if name != "warps")
@@ -269,10 +273,15 @@ def order_of_ffn_4(problem: Problem) -> Order:
     """The order of the sums for a shape."""
     lanes = _slice_lanes(problem)
     warps = _column_warps(problem, lanes)
-    length, threads = vector_length(problem.dtype), WARP * warps
-    most = 7 if length == 4 else 5  # registers: eight spill on sm_80; and the list must fit static shared memory
-    each = ceil_div(problem.d_ff, length * threads)
-    return Order(lanes, ceil_div(each, ceil_div(each, most)), _unit(problem, warps), warps)
+    length, unit = vector_length(problem.dtype), _unit(problem, warps)
+    part = length * WARP  # rows that a warp looks at with one vector a thread
+    most = 7 if length == 4 else 5  # registers: eight spill on sm_80
+    each, own = ceil_div(problem.d_ff, part * warps), ceil_div(ceil_div(problem.d_ff, unit * length), warps) * unit * length
+    if each <= most and own * warps <= _MOST_LISTED:
+        return Order(lanes, each, unit, warps, listed=each * part if each * part * warps <= _MOST_LISTED else own)
+    tiles = ceil_div(each, min(most, _MOST_LISTED // (part * warps)))
+    each = ceil_div(each, tiles)
+    return Order(lanes, each, unit, warps, listed=each * part)
 
 
 def _column_warps(problem: Problem, lanes: int) -> int:

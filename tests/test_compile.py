@@ -185,7 +185,7 @@ WHOLE = (("ACTIVATION_RELU", None), ("DTYPE_FLOAT32", None), ("LOADS", 8), ("W_U
         ("ffn_4", (("DTYPE_FLOAT16", None), ("DTYPE_FLOAT32", None)), "exactly one of DTYPE_"),
         ("ffn_4", (("DTYPE_FLOAT16", None), ("ROW_OPT", 64)), "ROW_OPT and COL_OPT go together"),
         ("ffn_4", (("DTYPE_FLOAT16", None), ("ROW_OPT", 64), ("COL_OPT", 12)), "multiple of 16 bytes"),
-        ("ffn_4", (("DTYPE_FLOAT32", None),), "define LANES, LOADS, EACH and UNIT"),
+        ("ffn_4", (("DTYPE_FLOAT32", None),), "define LANES, LOADS, EACH, UNIT and LISTED"),
         ("ffn_1", (("DTYPE_FLOAT32", None),), "define LOADS"),
         ("ffn_1", (("DTYPE_FLOAT32", None), ("LOADS", 3)), "even loads are even in every batch"),
         ("ffn_23", (*WHOLE, ("WARPS", 3), ("ROWS", 8)), "warps come in pairs"),
