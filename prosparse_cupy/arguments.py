@@ -80,11 +80,6 @@ class Signature:
     optional: tuple[Operand, ...] = ()
     """Arrays that a call may have or not; `with_extras` has those of a call among its inputs, the last of them."""
 
-    @property
-    def extras(self) -> int:
-        """How many of `optional` are among the inputs."""
-        return sum(bool(operand.extra) for operand in self.inputs)
-
 
 Extras = tuple["Any | None", ...]
 """The arrays of a signature's `optional`, or None of those that a call does not have."""

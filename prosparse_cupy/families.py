@@ -26,7 +26,7 @@ class MLPFamily:
     fused : str, optional
         One matrix that holds the gate's rows and then those of the up-projection, in the place of `gate` and `up`.
     activation : str
-        The activation, a module that reads the gate or, without one, the up-projection.
+        The activation, which reads the gate or, without one, the up-projection; mostly a module.
     norm : str, optional
         An RMS norm between activation and down-projection.
     classes : tuple of str
@@ -47,6 +47,13 @@ class MLPFamily:
         What of it the tests have run, beside a tiny model, for tables.
     measured : str
         What `benchmarks ffn` calls one of its models, for tables.
+
+    Raises
+    ------
+    TypeError
+        `classes`, `config_keys` or `linears` is no tuple of names.
+    ValueError
+        Parts that do not go together: no names, or the same, both `gate` and `fused`, or a gate in a layer that stays.
     """
 
     name: str
@@ -65,6 +72,22 @@ class MLPFamily:
     known: str = ""
     tested: str = ""
     measured: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "config_keys", "linears"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
+                raise TypeError(f"MLPFamily: {name} must be a tuple of names, got {value!r:.60}: write ({value!r:.40},)")
+        parts = [p for p in (self.gate, self.fused, None if self.fused else self.up, self.down, self.norm) if p is not None]
+        for part in (*parts, self.activation):
+            if not isinstance(part, str) or not part.isidentifier():
+                raise ValueError(f"MLPFamily: {self.name}: parts must be names of attributes, got {part!r:.60}")
+        if len({*parts, self.activation}) <= len(parts):
+            raise ValueError(f"MLPFamily: {self.name}: its parts must have different names, got {', '.join(parts)}")
+        if self.gate is not None and self.fused is not None:
+            raise ValueError(f"MLPFamily: {self.name}: gate and fused exclude each other, fused holds the gate")
+        if self.is_inside and (self.gated or self.norm):
+            raise ValueError(f"MLPFamily: {self.name}: inside a layer only blocks without gate and norm are known")
 
     @property
     def gated(self) -> bool:
@@ -197,17 +220,10 @@ def register_family(family: MLPFamily) -> None:
     ------
     TypeError
         `family` is no `MLPFamily`.
-    ValueError
-        Parts that do not go together: both `gate` and `fused`, or a gate in a layer that stays.
-
     Examples
     --------
     >>> register_family(MLPFamily("mine", up="w_in", down="w_out", activation="act", classes=("MyMLP",)))
     """
     if not isinstance(family, MLPFamily):
         raise TypeError(f"register_family: expected an MLPFamily, got {type(family).__name__}")
-    if family.gate is not None and family.fused is not None:
-        raise ValueError(f"register_family: {family.name}: gate and fused exclude each other, fused holds the gate")
-    if family.is_inside and (family.gated or family.norm):
-        raise ValueError(f"register_family: {family.name}: inside a layer only blocks without gate and norm are known")
     FAMILIES[:] = [family, *(f for f in FAMILIES if f.name != family.name)]

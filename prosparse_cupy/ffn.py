@@ -214,11 +214,10 @@ class SparseFFN(Generic[A]):
         norm_eps: float = 0.0,
         specialize: bool = True,
     ) -> None:
-        self.threshold = check_threshold("SparseFFN", threshold)
         self.gated = w_gate is not None
-        self.activation = check_activation("SparseFFN", activation, gated=self.gated)
-        self.norm_eps = check_norm_eps("SparseFFN", norm_eps, norm_weight is not None)
-        self._specialize = specialize
+        activation = check_activation("SparseFFN", activation, gated=self.gated)
+        norm_eps = check_norm_eps("SparseFFN", norm_eps, norm_weight is not None)
+        self._how = _How(check_threshold("SparseFFN", threshold), activation, norm_eps, specialize)
         extras: Extras = (up_bias, down_bias, norm_weight)
         if w_gate is None:
             _refuse_gate_bias("SparseFFN", gate_bias)
@@ -236,8 +235,26 @@ class SparseFFN(Generic[A]):
         """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
         call: Call[A] = self._weights.call(x, out)
         *weights, token = call.inputs
-        how = _How(self.threshold, self.activation, self.norm_eps, self._specialize)
-        return _run(call, self._arrays(x), (token, *weights), how, self._extras)
+        return _run(call, self._arrays(x), (token, *weights), self._how, self._extras)
+
+    @property
+    def threshold(self) -> float:
+        """FATReLU's T."""
+        return self._how.threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._how = self._how._replace(threshold=check_threshold("SparseFFN", threshold))
+
+    @property
+    def activation(self) -> str:
+        """ "relu", "relu2" or "drelu"."""
+        return self._how.activation
+
+    @property
+    def norm_eps(self) -> float:
+        """What the norm adds, 0 without one."""
+        return self._how.norm_eps
 
     def _arrays(self, x: Any) -> tuple[Any, ...]:
         bound = self._weights.arrays

@@ -139,7 +139,7 @@ def formula_of(activation: object, parameter: object, *, gated: bool = True, nor
     """The formula that a name and a parameter as `said_by` finds them stand for, or `UnsupportedFormula`."""
     activation = RELU2 if activation == "sqrelu" else activation
     if activation not in (RELU, FATRELU, RELU2):
-        raise UnsupportedFormula("it leaves no zeros: relu, fatrelu and relu2 are what this version runs sparsely")
+        raise UnsupportedFormula("it leaves no zeros: relu, fatrelu, relu2 and dReLU are what this version runs sparsely")
     if activation != FATRELU:
         return Formula(0.0, str(activation), gated, normed)
     if parameter is None:

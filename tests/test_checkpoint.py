@@ -78,7 +78,7 @@ def test_relu_has_no_threshold(tmp_path):
         (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
         (
             lambda f: (f / "config.json").write_text('{"hidden_act": "silu"}'),
-            "config.json says hidden_act='silu': it leaves no zeros: relu, fatrelu and relu2",
+            "config.json says hidden_act='silu': it leaves no zeros: relu, fatrelu, relu2 and dReLU",
         ),
         (lambda f: (f / "config.json").write_text('{"hidden_act": "fatrelu"}'), "no hidden_act_param"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: must hold a JSON object, got list"),

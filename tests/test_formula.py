@@ -117,8 +117,8 @@ def test_what_a_config_names():
 @pytest.mark.parametrize(
     ("activation", "parameter", "why"),
     [
-        ("silu", None, "it leaves no zeros: relu, fatrelu and relu2 are"),
-        (None, None, "it leaves no zeros: relu, fatrelu and relu2 are"),
+        ("silu", None, "it leaves no zeros: relu, fatrelu, relu2 and dReLU are"),
+        (None, None, "it leaves no zeros: relu, fatrelu, relu2 and dReLU are"),
         ("drelu", None, "it leaves no zeros"),  # no config names it
         ([], None, "it leaves no zeros"),
         ("fatrelu", None, "it has no hidden_act_param"),

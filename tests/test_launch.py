@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -35,9 +36,8 @@ def static_shared_bytes(plan: launch.Launch) -> int:
     defines = _defines(plan)
     itemsize = 4 if "DTYPE_FLOAT32" in defines else 2
     if plan.kernel == "ffn_4":
-        tile = defines["EACH"] * 32 * defines["WARPS"] * 16 // itemsize
         squares = 4 * defines["WARPS"] * defines["NORM_WEIGHT"]
-        return 2 * tile + 4 * defines["WARPS"] * defines["LANES"] * 16 // itemsize + squares
+        return 2 * defines["WARPS"] * defines["LISTED"] + 4 * defines["WARPS"] * defines["LANES"] * 16 // itemsize + squares
     if plan.kernel == "ffn_23" and "ROWS" in defines:
         return 4 * 32 * defines["WARPS"] // 2 + 4
     return 32 * 33 * itemsize if plan.kernel == "pack_down" else 0
@@ -106,6 +106,11 @@ def test_every_vector_of_x1_has_one_thread_of_ffn_4(shape):
         for lane in range(32)
     ]
     assert sorted(starts) == list(range(0, -(-shape.d_ff // tile) * tile, length))
+    # A warp's list holds every row of a tile that it may have.
+    owners = Counter()
+    for i, start in enumerate(starts):
+        owners[start // tile, i // 32 % warps] += max(0, min(length, shape.d_ff - start))
+    assert max(owners.values()) <= _defines(plan)["LISTED"] and warps * _defines(plan)["LISTED"] <= 20480
     tiles = -(-shape.d_ff // tile)
     assert tiles == 1 or tiles * (each - 1) * plan.block[0] * length < shape.d_ff, "tiles are equal, and as few as can be"
 

@@ -176,7 +176,8 @@ def test_what_is_not_relu_is_refused_where_its_matrices_are_not_asked_for(activa
     model = _model(hidden_act=activation)
     for threshold, linears in ((None, False), (0.01, False), (0.01, True)):
         with pytest.raises(
-            ValueError, match=rf"layers.0.mlp: the config says hidden_act='{activation}': it leaves no zeros: relu, fatrelu and"
+            ValueError,
+            match=rf"layers.0.mlp: the config says hidden_act='{activation}': it leaves no zeros: relu, fatrelu, relu2 and",
         ):
             patch_model(model, threshold, linears=linears)
         assert _unchanged(model)
@@ -190,7 +191,8 @@ def test_what_is_not_relu_decodes_through_ffn_1(activation, device):
     report = patch_model(model)
     assert len(report.layers) == 3 and not report.sparse
     assert all(
-        f"hidden_act='{activation}': it leaves no zeros: relu, fatrelu and relu2 are" in layer.reason for layer in report.layers
+        f"hidden_act='{activation}': it leaves no zeros: relu, fatrelu, relu2 and dReLU are" in layer.reason
+        for layer in report.layers
     )
     assert len(report.decoding) == len(report.matrices) == 3 * 7 + 1
     assert str(report).startswith("0 of 3 MLPs decode sparsely")
@@ -403,7 +405,7 @@ class Twisted(nn.Module):
         self.gate_proj = nn.Linear(64, 160, bias=False)
         self.up_proj = nn.Linear(64, 160, bias=False)
         self.down_proj = nn.Linear(160, 64, bias=False)
-        self.norm = nn.RMSNorm(160)
+        self.norm = nn.RMSNorm(160) if twist == "a sub-norm" else None
         self.twist = twist
         self.to(device, dtype)
 
@@ -451,6 +453,8 @@ def test_only_what_the_code_computes_is_taken(twist, threshold, dtype, device):
         found = {
             "two outputs": "not return one tensor",
             "a sub-norm": "does not run on 256",
+            "an offset": "is zero where that of relu is not",
+            "a threshold": "is zero where that of relu is not",
             "an assertion": "does not run on 256",
         }
         assert found.get(twist, "differs from that of relu by") in layer.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from ..families import MLPFamily
 from ..formula import DRELU, Formula
 from ..numerics import within_contract
-from .activation import FATReLU, module_of
+from .activation import FATReLU, combined, module_of
 from .mlp import eps_of
 
 _NEURONS = 256  # of the copy whose code is tried
-_GATES = (0.01, 1.0, 100.0, 1e4, 1e6)  # sizes of its gates, so that a clamp, an offset or a leak shows at one of them
+_GATES = (1e-4, 0.01, 1.0, 100.0, 1e4, 1e6)  # sizes of its gates, so that a clamp, an offset or a leak shows at one of them
 _LARGEST_DIFFERENCE = 2.0**-16  # code that goes through float32 on its way is well below, another formula well above
 _SCALES = (0.1, 1.0, 10.0)  # of the inputs that the layer's own weights are tried on
 _ROWS_AT_ONCE = 2048  # a block of rows in float64 is at most some tens of MB
@@ -59,7 +60,8 @@ def run(module: Any, family: MLPFamily, x: Tensor) -> Tensor:
     if not family.is_inside:
         found: Any = module(x[None])
         if not isinstance(found, Tensor) or found.shape != x[None].shape:
-            raise _NoTensor(f"its code does not return one tensor of its input's shape, but a {type(found).__name__}")
+            got = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise _NoTensor(f"its code does not return one tensor of its input's shape, but {got}")
         return found[0]
     up, down = getattr(module, family.up), getattr(module, family.down)
     with _hooked(up.register_forward_pre_hook(lambda _, given: (x.view(given[0].shape),))):
@@ -107,29 +109,15 @@ def why_another_formula(mlp: Any, family: MLPFamily, formula: Formula) -> str:
     """
     own = tensors_of(mlp, family)
     device, d_model = own.up.device, own.up.shape[1]
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator).to(device)
-
-    def like(tensor: Tensor | None, size: int) -> Tensor | None:
-        return None if tensor is None else random(size)
-
-    gate = None if own.gate is None else random(_NEURONS, d_model) / d_model**0.5
-    tensors = Tensors(
-        random(_NEURONS, d_model) / (1 if family.gated else d_model**0.5),
-        random(d_model, _NEURONS),
-        gate,
-        like(own.up_bias, _NEURONS),
-        like(own.down_bias, d_model),
-        like(own.gate_bias, _NEURONS),
-        like(own.norm_weight, _NEURONS),
-        own.norm_eps,
-    )
+    drawn, tokens = random_tensors(device, d_model)
+    kept: Any = {name: new for name, old, new in zip(Tensors._fields, own, drawn, strict=False) if old is not None}
+    tensors = Tensors(**kept, norm_eps=own.norm_eps)
     small = _with_tensors(mlp, family, tensors, formula)
+    if not family.is_inside:
+        small.training = True  # what it does in training alone it would no longer do
     sizes = _GATES[:-1] if formula.normed else _GATES  # norms take squares in float32, which would overflow
     gates = sizes + (formula.threshold,) * (formula.threshold > 0)
-    x = torch.stack([size * random(d_model) for size in gates])
+    x = torch.stack([size * token for size, token in zip(gates, tokens, strict=False)])
     try:
         found = run(small, family, x).double()
     except _NoTensor as error:
@@ -140,9 +128,33 @@ def why_another_formula(mlp: Any, family: MLPFamily, formula: Formula) -> str:
     differences = (found - _exact(x, tensors, formula)).norm(dim=1)
     for size_of_gates, difference, size in zip(gates, differences.tolist(), found.norm(dim=1).tolist(), strict=True):
         if not difference <= _LARGEST_DIFFERENCE * size:
-            share = difference / size if size else float("inf")
-            return f"its output differs from that of {formula} by {share:.2g} of its norm, with gates of size {size_of_gates:g}"
+            return f"{_differs('output', formula, difference, size)}, with gates of size {size_of_gates:g}"
     return ""
+
+
+def _differs(what: str, formula: Formula, difference: float, size: float) -> str:
+    if not size:
+        return f"its {what} is zero where that of {formula} is not"
+    return f"its {what} differs from that of {formula} by {difference / size:.2g} of its norm"
+
+
+@lru_cache(maxsize=2)
+def random_tensors(device: torch.device, d_model: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Random `Tensors` of few neurons, all but the epsilon, and tokens: drawn once for all layers, see `forget_tensors`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator).to(device)
+
+    up, gate = (random(_NEURONS, d_model) / d_model**0.5 for _ in range(2))
+    down = random(d_model, _NEURONS)
+    vectors = random(_NEURONS), random(d_model), random(_NEURONS), random(_NEURONS)
+    return (up, down, gate, *vectors), tuple(random(d_model) for _ in range(len(_GATES) + 1))
+
+
+def forget_tensors() -> None:
+    """Free what `random_tensors` keeps."""
+    random_tensors.cache_clear()
 
 
 def _with_tensors(mlp: Any, family: MLPFamily, tensors: Tensors, formula: Formula) -> Any:
@@ -169,6 +181,8 @@ def _with_tensors(mlp: Any, family: MLPFamily, tensors: Tensors, formula: Formul
     if family.norm is not None and tensors.norm_weight is not None:
         norm = copy.copy(getattr(mlp, family.norm))
         norm._parameters = {**norm._parameters, "weight": nn.Parameter(tensors.norm_weight, requires_grad=False)}
+        if hasattr(norm, "normalized_shape"):
+            norm.normalized_shape, norm.eps = tuple(tensors.norm_weight.shape), tensors.norm_eps
         other._modules[family.norm] = norm
     if _lacks_threshold(mlp, family):
         other._modules[family.activation] = FATReLU(formula.threshold)
@@ -200,7 +214,9 @@ def why_outside_the_contract(
         outputs = torch.cat([sparse(row[None]) for row in x])
         if reason := _compare("sparse output", outputs, x, named, tensors, becomes):
             return reason
-    return _compare("output", run(before, family, x), x, named, tensors, formula)
+    return _compare("output", run(before, family, x), x, named, tensors, formula) or _compare(
+        "output of one token", run(before, family, x[:1]), x[:1], named[:1], tensors, formula
+    )
 
 
 def _compare(what: str, output: Tensor, x: Tensor, named: list[str], tensors: Tensors, formula: Formula) -> str:
@@ -216,8 +232,7 @@ def _compare(what: str, output: Tensor, x: Tensor, named: list[str], tensors: Te
         named, usable.tolist(), errors.tolist(), dense_errors.tolist(), exact.norm(dim=1).tolist(), strict=True
     ):
         if usable_ and not within_contract(error, dense_error, epsilon, size):
-            share = error / size if size else float("inf")
-            return f"its {what} differs from that of {formula} by {share:.2g} of its norm, at {which}"
+            return f"{_differs(what, formula, error, size)}, at {which}"
     return ""
 
 
@@ -234,7 +249,7 @@ def _dense(x: Tensor, t: Tensors, formula: Formula) -> Tensor:
     if t.gate is None:
         x1 = activation(up)
     else:
-        x1 = activation(linear(x, t.gate, t.gate_bias)) * (torch.relu(up) if formula.activation == DRELU else up)
+        x1 = combined(activation, linear(x, t.gate, t.gate_bias), up, formula.activation == DRELU)
     if t.norm_weight is not None:
         wide = x1.float()
         x1 = t.norm_weight * (wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + t.norm_eps)).to(x1.dtype)
@@ -249,7 +264,7 @@ def _exact(x: Tensor, t: Tensors, formula: Formula) -> Tensor:
         x1 = activation(up.to(dtype).double())
     else:
         gate = _by_rows(wide, t.gate, t.gate_bias).to(dtype).double()
-        x1 = activation(gate) * (torch.relu(up) if formula.activation == DRELU else up)
+        x1 = combined(activation, gate, up, formula.activation == DRELU)
     x1 = x1.to(dtype).double()
     if t.norm_weight is not None:
         x1 = t.norm_weight.double() * x1 * torch.rsqrt(x1.square().mean(dim=1, keepdim=True) + t.norm_eps)

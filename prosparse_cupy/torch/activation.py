@@ -1,4 +1,4 @@
-"""FATReLU for torch, and its name in Hugging Face transformers."""
+"""Activations that leave zeros, for torch, and FATReLU's name in Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -86,6 +86,12 @@ def activation_of(module: nn.Module | None) -> tuple[str, float] | None:
     if not isinstance(module, FATReLU) or type(module) not in _MODULES or module.threshold is None:
         return None
     return _MODULES[type(module)], module.threshold
+
+
+def combined(activation: nn.Module, gates: Tensor, ups: Tensor, rectifies_up: bool) -> Tensor:
+    """Formulas 2 and 3 of gates and up-projections; dReLU rectifies both."""
+    product: Tensor = activation(gates) * (torch.relu(ups) if rectifies_up else ups)
+    return product
 
 
 _registered = False

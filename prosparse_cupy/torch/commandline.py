@@ -295,7 +295,7 @@ def write(model: Any, ids: Tensor, max_new_tokens: int, stream: TextStream, **op
 
 
 def sparsity_of(model: Any, ids: Sequence[int]) -> float | None:
-    """The share of neurons at zero over a text; nothing for a model without gated MLPs, or without memory to read it."""
+    """The share of neurons at zero over a text; nothing for a model without known MLPs, or without memory to read it."""
     try:
         text = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
         return measure_sparsity(model, text, use_cache=False).sparsity

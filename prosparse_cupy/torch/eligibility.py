@@ -45,7 +45,7 @@ _MODES = {  # what makes transformers run another loop, or more than a loop, and
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPES = ("dynamic", "longrope")  # whose frequencies follow the length, on the host
 _OF_TORCH = set(nn.Module().__dict__) - {"training"}
-_CACHES = {"_packed", "_bound", "config"}  # of modules: what they keep of calls; configs are looked at once
+_CACHES = {"_packed", "_bound", "_halves", "config"}  # of modules: what they keep of calls; configs are looked at once
 
 
 def why_another_mode(model: Any, options: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ def _is_of(module: nn.Module, family: MLPFamily) -> bool:
     needed = list(family.projections)
     if family.norm is not None:
         needed.append(family.norm)
-    if family.gate is None and not family.is_inside:
+    if family.gate is None and not family.is_inside and not family.classes:
         needed.append(family.activation)
     return all(isinstance(getattr(module, part, None), nn.Module) for part in needed)
 

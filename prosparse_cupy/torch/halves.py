@@ -1,4 +1,4 @@
-"""The two halves of an FFN whose projections belong to a whole decoder layer, which stays, as OPT's do."""
+"""The two halves of an FFN whose projections belong to a module that does more and stays, as OPT's decoder layers do."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class SparseUp(_Half):
     def __init__(self, linear: nn.Linear, layer: nn.Module, family: MLPFamily, threshold: float, activation: nn.Module) -> None:
         super().__init__(linear)
         self._layer: tuple[nn.Module, ...] = (layer,)  # no submodule
-        self._activation: tuple[nn.Module, ...] = (activation,)  # the layer's own, which a threshold of the user's replaces
+        # The layer's own activation, and the one that is there now, which differs where a threshold was moved.
+        self._activation: tuple[nn.Module, ...] = (activation, getattr(layer, family.activation))
         self._names = family.up, family.activation
         self.threshold = threshold
 
@@ -65,8 +66,10 @@ class SparseUp(_Half):
         return nn.functional.linear(x, self.weight, self.bias)
 
     def put_back_activation(self) -> None:
-        """Give the layer the activation that it had."""
-        setattr(self._layer[0], self._names[1], self._activation[0])
+        """Give the layer the activation that it had, unless it has got another since."""
+        own, moved = self._activation
+        if getattr(self._layer[0], self._names[1], None) is moved:
+            setattr(self._layer[0], self._names[1], own)
 
     def _is_followed(self) -> bool:
         """Whether the layer still applies this activation to what this module returns, and nothing else."""

@@ -52,7 +52,7 @@ class CompressedLinear(nn.Module):
     """`torch.nn.Linear` whose bfloat16 weight is in 12 bits, without loss; a bias stays as it is.
 
     `patch_model(model, compress=True)` puts it in the place of a model's projections. One token goes through `ffn_1`, or, in a
-    `SparseGatedMLP`, through the sparse operators; for more tokens it decompresses its weight for the time of the call. In a
+    `SparseMLP`, through the sparse operators; for more tokens it decompresses its weight for the time of the call. In a
     state dict it is an `nn.Linear`: its ``weight``, decompressed, in host memory.
 
     Parameters

@@ -65,7 +65,7 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield holder, (leaf,)
 
 
-def _held_twice(model: nn.Module) -> frozenset[int]:
+def held_twice(model: nn.Module) -> frozenset[int]:
     """The ids of modules that are in two places of a model."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return frozenset(module for module, count in places.items() if count > 1)
@@ -84,7 +84,7 @@ def _head_of(model: Any) -> nn.Module | None:
 def replace_matrices(model: nn.Module, to_compress: bool) -> list[MatrixPatch]:
     """Let one token read each of these matrices through `ffn_1`, projections of one input as one; with a bar on a terminal."""
     console = Console(stderr=True)
-    groups, shared = list(groups_of(model)), _held_twice(model)
+    groups, shared = list(groups_of(model)), held_twice(model)
     shown = console.is_terminal and to_compress
     bar = track(groups, "compressing", console=console, transient=True, disable=not shown)
     done = [patch for holder, group in bar for patch in _replace_group(model, holder, group, to_compress, shared)]

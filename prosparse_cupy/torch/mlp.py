@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..families import LLAMA_LIKE, MLPFamily
 from ..ffn import SparseFFN, sparse_ffn
 from ..formula import DRELU, RELU, Formula
-from .activation import FATReLU, activation_of, module_of
+from .activation import FATReLU, activation_of, combined, module_of
 from .dispatch import (
     TorchWeight,
     dispatched,
@@ -152,13 +153,23 @@ class SparseMLP(nn.Module):
         found = activation_of(self._modules.get(self.family.activation))
         return None if found is None else found[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The FFN of `x`, (..., d_model).
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """The FFN of its one argument, (..., d_model), a tensor.
 
         One token goes through the sparse operators, unless gradients are recorded or the modules are not those of an FFN that
         was patched any more: a LoRA adapter, a hook, another activation and the like take the dense path, which calls the
-        modules as they are.
+        modules as they are. A call with other arguments is that of the module that this one is in the
+        place of, if that knows the threshold.
         """
+        if len(arguments) + len(keywords) == 1:
+            return self._ffn(*arguments, *keywords.values())
+        if not self._replaced or (self.threshold and self.family.activation not in self._replaced[0]._modules):
+            raise TypeError(f"{type(self).__name__} takes one tensor, got {len(arguments) + len(keywords)} arguments")
+        before = copy.copy(self._replaced[0])
+        before._modules = {**before._modules, **self._modules}  # the parts of now
+        return before(*arguments, **keywords)
+
+    def _ffn(self, x: Tensor) -> Tensor:
         if x.numel() == x.shape[-1] and (y := self._sparse(x)) is not None:
             return y
         x1 = self._first_half(x)
@@ -179,8 +190,7 @@ class SparseMLP(nn.Module):
             gates, ups = getattr(self, fused)(x).chunk(2, dim=-1)
         else:
             gates, ups = getattr(self, str(gate))(x), getattr(self, up)(x)
-        product: Tensor = act(gates) * (torch.relu(ups) if self._rectifies_up else ups)
-        return product
+        return combined(act, gates, ups, self._rectifies_up)
 
     def _sparse(self, x: Tensor) -> Tensor | None:
         """One token by the sparse operators, or None where only calling the modules does what they do."""
@@ -289,9 +299,10 @@ class SparseMLP(nn.Module):
         d_ff = whole.shape[0] // 2
         if isinstance(whole, Tensor):
             return whole[:d_ff], whole[d_ff:]
-        if not self._halves or self._halves[0] is not whole:
-            self._halves = whole, whole.part(0, d_ff), whole.part(d_ff, 2 * d_ff)
-        return self._halves[1], self._halves[2]
+        halves = self._halves
+        if not halves or halves[0] is not whole:
+            halves = self._halves = whole, whole.part(0, d_ff), whole.part(d_ff, 2 * d_ff)
+        return halves[1], halves[2]
 
     def show_one_escape(self) -> None:
         """As `CompressedLinear.show_one_escape`, of the halves of a matrix that holds gate and up."""

@@ -18,13 +18,13 @@ from ..families import LLAMA_LIKE, MLPFamily
 from ..formats import VECTOR_BYTES
 from ..formula import ACTIVATIONS, DRELU, FATRELU, RELU, Formula, UnsupportedFormula, check_threshold, formula_of
 from ._text import table
-from .acceptance import run, why_another_formula, why_outside_the_contract
-from .activation import FATReLU, module_of
+from .acceptance import forget_tensors, run, why_another_formula, why_outside_the_contract
+from .activation import FATReLU, activation_of, module_of
 from .dispatch import DTYPES, does_more
 from .families import family_of_module, mixtures
 from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
-from .matrices import MatrixPatch, groups_of, put_back_matrices, replace_matrices, rows_of_report
+from .matrices import MatrixPatch, groups_of, held_twice, put_back_matrices, replace_matrices, rows_of_report
 from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, rounds_twice, unpack
 from .steps import release_generation
 
@@ -173,11 +173,14 @@ def patch_model(
     if compress:
         _check_compressible(model, found, linears)
     own = [_own_or_dense(model, name, mlp, family, given, linears) for name, mlp, family in found]
+    shared = held_twice(model)
     hidden = {} if example is None else _hidden_states(model, found, example)
     release_generation(model)
     layers, matrices = [LayerPatch(name, False, 0.0, "a mixture of experts") for name in mixed], list[MatrixPatch]()
     try:
         for (name, mlp, family), was in zip(found, own, strict=True):
+            if id(mlp) in shared:
+                was = "the same module in two places"
             if isinstance(was, str):
                 layers.append(LayerPatch(name, False, 0.0, was))
                 continue
@@ -192,6 +195,8 @@ def patch_model(
     except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
         unpatch_model(model)
         raise
+    finally:
+        forget_tensors()
     return PatchReport(tuple(layers), tuple(matrices))
 
 
@@ -224,15 +229,17 @@ def _hidden_states(model: nn.Module, found: Sequence[tuple[str, nn.Module, MLPFa
     states: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            states[name] = arguments[0].detach().reshape(-1, arguments[0].shape[-1])[-1].clone()
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            given = next((a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)), None)
+            if given is not None:
+                states[name] = given.detach().reshape(-1, given.shape[-1])[-1].clone()
 
         return hook
 
     with ExitStack() as hooks:
         for name, mlp, family in found:
             reader = getattr(mlp, family.up) if family.is_inside else mlp
-            hooks.callback(reader.register_forward_pre_hook(keep(name)).remove)
+            hooks.callback(reader.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
         model(example)
     return states
 
@@ -349,6 +356,7 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     key, activation, parameter = family.said(config)
     own: Any = getattr(mlp, family.activation, None)
+    gated, normed = family.gated, family.norm is not None
     said = f"the config says {key}={activation!r}"
     if activation is None:
         activation = {nn.ReLU: RELU, FATReLU: FATRELU}.get(type(own), type(own).__name__)
@@ -364,7 +372,10 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
             f"patch_model: {name}: {said}, but the config has no hidden_act_param, its threshold: pass "
             "patch_model(model, threshold=T); nothing was changed"
         )
-    gated, normed = family.gated, family.norm is not None
+    if (known := activation_of(own)) is not None:  # it says by itself what it computes
+        formula = Formula(known[1], known[0], gated, normed)
+        differs = activation not in (None, known[0], FATRELU) or (activation == known[0] == RELU and known[1] > 0)
+        return formula, f"{said}, its {family.activation} is {formula}" if differs and activation != type(own).__name__ else ""
     try:
         formula = formula_of(activation, given if parameter is None else parameter, gated=gated, normed=normed)
     except UnsupportedFormula as error:
@@ -417,6 +428,9 @@ def _why_dense(mlp: Any, family: MLPFamily) -> str:
     vectors = biases if family.norm is None else [*biases, getattr(mlp, family.norm).weight]
     if len({(w.device, w.dtype) for w in (*weights, *vectors)}) > 1:
         return "its weights have different devices or dtypes"
+    lengths = [linear.out_features for linear in linears if linear.bias is not None] + [linears[-1].in_features]
+    if any(v.shape != (n,) or not v.is_contiguous() for v, n in zip(vectors, lengths, strict=False)):
+        return "a bias, or the weight of its norm, is no contiguous vector with a value for each output"
     if weights[0].device.type not in ("cuda", "cpu"):
         return f"its weights are on {weights[0].device}"
     rows = weights[-1].shape[1] * (2 if family.fused is not None else 1)
@@ -432,6 +446,12 @@ def _why_dense(mlp: Any, family: MLPFamily) -> str:
     return ""
 
 
+def _other_parameters(mlp: nn.Module, family: MLPFamily) -> list[str]:
+    """Names of parameters and buffers that a family does not know of, and that a patched module would not have."""
+    known = {f"{part}.{leaf}" for part in family.projections for leaf in ("weight", "bias")} | {f"{family.norm}.weight"}
+    return [name for name, _ in (*mlp.named_parameters(), *mlp.named_buffers()) if name not in known]
+
+
 @torch.no_grad()
 def _replace(
     model: nn.Module, name: str, mlp: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None
@@ -442,6 +462,8 @@ def _replace(
     with torch.autocast(getattr(mlp, family.up if family.fused is None else family.fused).weight.device.type, enabled=False):
         if reason := why_another_formula(mlp, family, was):
             return reason
+        if not family.is_inside and (more := _other_parameters(mlp, family)):
+            return f"it has parameters of its own: {', '.join(more)}"
         if family.is_inside:
             return _replace_halves(mlp, family, was, becomes, hidden)
         sparse = made_sparse(mlp, family, becomes)
@@ -476,7 +498,7 @@ def _put_back(model: nn.Module, name: str, sparse: SparseMLP) -> None:
 def _replace_halves(layer: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None) -> str:
     """The same of projections inside a layer, which stays."""
     up, down = getattr(layer, family.up), getattr(layer, family.down)
-    before = getattr(layer, family.activation)
+    before = getattr(layer, family.activation, None)
     if reason := why_outside_the_contract(layer, family, was, None, was, hidden):
         return reason
     if was.activation == RELU and isinstance(before, nn.Module):

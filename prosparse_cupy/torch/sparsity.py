@@ -27,6 +27,8 @@ class LayerSparsity:
     """Average share of neurons that are not zero, 0 to 1; NaN where no token came."""
     tokens: float
     gated: bool = True
+    neurons: int = 1
+    """d_ff"""
 
     @property
     def sparsity(self) -> float:
@@ -49,9 +51,10 @@ class SparsityReport:
         """Share of the FFN's weights that decoding must read.
 
         All of the gate, and two rows of three per active neuron; without a gate all of the up-projection, and one row of two.
+        dReLU reads some more: `up_proj` where the gate is active, though its own ReLU makes a zero there.
         """
-        shares = [(1 + 2 * x.active) / 3 if x.gated else (1 + x.active) / 2 for x in self.layers]
-        return sum(shares) / len(shares)
+        read = sum(x.neurons * ((1 + 2 * x.active) if x.gated else (1 + x.active)) for x in self.layers)
+        return read / sum(x.neurons * (3 if x.gated else 2) for x in self.layers)
 
     def __str__(self) -> str:
         title = f"average sparsity {self.sparsity:.2%}: decoding reads {self.weights_read:.0%} of the FFN's weights"
@@ -126,7 +129,7 @@ class SparsityMeter:
             active, neurons = counts.tolist()
             tokens = neurons / self._neurons[name]
             share = active / neurons if neurons else float("nan")
-            layers.append(LayerSparsity(name, share, tokens, self._gated[name]))
+            layers.append(LayerSparsity(name, share, tokens, self._gated[name], self._neurons[name]))
         return SparsityReport(tuple(layers))
 
     def reset(self) -> None:
