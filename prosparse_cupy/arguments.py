@@ -87,7 +87,10 @@ Extras = tuple["Any | None", ...]
 
 def with_extras(signature: Signature, extras: Extras) -> tuple[Signature, tuple[Any, ...]]:
     """The signature of a call with these optional arrays, and those that there are."""
-    if all(array is None for array in extras):
+    for array in extras:
+        if array is not None:
+            break
+    else:
         return signature, ()
     return _with_extras(signature, tuple(a is not None for a in extras)), tuple(a for a in extras if a is not None)
 

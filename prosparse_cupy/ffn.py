@@ -107,7 +107,7 @@ def sparse_ffn(
     """
     check_activation("sparse_ffn", activation, gated=w_gate is not None)
     norm_eps = check_norm_eps("sparse_ffn", norm_eps, norm_weight is not None)
-    how = _How(check_threshold("sparse_ffn", threshold), activation, norm_eps, specialize)
+    how = (check_threshold("sparse_ffn", threshold), activation, norm_eps, specialize)
     if w_gate is None:
         extras: Extras = (up_bias, down_bias, norm_weight)
         _refuse_gate_bias("sparse_ffn", gate_bias)
@@ -126,6 +126,11 @@ def _refuse_gate_bias(operator: str, gate_bias: Any) -> None:
 
 def _named(gated: bool, extras: Extras) -> dict[str, Any]:
     """The optional arrays by the names of the reference's arguments."""
+    for array in extras:
+        if array is not None:
+            break
+    else:
+        return {}
     return {operand.name: a for operand, a in zip(_EXTRAS[not gated :], extras, strict=True) if a is not None}
 
 
@@ -138,11 +143,17 @@ class _How(NamedTuple):
     specialize: bool
 
 
-def _run(call: Call[A], arrays: tuple[Any, ...], inputs: Sequence[int], how: _How, extras: Mapping[str, Any]) -> A:
+def _run(
+    call: Call[A],
+    arrays: tuple[Any, ...],
+    inputs: Sequence[int],
+    how: tuple[float, str, float, bool],
+    extras: Mapping[str, Any],
+) -> A:
     """The first half of an FFN into scratch, and `ffn_4` out of it.
 
     `arrays` are x, w_gate, w_up and w_down_t, w_gate None without a gate, and `inputs` their addresses, of which a compressed
-    weight has several. `extras` are the optional arrays.
+    weight has several. `how` is a `_How`, and `extras` are the optional arrays.
     """
     threshold, activation, norm_eps, specialize = how
     if call.on_host:
@@ -152,7 +163,8 @@ def _run(call: Call[A], arrays: tuple[Any, ...], inputs: Sequence[int], how: _Ho
     checked, first_of_down = call.checked, len(inputs) - call.checked.down_pointers
     d_ff, d_model, device = checked.d_ff, checked.d_model, checked.device
     first, second = kernel_of(half, checked, specialize, activation), kernel_of("ffn_4", checked, specialize)
-    of_first, of_second = (trailing_arguments(kernel, call.extras, norm_eps) for kernel in (half, "ffn_4"))
+    given = call.extras
+    of_first, of_second = trailing_arguments(half, given, norm_eps), trailing_arguments("ffn_4", given, norm_eps)
     stream = call.family.stream(device)
     captured = driver.is_captured(stream)
     overlaps = driver.overlaps(stream, captured)

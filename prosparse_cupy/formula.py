@@ -101,6 +101,8 @@ def check_threshold(operator: str, threshold: float) -> float:
 
 def check_activation(operator: str, activation: str, *, gated: bool = True) -> str:
     """An activation that kernels know, or ValueError."""
+    if activation == RELU:  # the rule, at every call
+        return activation
     known = ACTIVATIONS if gated else (RELU, RELU2)
     if activation not in known:
         fix = ""
@@ -114,6 +116,8 @@ def check_activation(operator: str, activation: str, *, gated: bool = True) -> s
 
 def check_norm_eps(operator: str, norm_eps: float, has_norm: bool) -> float:
     """What a norm adds to a mean of squares: finite as float32 and not negative, and 0 without a norm."""
+    if type(norm_eps) is float and norm_eps == 0.0:  # the rule, at every call
+        return 0.0
     if not isinstance(norm_eps, (float, int, Real)):
         raise TypeError(f"{operator}: norm_eps must be a Python number, got {type(norm_eps).__name__}: pass a float")
     try:

@@ -82,27 +82,28 @@ def test_weights_in_12_bits_do_not_spill_either(kernel, architecture):
         assert "warning" not in report, report
 
 
-# What a kernel has beside ReLU: every activation with all its biases, and the norm.
+# What a kernel has beside ReLU: the activations that cost more than it with all their biases, and the norm; on the oldest GPU,
+# on the one that was measured and on the newest, for the dims of 7B and those of AFM-4.5B, whose ffn_4 has 32 warps.
 OTHERS = {
     "ffn_1": [("relu", ("gate_bias",))],
-    "ffn_12": [(activation, ("up_bias",)) for activation in ("relu", "relu2")],
-    "ffn_123": [(activation, ("gate_bias", "up_bias")) for activation in ("relu", "relu2", "drelu")],
-    "ffn_23": [(activation, ("up_bias",)) for activation in ("relu", "relu2", "drelu")],
-    "ffn_4": [("relu", ("down_bias",)), ("relu", ("down_bias", "norm_weight"))],
+    "ffn_12": [("relu2", ("up_bias",))],
+    "ffn_123": [(activation, ("gate_bias", "up_bias")) for activation in ("relu2", "drelu")],
+    "ffn_23": [(activation, ("up_bias",)) for activation in ("relu2", "drelu")],
+    "ffn_4": [("relu", ("down_bias", "norm_weight"))],
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [ARCHITECTURES[0], 90, ARCHITECTURES[-1]])
 @pytest.mark.parametrize("weights", ["bfloat16", "float32", "12 bits"])
 @pytest.mark.parametrize("kernel", OTHERS)
 def test_activations_biases_and_norm_do_not_spill_either(kernel, weights, architecture):
     """Nor take more registers than the budget."""
     assert set(OTHERS) == {name for name, interface in KERNELS.items() if interface.optional}
-    for d_model, d_ff, specialize in SHAPES:
+    for d_model, d_ff in ((4096, 11008), (2560, 18432)):
         more = {"formats": compressed_formats(kernel, d_model, d_ff)} if weights == "12 bits" else {}
         dtype = "bfloat16" if more else weights
         for activation, extras in OTHERS[kernel]:
-            shape = Shape(d_model, d_ff, dtype, specialize, Target(architecture, 132))
+            shape = Shape(d_model, d_ff, dtype, True, Target(architecture, 132))
             plan = plan_of(kernel, shape, activation=activation, extras=extras, **more)
             _, report = compile_for(plan, architecture)
             assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan

@@ -18,6 +18,7 @@ KERNELS = {
     *(f"{name}.cuh" for name in HEADERS),
     "attend.cu",
     "ffn_1.cu",
+    "ffn_12.cu",
     "ffn_123.cu",
     "ffn_23.cu",
     "ffn_4.cu",

@@ -195,7 +195,10 @@ class SparseMLP(nn.Module):
     def _sparse(self, x: Tensor) -> Tensor | None:
         """One token by the sparse operators, or None where only calling the modules does what they do."""
         found = self.operands()
-        if found is None or is_cast(x) or is_recorded(x, (*found.weights, *found.extras.values())):
+        if found is None or is_cast(x):
+            return None
+        tensors = found[:3] if not found.extras else (*found[:3], *found.extras.values())
+        if is_recorded(x, tensors):
             return None
         token = x.flatten()
         if self.counts is None and x.is_cuda and not is_watched():
@@ -215,7 +218,7 @@ class SparseMLP(nn.Module):
 
     def _called(self, token: Tensor, found: Operands) -> Tensor:
         """The operators themselves. What costs time to look at is bound, so that one call and not each pays for it."""
-        w_gate, w_up, w_down_t = found.weights
+        w_gate, w_up, w_down_t = found[:3]
         is_plain = isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor) and (w_gate is None or isinstance(w_gate, Tensor))
         if is_plain and not found.extras:
             plain: Tensor = sparse_ffn(token, w_gate, w_up, w_down_t, found.threshold, activation=found.activation)  # type: ignore[arg-type]
@@ -276,22 +279,24 @@ class SparseMLP(nn.Module):
     def _weight(self, name: str, bias_name: str, extras: dict[str, Tensor]) -> TorchWeight | None:
         """The weight of a projection, whose bias goes to `extras`; None if calling it does more than to multiply and add."""
         linear: Any = self._modules.get(name)
-        is_down = bias_name == "down_bias"
-        if type(linear) is CompressedLinear:
-            if does_more(linear) or linear.transposed != is_down:
+        kind, is_down = type(linear), bias_name == "down_bias"
+        is_compressed = kind is CompressedLinear
+        if is_compressed:
+            if linear.transposed != is_down:
                 return None
-            bias = linear.bias
-        elif is_plain_linear(linear, self.family) and not does_more(linear):
-            bias = linear._parameters.get("bias")
-        else:
+        elif kind is not nn.Linear and not is_plain_linear(linear, self.family):
             return None
+        if does_more(linear):
+            return None
+        parameters = linear._parameters
+        bias = parameters.get("bias")
         if bias is not None:
             if not bias_name:
                 return None
             extras[bias_name] = bias
-        if type(linear) is CompressedLinear:
-            return linear
-        weight: Tensor | None = linear._parameters.get("weight")
+        if is_compressed:
+            return linear  # type: ignore[no-any-return]
+        weight: Tensor | None = parameters.get("weight")
         return None if weight is None else weight.mT if is_down else weight
 
     def _halves_of(self, whole: TorchWeight) -> tuple[TorchWeight, TorchWeight]:
