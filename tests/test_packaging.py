@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = {"activation", "bf12", "elements", "memory", "plain", "programmatic", "row_dot", "warp", "weights"}
+HEADERS = {"activation", "bf12", "bias", "elements", "memory", "plain", "programmatic", "row_dot", "warp", "weights"}
 KERNELS = {
     *(f"{name}.cuh" for name in HEADERS),
     "attend.cu",
