@@ -153,31 +153,35 @@ class SparseMLP(nn.Module):
         found = activation_of(self._modules.get(self.family.activation))
         return None if found is None else found[1]
 
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+    def forward(self, x: Any = None, *others: Any, **keywords: Any) -> Any:
         """The FFN of its one argument, (..., d_model), a tensor.
 
         One token goes through the sparse operators, unless gradients are recorded or the modules are not those of an FFN that
         was patched any more: a LoRA adapter, a hook, another activation and the like take the dense path, which calls the
-        modules as they are. A call with other arguments is that of the module that this one is in the
-        place of, if that knows the threshold.
+        modules as they are. A call with other arguments is that of the module that this one is in the place of, if that knows
+        the threshold.
         """
-        if len(arguments) + len(keywords) == 1:
-            return self._ffn(*arguments, *keywords.values())
-        if not self._replaced or (self.threshold and self.family.activation not in self._replaced[0]._modules):
-            raise TypeError(f"{type(self).__name__} takes one tensor, got {len(arguments) + len(keywords)} arguments")
-        before = copy.copy(self._replaced[0])
-        before._modules = {**before._modules, **self._modules}  # the parts of now
-        return before(*arguments, **keywords)
-
-    def _ffn(self, x: Tensor) -> Tensor:
+        if others or keywords or x is None:
+            if x is None and len(keywords) == 1 and not others:
+                (x,) = keywords.values()
+            else:
+                return self._as_before(x, *others, **keywords)
         if x.numel() == x.shape[-1] and (y := self._sparse(x)) is not None:
             return y
         x1 = self._first_half(x)
         if self.counts is not None:
             count_active(self.counts, x1)
         *_, down, _, norm = self._names
-        dense: Tensor = getattr(self, down)(x1 if norm is None else getattr(self, norm)(x1))
-        return dense
+        return getattr(self, down)(x1 if norm is None else getattr(self, norm)(x1))
+
+    def _as_before(self, x: Any, *others: Any, **keywords: Any) -> Any:
+        """A call of the module that this one is in the place of, with the parts of now."""
+        if not self._replaced or (self.threshold and self.family.activation not in self._replaced[0]._modules):
+            number = (x is not None) + len(others) + len(keywords)
+            raise TypeError(f"{type(self).__name__} takes one tensor, got {number} arguments")
+        before = copy.copy(self._replaced[0])
+        before._modules = {**before._modules, **self._modules}
+        return before(*(() if x is None else (x,)), *others, **keywords)
 
     def _first_half(self, x: Tensor) -> Tensor:
         """Formulas 1 to 3 by calling the modules."""
