@@ -23,6 +23,8 @@ from prosparse_cupy.models import (
     LLAMA_2_13B,
     MINICPM_S_1B,
     MINITRON_4B,
+    NEMOTRON_H_8B,
+    OPT_6_7B,
     TURBOSPARSE_MISTRAL,
     Model,
 )
@@ -42,6 +44,8 @@ _FORMULAS = {"BitNet-2B": BITNET_2B, "TurboSparse-7B": TURBOSPARSE_MISTRAL}
 
 dReLU's up-projection makes half of the active neurons zero, so it is timed both with the ReLU's share of x1 and of gates.
 """
+_WHOLE_FFNS = _FORMULAS | {"Nemotron-H-8B": NEMOTRON_H_8B, "OPT-6.7B": OPT_6_7B}
+"""Of which `sweep` times the whole FFN alone, where they are asked for."""
 _WHOLE = {
     "7B": LLAMA_2_7B,
     "13B": LLAMA_2_13B,
@@ -93,23 +97,30 @@ def paper(**options) -> None:
 
 @main.command()
 @_options
-@click.option("--model", "names", type=click.Choice(list(MODELS)), multiple=True, help="Only these.  [default: all]")
+@click.option(
+    "--model",
+    "names",
+    type=click.Choice([*MODELS, *_WHOLE_FFNS]),
+    multiple=True,
+    help=f"Only these.  [default: {', '.join(MODELS)}]",
+)
 @click.option("--dtype", "dtypes", type=click.Choice(list(NUMPY_DTYPES)), multiple=True, help="Only these.  [default: all]")
 @click.option("--mask", "masks", type=click.Choice(["hot", "uniform", "contiguous"]), multiple=True, default=["hot"])
 @click.option("--at", "sparsities", type=click.FloatRange(0, 1), multiple=True, help="Only these sparsities.")
 @click.option("--weights", type=click.Choice(_WEIGHTS), multiple=True, default=["plain"], help="bf12 is of bfloat16 alone.")
 def sweep(names, dtypes, masks, sparsities, weights, **options) -> None:
     """Every operator and the whole FFN over sparsities, models and dtypes."""
+    known = MODELS | _WHOLE_FFNS
     wanted = sparsities or ((0.0, 0.9) if options["quick"] else SPARSITIES)
     settings = [
-        Setting(op, MODELS[name], name, dtype, mask, sparsity, format_)
+        Setting(op, known[name], name, dtype, mask, sparsity, format_)
         for name in names or MODELS
         for dtype in dtypes or NUMPY_DTYPES
         for format_ in weights
         if format_ == "plain" or dtype == "bfloat16"
         for mask in masks
         for sparsity in wanted
-        for op in operators_of(MODELS[name])
+        for op in (operators_of(known[name]) if name in MODELS else ("SparseFFN",))
         if op not in ("sparse_ffn", "three operators")
         if op not in ("ffn_1", "ffn_12") or (mask, sparsity) == (masks[0], wanted[0])  # which are dense: once
     ]

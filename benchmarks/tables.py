@@ -232,6 +232,7 @@ TABLES = {
     "sweep": sweep,
     "sweep-bf12": partial(sweep, weights=("bf12",)),
     "sweep-formulas": partial(sweep, ops=("ffn_4", "SparseFFN"), weights=("plain", "bf12")),
+    "sweep-families": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
     "host": host,
     "decode": decode,
     "decode-afm": decode,

@@ -40,3 +40,5 @@ MINITRON_4B = Model("Minitron-4B-Base", 3072, 9216, 32, 0.0, 0.9, RELU2, gated=F
 AFM_4_5B = Model("AFM-4.5B", 2560, 18432, 36, 0.0, 0.9, RELU2, gated=False)
 BITNET_2B = Model("bitnet-b1.58-2B-4T", 2560, 6912, 30, 0.0, 0.8, RELU2, normed=True)
 TURBOSPARSE_MISTRAL = Model("TurboSparse-Mistral", 4096, 14336, 32, 0.0, 0.9, DRELU)
+NEMOTRON_H_8B = Model("Nemotron-H-8B", 4096, 21504, 24, 0.0, 0.9, RELU2, gated=False)
+OPT_6_7B = Model("opt-6.7b", 4096, 16384, 32, 0.0, 0.9, gated=False)
