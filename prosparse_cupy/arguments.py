@@ -21,7 +21,8 @@ from .libraries import HOST, NUMPY, A, Description, Family, family_of, family_of
 from .problem import LARGEST_DIMS
 from .workspace import size_class
 
-_MOST_TOKENS = 8
+MOST_TOKENS = 8
+"""Of a call. The dense path is faster beyond."""
 _TRANSPOSED = {
     "w_down_t": "this is nn.Linear's layout, call pack_down(w_down) once",
     "w_gate": "this is transposed, pass nn.Linear.weight as it is",
@@ -527,7 +528,7 @@ def _check_devices(operator: str, given: _Given) -> None:
 
 
 def _check_tokens(operator: str, given: _Given) -> tuple[int, ...]:
-    """The leading dims of the vectors: () or (1,)."""
+    """The leading dims of the vectors: () or (B,)."""
     vectors = [(o.name, m.shape) for o, m in given if o.is_vector]
     for name, shape in vectors:
         if len(shape) not in (1, 2):
@@ -541,11 +542,10 @@ def _check_tokens(operator: str, given: _Given) -> tuple[int, ...]:
                 f"{operator}: {name} must have the leading dims of {first}, {tokens}, got {tuple(shape[:-1])}: "
                 "reshape one of them"
             )
-    if tokens not in ((), (1,)):
-        soon = 2 <= tokens[0] <= _MOST_TOKENS
-        limit = f"batches of 2 to {_MOST_TOKENS} tokens are not supported yet" if soon else "this is for decoding"
+    if tokens and not 1 <= tokens[0] <= MOST_TOKENS:
+        limit = "there must be at least one" if tokens[0] == 0 else "more are for the dense path, x @ w.T, which is faster there"
         raise ValueError(
-            f"{operator}: {first} must hold one token, (d,) or (1, d), got {tokens[0]} tokens: {limit}, call it per token"
+            f"{operator}: {first} must hold one token, (d,), or 1 to {MOST_TOKENS}, (B, d), got {tokens[0]} tokens: {limit}"
         )
     return tokens
 
