@@ -32,7 +32,8 @@ typedef float scalar;
 typedef unsigned short scalar;
 #endif
 
-constexpr int VEC = 16 / sizeof(scalar);  // elements in a 16-byte vector
+constexpr int VEC = 16 / sizeof(scalar);             // elements in a 16-byte vector
+constexpr unsigned ALL_TOKENS = (1u << TOKENS) - 1;  // a set of tokens has a bit for each
 
 #if defined(ROW_OPT)
 static_assert(ROW_OPT >= 1, "d_ff must be at least 1");

@@ -1,10 +1,11 @@
-// ffn_23: the activation of the gate times the up-projection (formulas 2 and 3); rows of inactive neurons are not read.
+// ffn_23: the activation of the gate times the up-projection (formulas 2 and 3); rows of neurons that are
+// inactive for every token are not read.
 //
-//   x1[j] = active(gate[j]) ? combine(gate[j], dot(x, w_up[j, :]) + bias[j]) : +0        0 <= j < d_ff
+//   x1[t, j] = active(gate[t, j]) ? combine(gate[t, j], dot(x[t, :], w_up[j, :]) + bias[j]) : +0     0 <= t < TOKENS, 0 <= j < d_ff
 //   combine(g, up) is g * up for ReLU, see activation.cuh; active(g) = not (g < threshold) and g != 0, so NaN is active
 //
-//   gate (d_ff,)   x (d_model,) and w_up (d_ff, d_model) in format W_UP, both 16-byte aligned
-//   x1 (d_ff,), every element written   bias (d_ff,) if UP_BIAS
+//   gate (TOKENS, d_ff)   x (TOKENS, d_model) and w_up (d_ff, d_model) in format W_UP, both 16-byte aligned
+//   x1 (TOKENS, d_ff), every element written   bias (d_ff,) if UP_BIAS
 //   launch   WARPS warps a block. Without ROWS a row a warp, grid ceil(d_ff / WARPS). With it the warps of a block share the
 //            active ones of its ROWS rows (at most 32), and where these are few a row has two warps; grid ceil(d_ff / ROWS).
 //            Blocks without an active row are gone at once, so the GPU's own block scheduler balances any mask
@@ -17,77 +18,109 @@
 #include "row_dot.cuh"
 #include "weights.cuh"
 
-static_assert(TOKENS == 1, "one token so far");
-
 constexpr int EARLY = LOADS <= 8 ? 2 : 0;  // chunks of x that a lane fetches with the weights: registers are few
 
+// The gate of a token and a row.
+__device__ __forceinline__ float gate_of(const scalar* gate, int token, int row, int rows) {
+    return to_float(gate[(long long)token * rows + row]);
+}
+
+// Writes x1 of a row from its dot products, which lie as row_dots leaves them, where lane l has the gate of token l % PLACES.
+__device__ __forceinline__ void write_active(scalar* x1, float s, float dot, unsigned tokens, int row, int rows,
+                                             const scalar* bias) {
+    const int lane = threadIdx.x % 32;
+    if (lane < TOKENS && tokens >> lane & 1)
+        x1[(long long)lane * rows + row] = from_float(combine(s, biased<UP_BIAS>(dot, bias, row)));
+}
+
 #ifndef ROWS
+
+static_assert(TOKENS == 1 || WARPS == 2, "warps that share a row end together");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up, scalar* __restrict__ x1, float threshold, int d_ff,
            int d_model, const scalar* bias) {
     wait_for_predecessor();
-    const int row = blockIdx.x * WARPS + threadIdx.x / 32;
-    if (row >= D_FF(d_ff)) return;
+    const int rows = D_FF(d_ff), row = (blockIdx.x * WARPS + threadIdx.x / 32) / SHARING, lane = threadIdx.x % 32;
+    if (row >= rows) return;
 
-    const float s = to_float(gate[row]);
-    float product = 0.0f;
-    if (is_active(s, threshold)) {
-        const int chunks = D_MODEL(d_model) / VEC;
-        float dots[1];
-        row_dot<W_UP, EARLY>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
-        product = combine(s, biased<UP_BIAS>(dots[0], bias, row));
-    }
-    if (threadIdx.x % 32 == 0) x1[row] = from_float(product);
+    const int token = lane % PLACES;
+    const float s = token < TOKENS ? gate_of(gate, token, row, rows) : 0.0f;
+    const unsigned tokens = __ballot_sync(ALL_LANES, is_active(s, threshold)) & ALL_TOKENS;
+    const bool writes = threadIdx.x % (32 * SHARING) < TOKENS;
+    if (tokens != ALL_TOKENS && writes && !(tokens >> lane & 1)) x1[(long long)lane * rows + row] = from_float(0.0f);
+    if (tokens == 0) return;
+    const int chunks = D_MODEL(d_model) / VEC;
+    const float dot = row_dots<W_UP, EARLY>({W_UP::row(w_up, row, chunks)}, chunks_of(x), chunks, tokens);
+    if (TOKENS == 1 || writes) write_active(x1, s, dot, tokens, row, rows, bias);
 }
 
 #else
 
-static_assert(WARPS % 2 == 0 && ROWS <= 32, "warps come in pairs, and a lane has a gate");
+static_assert(WARPS % 2 == 0 && ROWS <= 32, "warps come in pairs, and a lane has a row");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     ffn_23(const scalar* gate, const scalar* x, W_UP::Matrix w_up, scalar* __restrict__ x1, float threshold, int d_ff,
            int d_model, const scalar* bias) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS;
-    const int chunks = D_MODEL(d_model) / VEC;
+    const int rows = D_FF(d_ff), chunks = D_MODEL(d_model) / VEC;
 
-    // Every warp looks at the gates of all rows, a lane at one, so that all know which rows are active.
+    // Every warp looks at the gates of all rows, a lane at those of one, so that all know which rows are active for which tokens.
     wait_for_predecessor();
-    const bool in_block = lane < ROWS && first + lane < D_FF(d_ff);
-    const float gates = in_block ? to_float(gate[first + lane]) : 0.0f;
-    const bool active = is_active(gates, threshold);
-    const unsigned rows = __ballot_sync(ALL_LANES, active);
-    if (in_block && !active && warp == WARPS - 1) x1[first + lane] = from_float(0.0f);
-    if (rows == 0) return;
+    const bool in_block = lane < ROWS && first + lane < rows;
+    float gates[TOKENS];
+    unsigned mine = 0;  // tokens for which the lane's row is active
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        gates[t] = in_block ? gate_of(gate, t, first + lane, rows) : 0.0f;
+        mine |= (unsigned)is_active(gates[t], threshold) << t;
+    }
+    const unsigned active = __ballot_sync(ALL_LANES, mine != 0);
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
+        if (in_block && !(mine >> t & 1) && warp == WARPS - 1) x1[(long long)t * rows + first + lane] = from_float(0.0f);
+    if (active == 0) return;
 
-    fetch_into_l1<32 * WARPS>(x, D_MODEL(d_model));
-    const int n = __popc(rows & ((1u << lane) - 1));  // active rows before the lane's own
-    if (__popc(rows) > WARPS / 2) {
+    unsigned in_use = mine;  // tokens for which any row is active
+    if constexpr (TOKENS > 1) {
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) in_use |= __shfl_xor_sync(ALL_LANES, in_use, step);
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t)
+        if (TOKENS == 1 || in_use >> t & 1) fetch_into_l1<32 * WARPS>(x + t * D_MODEL(d_model), D_MODEL(d_model));
+
+    const int n = __popc(active & ((1u << lane) - 1));  // active rows before the lane's own
+#if TOKENS == 1
+    if (__popc(active) > WARPS / 2) {
         // The n-th active row is that of warp n % WARPS, and the only one where there are no more rows than warps.
-        unsigned mine = __ballot_sync(ALL_LANES, active && n % WARPS == warp);
-        for (; mine != 0; mine = ROWS > WARPS ? mine & (mine - 1) : 0) {
-            const int i = __ffs(mine) - 1, row = first + i;
-            const float s = __shfl_sync(ALL_LANES, gates, i);
-            float dots[1];
-            row_dot<W_UP, EARLY>(W_UP::row(w_up, row, chunks), chunks_of(x), chunks, dots);
-            if (lane == 0) x1[row] = from_float(combine(s, biased<UP_BIAS>(dots[0], bias, row)));
+        unsigned own = __ballot_sync(ALL_LANES, mine != 0 && n % WARPS == warp);
+        for (; own != 0; own = ROWS > WARPS ? own & (own - 1) : 0) {
+            const int i = __ffs(own) - 1, row = first + i;
+            const float s = __shfl_sync(ALL_LANES, gates[0], i);
+            const float dot = row_dots<W_UP, EARLY>({W_UP::row(w_up, row, chunks)}, chunks_of(x), chunks);
+            write_active(x1, s, dot, 1, row, rows, bias);
         }
         end_fetch();
         return;
     }
+#endif
 
     // The n-th active row is that of warps 2 n and 2 n + 1, half of it each.
-    __shared__ float even[WARPS / 2][32];
-    const unsigned mine = __ballot_sync(ALL_LANES, active && n == warp / 2);
-    const int i = mine != 0 ? __ffs(mine) - 1 : 0, row = first + i, half = warp % 2;
-    const float s = __shfl_sync(ALL_LANES, gates, i);
-    const float sum = mine != 0 ? half_row<W_UP, EARLY>(W_UP::row(w_up, row, chunks), chunks_of(x), half, chunks) : 0.0f;
-    if (half == 0) even[warp / 2][lane] = sum;
-    end_fetch();
-    __syncthreads();
-    if (mine == 0 || half == 0) return;
-    const float up = biased<UP_BIAS>(warp_sum(even[warp / 2][lane] + sum), bias, row);
-    if (lane == 0) x1[row] = from_float(combine(s, up));
+    const int half = warp % 2;
+#pragma unroll 1
+    for (int begin = 0; begin < __popc(active); begin += WARPS / 2) {
+        const unsigned own = __ballot_sync(ALL_LANES, mine != 0 && n == begin + warp / 2);
+        const int i = own != 0 ? __ffs(own) - 1 : 0, row = first + i;
+        const unsigned tokens = TOKENS == 1 ? 1 : __shfl_sync(ALL_LANES, mine, i);
+        const float s = TOKENS == 1 ? __shfl_sync(ALL_LANES, gates[0], i) : lane < TOKENS ? gate_of(gate, lane, row, rows) : 0.0f;
+        float halves[PLACES] = {};
+        if (own != 0) half_rows<W_UP, EARLY>({W_UP::row(w_up, row, chunks)}, chunks_of(x), half, chunks, tokens, halves);
+        if (begin == 0) end_fetch();
+        add_other_half(halves);
+        if (own != 0 && half == 1) write_active(x1, s, warp_sums(halves), tokens, row, rows, bias);
+        if (TOKENS == 1) return;
+    }
 }
 
 #endif

@@ -1,19 +1,22 @@
-// ffn_4: the down-projection (formula 4); weights of inactive inputs are not read.
+// ffn_4: the down-projection (formula 4); weights of inputs that are inactive for every token are not read.
 //
-//   y[c] = sum over the j with x1[j] != 0 of x1[j] * w_down_t[j, c], + bias[c]                        0 <= c < d_model
-//   y[c] = r * sum over the same of x1[j] * norm_weight[j] * w_down_t[j, c], + bias[c]                if NORM_WEIGHT
-//   r    = 1 / sqrt(mean over all j of x1[j]^2 + norm_eps): RMS normalisation, which leaves zeros zeros
+//   y[t, c] = sum over the j with x1[t, j] != 0 of x1[t, j] * w_down_t[j, c], + bias[c]        0 <= t < TOKENS, 0 <= c < d_model
+//   y[t, c] = r[t] * sum over the same of x1[t, j] * norm_weight[j] * w_down_t[j, c], + bias[c]                if NORM_WEIGHT
+//   r[t]    = 1 / sqrt(mean over all j of x1[t, j]^2 + norm_eps): RMS normalisation, which leaves zeros zeros
 //
-//   x1 (d_ff,) and w_down_t (d_ff, d_model) in format W_DOWN, both 16-byte aligned   y (d_model,), every element written
-//   bias (d_model,) if DOWN_BIAS   norm_weight (d_ff,) if NORM_WEIGHT
+//   x1 (TOKENS, d_ff) and w_down_t (d_ff, d_model) in format W_DOWN, both 16-byte aligned
+//   y (TOKENS, d_model), every element written   bias (d_model,) if DOWN_BIAS   norm_weight (d_ff,) if NORM_WEIGHT
 //   launch   WARPS warps a block; a block owns LANES * 16 bytes of every row, so all blocks do the same work whatever the mask,
-//            and no sum crosses blocks; grid ceil(d_model / (LANES * VEC)). A warp lists the active ones among its own rows and
-//            reads those: no barrier before the first weight
+//            and no sum crosses blocks; grid ceil(d_model / (LANES * VEC))
+//            SHARES: rows are dealt out in so many shares, each a warp's, or several warps' which divide the tokens. A warp lists
+//            the active ones among the rows of its share and reads those: no barrier before the first weight. It goes through
+//            its tokens one by one, so that each is added up as if it were alone; a row that others have read is in the cache
 //            EACH: 16-byte vectors of x1 that a thread looks at before its warp writes down the active rows, a tile
-//            UNIT: neighbouring vectors of x1 that go to one warp
-//            LISTED: rows of a tile that a warp has at most
-//   numerics float32 accumulation in an order that only the mask, d_ff, d_model and the dtype decide, one rounding at the store;
-//            bias and norm are applied before it, in float32
+//            UNIT: neighbouring vectors of x1 that go to one share
+//            LISTED: rows of a tile that a share has at most
+//            SHARED_BYTES: dynamic shared memory of a block, if it needs more than it has without
+//   numerics float32 accumulation in an order that only the token's mask, d_ff, d_model and the dtype decide, one rounding at the
+//            store; bias and norm are applied before it, in float32
 
 #include "bias.cuh"
 #include "elements.cuh"
@@ -21,19 +24,18 @@
 #include "warp.cuh"
 #include "weights.cuh"
 
-static_assert(TOKENS == 1, "one token so far");
-
-#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED)
-#error "define LANES, LOADS, EACH, UNIT and LISTED"
+#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED) || !defined(SHARES)
+#error "define LANES, LOADS, EACH, UNIT, LISTED and SHARES"
 #endif
 #ifndef NORM_WEIGHT
 #error "define NORM_WEIGHT as 0 or 1"
 #endif
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int GROUPS = 32 / LANES;          // of a warp, each reading its own row
-constexpr int SLICE = LANES * VEC;          // columns of a block
-constexpr int TILE = EACH * VEC * THREADS;  // rows of a tile
+constexpr int GROUPS = 32 / LANES;              // of a warp, each reading its own row
+constexpr int SLICE = LANES * VEC;              // columns of a block
+constexpr int STEP = VEC * 32 * SHARES;         // rows between a thread's vectors of x1
+constexpr int TILE = EACH * STEP;               // rows of a tile
 #ifdef COL_OPT
 constexpr bool WHOLE_SLICES = COL_OPT % SLICE == 0;
 #else
@@ -41,9 +43,7 @@ constexpr bool WHOLE_SLICES = false;
 #endif
 static_assert(32 % LANES == 0, "a row segment must not straddle warps");
 static_assert(32 % UNIT == 0, "a unit must not straddle warps, nor the vectors of a thread");
-static_assert(SLICE <= THREADS, "a thread writes one column");
 static_assert(EACH * VEC <= 64, "a thread keeps a bit per row");
-static_assert(LISTED * WARPS <= 20480, "a tile's list must fit static shared memory");
 static_assert(TILE <= 65536, "the list holds 16-bit row numbers");
 
 template <bool WIDE>
@@ -61,29 +61,31 @@ __device__ __forceinline__ int count(unsigned long long bits) { return __popcll(
 __device__ __forceinline__ unsigned lowest(unsigned bits) { return __ffs(bits) - 1; }
 __device__ __forceinline__ unsigned lowest(unsigned long long bits) { return __ffsll(bits) - 1; }
 
-// First row of the thread's k-th vector in a tile. Units go round the warps, so that a mask with its active rows side by side
-// loads all warps alike.
-__device__ __forceinline__ unsigned first_row(unsigned k) {
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    return k * (THREADS * VEC) + ((lane / UNIT * WARPS + warp) * UNIT + lane % UNIT) * VEC;
+// First row of the thread's k-th vector in a tile. Units go round the shares, so that a mask with its active rows side by side
+// loads all of them alike.
+__device__ __forceinline__ unsigned first_row(unsigned k, unsigned share, unsigned lane = threadIdx.x % 32) {
+    return k * STEP + ((lane / UNIT * SHARES + share) * UNIT + lane % UNIT) * VEC;
 }
 
-// Bit k * VEC + e: whether x1[first_row(k) + e] is not zero. With a norm, adds their squares to the thread's `squares`.
-__device__ __forceinline__ Bits active_bits(const scalar* x1, int rows, float (&squares)[2]) {
+// Bit k * VEC + e: whether x1[first_row(k) + e] is not zero. With a norm, adds their squares to the thread's `squares`. Of tokens
+// but the first, x1 may lie at any element.
+template <bool IS_ALIGNED>
+__device__ __forceinline__ Bits active_bits(const scalar* x1, int rows, unsigned share, float (&squares)[2]) {
     uint4 v[EACH];  // all loads before the first use
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
-        const int row = first_row(k);
-        v[k] = row + VEC <= rows ? *reinterpret_cast<const uint4*>(x1 + row) : uint4{0, 0, 0, 0};
+        const int row = first_row(k, share);
+        v[k] = IS_ALIGNED && row + VEC <= rows ? *reinterpret_cast<const uint4*>(x1 + row) : uint4{0, 0, 0, 0};
     }
     Bits bits = 0;
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
-        const int row = first_row(k);
+        const int row = first_row(k, share);
 #pragma unroll
         for (int e = 0; e < VEC; ++e) {
             scalar value = raw_element(v[k], e);
-            if (rows % VEC != 0 && row + VEC > rows && row + e < rows) value = x1[row + e];  // the vector that d_ff cuts off
+            // the vector that d_ff cuts off
+            if ((!IS_ALIGNED || (rows % VEC != 0 && row + VEC > rows)) && row + e < rows) value = x1[row + e];
             bits |= (Bits)is_nonzero(value) << (k * VEC + e);
             if constexpr (NORM_WEIGHT) squares[e % 2] = fmaf(to_float(value), to_float(value), squares[e % 2]);
         }
@@ -91,9 +93,10 @@ __device__ __forceinline__ Bits active_bits(const scalar* x1, int rows, float (&
     return bits;
 }
 
-// Writes the rows behind the warp's bits to its `list`, in an order that only the bits decide, and returns how many there are.
-// The first barrier keeps the list of one tile from overwriting that of another, which may still be read.
-__device__ __forceinline__ int list_rows(Bits bits, unsigned short* list) {
+// Calls write(position, bit) for each of the warp's bits, in an order that only the bits decide, and returns how many there are. The
+// first barrier keeps the list of one tile from overwriting that of another, which may still be read.
+template <class Write>
+__device__ __forceinline__ int list_rows(Bits bits, Write write) {
     const int lane = threadIdx.x % 32, own = count(bits);
     int upto = own;  // inclusive sum of the counts over the lanes
 #pragma unroll
@@ -104,92 +107,156 @@ __device__ __forceinline__ int list_rows(Bits bits, unsigned short* list) {
     const int total = __shfl_sync(ALL_LANES, upto, 31);
     unsigned position = upto - own;
     __syncwarp();
-    const unsigned base = first_row(0);
-    for (; bits != 0; bits &= bits - 1) {
-        const unsigned bit = lowest(bits);
-        list[position++] = base + bit / VEC * (THREADS * VEC) + bit % VEC;
-    }
+    for (; bits != 0; bits &= bits - 1) write(position++, lowest(bits));
     __syncwarp();
     return total;
+}
+
+// The row of a thread's bit.
+__device__ __forceinline__ unsigned row_of(unsigned bit, unsigned base) { return base + bit / VEC * STEP + bit % VEC; }
+
+// What is left to do with a column's sum: the norm, the bias, the rounding.
+__device__ __forceinline__ scalar finished(float total, float squares, int rows, float norm_eps, const scalar* bias, int c) {
+    if constexpr (NORM_WEIGHT)
+        if (total != 0.0f) total *= 1.0f / sqrtf(squares / rows + norm_eps);  // where nothing is active r may be infinite
+    return from_float(biased<DOWN_BIAS>(total, bias, c));
+}
+
+constexpr int SPLIT = WARPS / SHARES;                            // warps that divide the tokens of a share among them
+constexpr int OWN = (TOKENS + SPLIT - 1) / SPLIT;                // tokens of a warp
+constexpr int MOST_JOINT = W_DOWN::HAS_ESCAPES ? 2 : 4;          // registers are few
+constexpr int JOINT = OWN < MOST_JOINT ? OWN : MOST_JOINT;       // of these, looked at together
+constexpr int LISTS = OWN < 2 ? OWN : 2;                         // of these, read side by side
+constexpr int OUTPUTS = (TOKENS * SLICE + THREADS - 1) / THREADS;  // of a thread
+static_assert(WARPS % SHARES == 0, "every share has as many warps");
+
+struct Shared {
+    unsigned short lists[WARPS][LISTS][LISTED];
+    float partial[TOKENS][SHARES][SLICE];
+    float squares_of[TOKENS][SHARES];
+};
+
+// Adds the products of the rows of N lists, so many each, with T tokens' x1 each, in the order in which a token alone adds them: its
+// n-th row by group n % GROUPS.
+template <int N, int T>
+__device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsigned short (*lists)[LISTED], const int (&active)[N],
+                                         const W_DOWN::Column& mine, bool is_column, const scalar* x1, int tile, int rows,
+                                         const scalar* norm_weight) {
+    const int most = N == 1 ? active[0] : max(active[0], active[N - 1]);
+    for (int begin = 0; begin < most; begin += GROUPS * LOADS) {  // all lanes stay together
+        const int first = begin + threadIdx.x % 32 / LANES;
+        W_DOWN::Chunk w[N * LOADS];
+        float s[N * LOADS][T];
+#pragma unroll
+        for (int i = 0; i < N * LOADS; ++i) {
+            const int n = i / LOADS, place = first + i % LOADS * GROUPS;
+            const bool valid = place < active[n] && is_column;
+            const unsigned row = tile + (valid ? lists[n][place] : 0u);
+            w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
+#pragma unroll
+            for (int t = 0; t < T; ++t) {
+                s[i][t] = valid ? to_float(*advanced(x1 + (long long)(n * T + t) * rows, row, sizeof(scalar))) : 0.0f;
+                if constexpr (NORM_WEIGHT)
+                    if (valid) s[i][t] *= to_float(*advanced(norm_weight, row, sizeof(scalar)));
+            }
+        }
+        W_DOWN::Words words[N * LOADS];
+#pragma unroll
+        for (int i = 0; i < N * LOADS; ++i) words[i] = mine.words(w[i]);
+        for_each_chunk<W_DOWN>(words, mine.code, [&](int i, const uint4& weights) {
+#pragma unroll
+            for (int t = 0; t < T; ++t)
+#pragma unroll
+                for (int e = 0; e < VEC; ++e)
+                    sums[i / LOADS * T + t][e] = fmaf(s[i][t], element(weights, e), sums[i / LOADS * T + t][e]);
+        });
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, scalar* __restrict__ y, int d_ff, int d_model, const scalar* bias,
           const scalar* norm_weight, float norm_eps) {
-    __shared__ unsigned short lists[WARPS][LISTED];
-    __shared__ float partial[WARPS][SLICE];
-    __shared__ float squares_of[WARPS];
-
+#if defined(SHARED_BYTES)
+    static_assert(sizeof(Shared) <= SHARED_BYTES, "what a block keeps must fit its dynamic shared memory");
+    Shared& shared = *dynamic_shared<Shared>();
+#else
+    __shared__ Shared shared;
+#endif
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model), chunks = columns / VEC;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = warp % SHARES;
 
     const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
     const bool is_column = WHOLE_SLICES || chunk < stored<W_DOWN>(chunks);
     const W_DOWN::Column mine = W_DOWN::column(w_down_t, chunk, chunks);
     wait_for_predecessor();
-    unsigned short* list = lists[warp];
-    float sum[VEC] = {}, squares[2] = {};
-    for (int tile = 0; tile < rows; tile += TILE) {
-        const int active = list_rows(active_bits(x1 + tile, rows - tile, squares), list);
-        for (int begin = 0; begin < active; begin += GROUPS * LOADS) {  // all lanes stay together
-            const int first = begin + lane / LANES, left = active - first;
-            W_DOWN::Chunk w[LOADS];
-            float s[LOADS];
-#pragma unroll
-            for (int i = 0; i < LOADS; ++i) {
-                const bool valid = left > i * GROUPS && is_column;
-                const unsigned row = tile + (valid ? list[first + i * GROUPS] : 0u);
-                w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
-                s[i] = valid ? to_float(*advanced(x1, row, sizeof(scalar))) : 0.0f;
-                if constexpr (NORM_WEIGHT)
-                    if (valid) s[i] *= to_float(*advanced(norm_weight, row, sizeof(scalar)));
-            }
-            W_DOWN::Words words[LOADS];
-#pragma unroll
-            for (int i = 0; i < LOADS; ++i) words[i] = mine.words(w[i]);
-            for_each_chunk<W_DOWN>(words, mine.code, [&](int i, const uint4& weights) {
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) sum[e] = fmaf(s[i], element(weights, e), sum[e]);
-            });
-        }
-    }
+    auto& lists = shared.lists[warp];
+    const unsigned base = first_row(0, share);
 
-    // Over the warp's groups: at each step a lane passes on half of the columns that it still holds and adds to the other half.
-    int held = VEC, column = threadIdx.x % LANES * VEC;
+#pragma unroll 1
+    for (int first_token = warp / SHARES * OWN, last = min(first_token + OWN, TOKENS); first_token < last; first_token += JOINT) {
+        const scalar* x1_of = x1 + (long long)first_token * rows;
+        float sums[JOINT][VEC] = {}, squares[JOINT][2] = {};
+        for (int tile = 0; tile < rows; tile += TILE) {
+            Bits bits[JOINT];
+            bool alike = true;
 #pragma unroll
-    for (int step = 16; step >= LANES; step /= 2) {
-        const bool upper = lane & step;
-        if (held == 1) {
-            sum[0] += __shfl_xor_sync(ALL_LANES, sum[0], step);
-            continue;
+            for (int t = 0; t < JOINT; ++t) {
+                bits[t] = 0;
+                if (OWN % JOINT == 0 && TOKENS % OWN == 0 || first_token + t < last) {
+                    const scalar* values = x1_of + (long long)t * rows + tile;
+                    bits[t] = TOKENS == 1 || rows % VEC == 0 ? active_bits<true>(values, rows - tile, share, squares[t])
+                                                             : active_bits<false>(values, rows - tile, share, squares[t]);
+                }
+                alike &= bits[t] == bits[0];
+            }
+            const auto listed = [&](int n, Bits these) {
+                return list_rows(these, [&](unsigned place, unsigned bit) { lists[n][place] = row_of(bit, base); });
+            };
+            if (JOINT == 1 || __all_sync(ALL_LANES, alike)) {
+                add_rows<1, JOINT>(sums, lists, {listed(0, bits[0])}, mine, is_column, x1_of, tile, rows, norm_weight);
+                continue;
+            }
+#pragma unroll
+            for (int t = 0; t < JOINT; t += 2) {
+                const scalar* values = x1_of + (long long)t * rows;
+                if (t + 1 < JOINT) {
+                    float(&both)[2][VEC] = reinterpret_cast<float(&)[2][VEC]>(sums[t]);
+                    const int first = listed(0, bits[t]), second = listed(LISTS - 1, bits[(t + 1) % JOINT]);
+                    add_rows<2, 1>(both, lists, {first, second}, mine, is_column, values, tile, rows, norm_weight);
+                } else {
+                    float(&one)[1][VEC] = reinterpret_cast<float(&)[1][VEC]>(sums[t]);
+                    add_rows<1, 1>(one, lists, {listed(0, bits[t])}, mine, is_column, values, tile, rows, norm_weight);
+                }
+            }
         }
-        held /= 2;
-        if (upper) column += held;
+
+        // Over the warp's groups.
 #pragma unroll
-        for (int e = 0; e < held; ++e) {
-            const float keep = upper ? sum[e + held] : sum[e], pass = upper ? sum[e] : sum[e + held];
-            sum[e] = keep + __shfl_xor_sync(ALL_LANES, pass, step);
+        for (int t = 0; t < JOINT; ++t) {
+            const int column = threadIdx.x % LANES * VEC + add_lanes<LANES, VEC>(sums[t]), token = first_token + t;
+            if (token >= last) continue;
+#pragma unroll
+            for (int e = 0; e < VEC / GROUPS + (VEC < GROUPS); ++e) shared.partial[token][share][column + e] = sums[t][e];
+            if constexpr (NORM_WEIGHT) {
+                const float all = warp_sum(squares[t][0] + squares[t][1]);
+                if (lane == 0) shared.squares_of[token][share] = all;
+            }
         }
-    }
-#pragma unroll
-    for (int e = 0; e < held; ++e) partial[warp][column + e] = sum[e];
-    if constexpr (NORM_WEIGHT) {
-        const float all = warp_sum(squares[0] + squares[1]);
-        if (lane == 0) squares_of[warp] = all;
     }
     __syncthreads();
 
-    // Over the warps.
-    const int c = blockIdx.x * SLICE + threadIdx.x;
-    if (threadIdx.x >= SLICE || c >= columns) return;
-    float total = 0.0f;
+    // Over the shares.
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) total += partial[w][threadIdx.x];
-    if constexpr (NORM_WEIGHT) {
-        float all = 0.0f;
+    for (int o = 0; o < OUTPUTS; ++o) {
+        const int output = o * THREADS + threadIdx.x, token = output / SLICE, c = blockIdx.x * SLICE + output % SLICE;
+        if (token >= TOKENS || c >= columns) continue;
+        float total = 0.0f, all = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) all += squares_of[w];
-        if (total != 0.0f) total *= 1.0f / sqrtf(all / rows + norm_eps);  // where nothing is active r may be infinite
+        for (int i = 0; i < SHARES; ++i) total += shared.partial[token][i][output % SLICE];
+        if constexpr (NORM_WEIGHT) {
+#pragma unroll
+            for (int i = 0; i < SHARES; ++i) all += shared.squares_of[token][i];
+        }
+        y[(long long)token * columns + c] = finished(total, all, rows, norm_eps, bias, c);
     }
-    y[c] = from_float(biased<DOWN_BIAS>(total, bias, c));
 }

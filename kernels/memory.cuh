@@ -27,10 +27,15 @@ __device__ __forceinline__ unsigned load_once(const unsigned* address) {
 }
 
 // The same, and L2 may fetch 256 bytes at a time. That pays if neighbouring blocks ask for the rest soon, as those of ffn_4 do,
-// and costs if a warp itself asks for all of it.
+// and costs if a warp itself asks for all of it. With several tokens a block may ask for it once more, so L1 keeps it.
+#if TOKENS == 1
+#define NOT_IN_L1 "L1::no_allocate."
+#else
+#define NOT_IN_L1
+#endif
 __device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address) {
     uint4 v;
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global." NOT_IN_L1 "L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address));
     return v;
@@ -38,13 +43,13 @@ __device__ __forceinline__ uint4 load_once_with_neighbours(const uint4* address)
 
 __device__ __forceinline__ uint2 load_once_with_neighbours(const uint2* address) {
     uint2 v;
-    asm volatile("ld.global.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    asm volatile("ld.global." NOT_IN_L1 "L2::256B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
     return v;
 }
 
 __device__ __forceinline__ unsigned load_once_with_neighbours(const unsigned* address) {
     unsigned v;
-    asm volatile("ld.global.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    asm volatile("ld.global." NOT_IN_L1 "L2::256B.u32 %0, [%1];" : "=r"(v) : "l"(address));
     return v;
 }
 
@@ -73,6 +78,10 @@ __device__ __forceinline__ void fetch_into_l1(const scalar* vector, int length) 
 // Every thread that fetched calls this before it ends.
 __device__ __forceinline__ void end_fetch() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+#ifdef SHARED_BYTES
+extern __shared__ uint4 dynamic_shared_memory[];
+#endif
+
 #else
 
 template <class T>
@@ -95,6 +104,18 @@ __device__ __forceinline__ void fetch_into_l1(const scalar*, int) {}
 
 __device__ __forceinline__ void end_fetch() {}
 
+#ifdef SHARED_BYTES
+__shared__ uint4 dynamic_shared_memory[SHARED_BYTES / 16];
+#endif
+
+#endif
+
+#ifdef SHARED_BYTES
+// The block's dynamic shared memory, SHARED_BYTES of it.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+    return reinterpret_cast<T*>(dynamic_shared_memory);
+}
 #endif
 
 // `pointer` and j times `bytes`.

@@ -28,3 +28,19 @@ __device__ __forceinline__ void for_each_chunk(const typename Format::Words (&wo
 #pragma unroll
     for (int i = 0; i < N; ++i) use(i, code.plain(words[i]));
 }
+
+// The elements of a lane's chunks, for whoever looks at them more than once. All lanes of a warp call together.
+template <class Format, int N, class Code>
+__device__ __forceinline__ void decode(const typename Format::Words (&words)[N], const Code& code, uint4 (&elements)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) elements[i] = code.plain(words[i]);
+    if constexpr (Format::HAS_ESCAPES) {
+        bool escaped = false;
+#pragma unroll
+        for (int i = 0; i < N; ++i) escaped |= words[i].escaped();
+        if (!__any_sync(ALL_LANES, escaped)) return;
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (words[i].escaped()) elements[i] = code.escapes[words[i].low0];
+    }
+}

@@ -93,7 +93,10 @@ def _compile(plan: launch.Launch, device: int) -> Any:
 
 def _function(plan: launch.Launch) -> Any:
     module = cupy().RawModule(code=source(plan.kernel), options=compiler_options(plan))
-    return module.get_function(plan.kernel).kernel
+    function = module.get_function(plan.kernel)
+    if plan.shared_bytes:
+        function.max_dynamic_shared_size_bytes = plan.shared_bytes
+    return function.kernel
 
 
 class Dims(Protocol):

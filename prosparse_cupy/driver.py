@@ -58,7 +58,7 @@ def launcher(function: int, plan: Launch, device: int) -> Launcher:
     arguments.
     """
     current, on_device = cupy().cuda.runtime.getDevice, cupy().cuda.Device
-    shape = (*plan.grid, *plan.block, 0)  # no dynamic shared memory
+    shape = (*plan.grid, *plan.block, plan.shared_bytes)
     buffer = _Buffer(shape, plan.arguments, device)
     pack = struct.Struct(_REST + "".join(map(_slot, "".join(plan.arguments)))).pack_into
     start = _SHAPE.size

@@ -13,14 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from .formats import BF12_ROWS, BF12_SLICES, SLICE_UNIT, Format, vector_length
+from .formats import BF12_ROWS, BF12_SLICES, SLICE_UNIT, VECTOR_BYTES, Format, vector_length
 from .formula import RELU
 from .problem import H100, KERNELS, WARP, Problem, Target, ceil_div
 
 _MOST_WARPS = 32
 _REGISTERS = 65536  # of a multiprocessor
+_STATIC_BYTES = 48 * 1024  # of shared memory, which a block has without being asked
 _MOST_LISTED = 20480  # rows of a tile, which take 16 bits each of 48 KB of shared memory
 _FEWEST_REGISTERS = 24  # of a thread, which no kernel needs fewer than
 
@@ -54,8 +55,14 @@ class Knobs(ABC):
     def shape(self, problem: Problem) -> Shape:
         """Grid and block of a launch with them."""
 
+    def shared_bytes(self, problem: Problem) -> int:
+        """Dynamic shared memory of a block."""
+        return 0
+
     def legal(self, problem: Problem, target: Target) -> str:
         """Why a kernel cannot be launched so, or nothing."""
+        if self.shared_bytes(problem) > target.shared_bytes:
+            return f"{self.shared_bytes(problem)} bytes of shared memory, a block has {target.shared_bytes}"
         if not 1 <= self.warps <= _MOST_WARPS:
             return f"{self.warps} warps a block, not 1 to {_MOST_WARPS}"
         if not self.min_blocks >= 1 or self.min_blocks * self.warps * WARP * _FEWEST_REGISTERS > _REGISTERS:
@@ -65,21 +72,33 @@ class Knobs(ABC):
     def defines(self, problem: Problem) -> tuple[Define, ...]:
         """As NVRTC gets them; a flag is defined or not, and so is a number that is zero."""
         values = ((field.name.upper(), getattr(self, field.name)) for field in fields(self))
-        return tuple((name, None if value is True else value) for name, value in values if value is not False and value != 0)
+        shared = (("SHARED_BYTES", self.shared_bytes(problem)),) if self.shared_bytes(problem) else ()
+        return (
+            *((name, None if value is True else value) for name, value in values if value is not False and value != 0),
+            *shared,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+R = TypeVar("R", bound="RowKnobs")
+
+
 @dataclass(frozen=True)
 class RowKnobs(Knobs):
-    """Of `ffn_1`, which gives a warp a row."""
+    """Of `ffn_1`, which gives a warp a row, or several."""
 
     loads: int
-    """16-byte loads that a lane issues before it uses the first: a row in one batch, or in batches of an even number each."""
+    """16-byte loads of a row that a lane issues before it uses the first: a row in one batch, or in batches of an even number
+    each. With several tokens, of the half of a row that is read at a time."""
+    abreast: int = 1
+    """Rows that a warp reads side by side, so that what it reads of the tokens serves them all."""
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> RowKnobs:
+        if problem.tokens > 1:
+            return _of_tokens(cls, problem)
         if not problem.is_plain:
             return RowKnobs(warps=2, min_blocks=8, loads=_loads(problem, most=10))
         # 20 loads cover a row of 5120 16-bit elements in one batch.
@@ -92,13 +111,42 @@ class RowKnobs(Knobs):
                 yield RowKnobs(warps, min_blocks, _loads(problem, most))
 
     def shape(self, problem: Problem) -> Shape:
-        return (ceil_div(problem.d_ff, self.warps), 1, 1), (WARP * self.warps, 1, 1)
+        of_block = max(1, self.warps // _sharing(problem)) * self.abreast
+        return (ceil_div(problem.d_ff, of_block), 1, 1), (WARP * self.warps, 1, 1)
 
     def legal(self, problem: Problem, target: Target) -> str:
+        if problem.tokens > 1:
+            return self._legal_with_tokens(problem) or super().legal(problem, target)
+        if self.abreast != 1:
+            return f"{self.abreast} rows abreast, with one token whose elements nobody shares"
         one_batch = problem.specialize and problem.lane_loads <= self.loads
         if self.loads < 1 or not (one_batch or self.loads % 2 == 0):
             return f"{self.loads} loads split a row into batches that do not begin with an even load"
         return super().legal(problem, target)
+
+    def _legal_with_tokens(self, problem: Problem) -> str:
+        places = 1 << (problem.tokens - 1).bit_length()
+        if self.warps % 2:
+            return f"{self.warps} warps: with several tokens they come in pairs"
+        if self.loads < 1:
+            return f"{self.loads} loads"
+        if self.abreast < 1 or self.abreast & (self.abreast - 1) or self.abreast * places > WARP:
+            return f"{self.abreast} rows abreast are no power of two, or too many for {problem.tokens} tokens"
+        return ""
+
+
+def _of_tokens(kind: type[R], problem: Problem, **more: Any) -> R:
+    """Of several tokens: half of a row at a time."""
+    abreast = 1 if problem.tokens == 2 else 2
+    loads = ceil_div(ceil_div(problem.lane_loads, 2), 1 if problem.lane_loads <= 20 else ceil_div(problem.lane_loads, 20))
+    if not problem.specialize:
+        loads = 8
+    return kind(warps=2, min_blocks=8, loads=loads, abreast=abreast, **more)
+
+
+def _sharing(problem: Problem) -> int:
+    """Warps that read a row together."""
+    return 1 if problem.tokens == 1 else 2
 
 
 @dataclass(frozen=True)
@@ -110,17 +158,19 @@ class EarlyRowKnobs(RowKnobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> EarlyRowKnobs:
-        dense = RowKnobs.rule(problem, target)
         early = problem.specialize and target.is_programmatic and problem.is_plain
+        if problem.tokens > 1:
+            return _of_tokens(cls, problem, early_successor=early)
+        dense = RowKnobs.rule(problem, target)
         if not problem.is_plain and problem.lane_loads <= 12:  # a row in one batch
             return EarlyRowKnobs(warps=1, min_blocks=8, loads=_loads(problem, most=12), early_successor=early)
-        return EarlyRowKnobs(dense.warps, dense.min_blocks, dense.loads, early)
+        return EarlyRowKnobs(dense.warps, dense.min_blocks, dense.loads, early_successor=early)
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[EarlyRowKnobs]:
         for knobs in RowKnobs.variants(problem):
             for early in (False, True):
-                yield cls(knobs.warps, knobs.min_blocks, knobs.loads, early)
+                yield cls(knobs.warps, knobs.min_blocks, knobs.loads, knobs.abreast, early)
 
     def legal(self, problem: Problem, target: Target) -> str:
         if self.early_successor and not target.is_programmatic:
@@ -132,11 +182,18 @@ class EarlyRowKnobs(RowKnobs):
 class FusedRowKnobs(EarlyRowKnobs):
     """Of `ffn_123`, whose warp goes on to its neuron's other row."""
 
+    def legal(self, problem: Problem, target: Target) -> str:
+        if problem.tokens > 1 and self.warps != 2:
+            return f"{self.warps} warps: with several tokens two share their rows"
+        return super().legal(problem, target)
+
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> FusedRowKnobs:
         # Blocks of few warps end early, so that the successor's come in. With ten loads a lane keeps its registers for four
         # blocks.
         early = _starts_early(problem, target)
+        if problem.tokens > 1:
+            return _of_tokens(cls, problem, early_successor=early)
         if not problem.is_plain:
             return FusedRowKnobs(warps=2, min_blocks=8, loads=_loads(problem, most=10), early_successor=early)
         return FusedRowKnobs(warps=2 if early else 4, min_blocks=4, loads=_loads(problem, most=10), early_successor=early)
@@ -156,6 +213,9 @@ class SharedRowKnobs(RowKnobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> SharedRowKnobs:
+        if problem.tokens > 1:
+            loads = _of_tokens(RowKnobs, problem).loads
+            return SharedRowKnobs(warps=8, min_blocks=2, loads=loads, rows=8)
         if not problem.is_plain and BF12_SLICES in problem.formats:  # their words take registers
             return SharedRowKnobs(warps=8, min_blocks=2, loads=_loads(problem, most=10), rows=8)
         # Eight warps share eight rows: larger blocks finish sooner when almost nothing is active, but hold their registers
@@ -175,12 +235,17 @@ class SharedRowKnobs(RowKnobs):
         for most in (8, 10, 20):
             for rows in (0, 8, 10, 12, 16):
                 for warps, min_blocks in ((4, 8), (8, 3), (8, 4), (16, 2)):
-                    yield SharedRowKnobs(warps, min_blocks, _loads(problem, most), rows)
+                    yield SharedRowKnobs(warps, min_blocks, _loads(problem, most), rows=rows)
 
     def shape(self, problem: Problem) -> Shape:
-        return (ceil_div(problem.d_ff, self.rows or self.warps), 1, 1), (WARP * self.warps, 1, 1)
+        of_block = self.rows or max(1, self.warps // _sharing(problem))
+        return (ceil_div(problem.d_ff, of_block), 1, 1), (WARP * self.warps, 1, 1)
 
     def legal(self, problem: Problem, target: Target) -> str:
+        if self.abreast != 1:
+            return f"{self.abreast} rows abreast: its warps read a row each"
+        if problem.tokens > 1 and not self.rows and self.warps != 2:
+            return f"{self.warps} warps: with several tokens two share a row, or many the rows of a block"
         if self.rows and (self.warps % 2 or not 1 <= self.rows <= WARP):
             return f"{self.warps} warps cannot share {self.rows} rows: warps come in pairs, rows are at most {WARP}"
         return super().legal(problem, target)
@@ -203,7 +268,7 @@ def _loads(problem: Problem, most: int) -> int:
 
 @dataclass(frozen=True)
 class ColumnKnobs(Knobs):
-    """Of `ffn_4`. Its warps are part of the order of sums."""
+    """Of `ffn_4`. The shares that its warps sum are part of the order of sums."""
 
     loads: int = 4
     """Rows that a lane reads at once."""
@@ -239,8 +304,9 @@ class ColumnKnobs(Knobs):
         return (ceil_div(problem.vectors, order_of_ffn_4(problem).lanes), 1, 1), (WARP * self.warps, 1, 1)
 
     def legal(self, problem: Problem, target: Target) -> str:
-        if self.warps != (needed := order_of_ffn_4(problem).warps):
-            return f"{self.warps} warps would change the order of sums: it is that of {needed}"
+        order = order_of_ffn_4(problem)
+        if self.warps % order.warps or self.warps > order.warps * problem.tokens:
+            return f"{self.warps} warps would change the order of sums: it is that of {order.warps}, with several tokens of multiples"
         if self.loads < 1:
             return f"{self.loads} loads"
         if BF12_SLICES in problem.formats and order_of_ffn_4(problem).lanes < SLICE_UNIT:
@@ -249,6 +315,15 @@ class ColumnKnobs(Knobs):
 
     def defines(self, problem: Problem) -> tuple[Define, ...]:
         return (*order_of_ffn_4(problem).defines(), *super().defines(problem))
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """As `Shared` in `ffn_4.cu`, where that is more than a block has without being asked."""
+        order = order_of_ffn_4(problem)
+        columns = order.lanes * vector_length(problem.dtype)
+        lists = 1 if ceil_div(problem.tokens, self.warps // order.warps) == 1 else 2
+        lists, sums = 2 * lists * self.warps * order.listed, 4 * problem.tokens * order.warps * (columns + 1)
+        needed = _multiple(_multiple(lists, 4) + sums, VECTOR_BYTES)
+        return needed if needed > _STATIC_BYTES else 0
 
 
 class Order(NamedTuple):
@@ -261,12 +336,12 @@ class Order(NamedTuple):
     unit: int
     """Neighbouring vectors of x1 that go to one warp."""
     warps: int
-    """Warps of a block, among which rows are dealt out."""
+    """Warps of a block, or shares of its warps, to which rows are dealt out."""
     listed: int
     """Rows of a tile that a warp has at most: its part of the tile, or of d_ff where a whole tile's list would not fit."""
 
     def defines(self) -> tuple[tuple[str, int], ...]:
-        return tuple((name.upper(), value) for name, value in self._asdict().items() if name != "warps")
+        return tuple(("SHARES" if name == "warps" else name.upper(), value) for name, value in self._asdict().items())
 
 
 def order_of_ffn_4(problem: Problem) -> Order:
@@ -287,6 +362,10 @@ def order_of_ffn_4(problem: Problem) -> Order:
 def _column_warps(problem: Problem, lanes: int) -> int:
     """32 where a third of an H100's multiprocessors get no block of four lanes: the others must each have more in flight."""
     return 32 if lanes >= SLICE_UNIT and 3 * ceil_div(problem.vectors, lanes) <= 2 * H100.multiprocessors else 16
+
+
+def _multiple(number: int, of: int) -> int:
+    return ceil_div(number, of) * of
 
 
 def _slice_lanes(problem: Problem) -> int:

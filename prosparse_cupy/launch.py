@@ -25,6 +25,8 @@ class Launch:
     """NVRTC defines; None for one without a value."""
     arguments: tuple[str, ...]
     """Each kernel parameter in `struct` characters: P a pointer, PP a struct of two, f float32, i int32."""
+    shared_bytes: int = 0
+    """Dynamic shared memory of a block."""
     programmatic: bool = False
     """Whether it may start while its predecessor on the stream ends (programmatic dependent launch)."""
 
@@ -46,7 +48,7 @@ def plan(problem: Problem, target: Target = H100, knobs: Knobs | None = None) ->
     grid, block = chosen.shape(problem)
     programmatic = target.is_programmatic and interface.is_programmatic
     defines = (*_defines(problem), *chosen.defines(problem), *((("PROGRAMMATIC", None),) if programmatic else ()))
-    return Launch(kernel, grid, block, defines, _arguments(problem), programmatic)
+    return Launch(kernel, grid, block, defines, _arguments(problem), chosen.shared_bytes(problem), programmatic)
 
 
 def _defines(problem: Problem) -> tuple[Define, ...]:

@@ -69,6 +69,11 @@ class Target(NamedTuple):
         """Whether it has programmatic dependent launch: Hopper and later."""
         return self.capability >= 90
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that a block can have (CUDA C++ Programming Guide, Technical Specifications per Compute Capability)."""
+        return 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 101: 227, 103: 227, 110: 227}.get(self.capability, 99)
+
 
 H100 = Target(90, 132, "NVIDIA H100 80GB HBM3")
 
