@@ -14,6 +14,7 @@
 //            EACH: 16-byte vectors of x1 that a thread looks at before its warp writes down the active rows, a tile
 //            UNIT: neighbouring vectors of x1 that go to one share
 //            LISTED: rows of a tile that a share has at most
+//            LISTS: tokens whose rows a warp reads side by side, 1 or 2
 //            SHARED_BYTES: dynamic shared memory of a block, if it needs more than it has without
 //   numerics float32 accumulation in an order that only the token's mask, d_ff, d_model and the dtype decide, one rounding at the
 //            store; bias and norm are applied before it, in float32
@@ -24,8 +25,8 @@
 #include "warp.cuh"
 #include "weights.cuh"
 
-#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED) || !defined(SHARES)
-#error "define LANES, LOADS, EACH, UNIT, LISTED and SHARES"
+#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED) || !defined(SHARES) || !defined(LISTS)
+#error "define LANES, LOADS, EACH, UNIT, LISTED, SHARES and LISTS"
 #endif
 #ifndef NORM_WEIGHT
 #error "define NORM_WEIGHT as 0 or 1"
@@ -126,9 +127,9 @@ constexpr int SPLIT = WARPS / SHARES;                            // warps that d
 constexpr int OWN = (TOKENS + SPLIT - 1) / SPLIT;                // tokens of a warp
 constexpr int MOST_JOINT = W_DOWN::HAS_ESCAPES ? 2 : 4;          // registers are few
 constexpr int JOINT = OWN < MOST_JOINT ? OWN : MOST_JOINT;       // of these, looked at together
-constexpr int LISTS = OWN < 2 ? OWN : 2;                         // of these, read side by side
 constexpr int OUTPUTS = (TOKENS * SLICE + THREADS - 1) / THREADS;  // of a thread
 static_assert(WARPS % SHARES == 0, "every share has as many warps");
+static_assert(LISTS == 1 || (LISTS == 2 && OWN > 1), "two lists are of two tokens");
 
 struct Shared {
     unsigned short lists[WARPS][LISTS][LISTED];
@@ -217,15 +218,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                 continue;
             }
 #pragma unroll
-            for (int t = 0; t < JOINT; t += 2) {
+            for (int t = 0; t < JOINT; t += LISTS) {
                 const scalar* values = x1_of + (long long)t * rows;
-                if (t + 1 < JOINT) {
-                    float(&both)[2][VEC] = reinterpret_cast<float(&)[2][VEC]>(sums[t]);
-                    const int first = listed(0, bits[t]), second = listed(LISTS - 1, bits[(t + 1) % JOINT]);
-                    add_rows<2, 1>(both, lists, {first, second}, mine, is_column, values, tile, rows, norm_weight);
+                const int first = listed(0, bits[t]);
+                if (t + LISTS <= JOINT) {
+                    float(&of_lists)[LISTS][VEC] = reinterpret_cast<float(&)[LISTS][VEC]>(sums[t]);
+                    int active[LISTS] = {first};
+                    if constexpr (LISTS == 2) active[LISTS - 1] = listed(1, bits[(t + 1) % JOINT]);
+                    add_rows<LISTS, 1>(of_lists, lists, active, mine, is_column, values, tile, rows, norm_weight);
                 } else {
                     float(&one)[1][VEC] = reinterpret_cast<float(&)[1][VEC]>(sums[t]);
-                    add_rows<1, 1>(one, lists, {listed(0, bits[t])}, mine, is_column, values, tile, rows, norm_weight);
+                    add_rows<1, 1>(one, lists, {first}, mine, is_column, values, tile, rows, norm_weight);
                 }
             }
         }

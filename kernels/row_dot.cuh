@@ -27,10 +27,6 @@ constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_fr
 constexpr int PLACES = power_of_two_from(TOKENS);          // of a row's dot products among the lanes: lane l has that of token l % PLACES
 constexpr int MANY = TOKENS > 2 ? TOKENS / 2 + 1 : TOKENS + 1;  // tokens from which on a row is multiplied with all
 
-#ifndef AHEAD
-#define AHEAD 1
-#endif
-
 // A lane's sums of one row and token: those of even and odd elements, of even and odd loads.
 struct Sums {
     float even[2], odd[2];
@@ -155,9 +151,8 @@ __device__ __forceinline__ void half_rows(const typename Format::Row (&rows)[N],
         for (int first = 32 * half; first < chunks; first += 64 * LOADS) {
             const Batch<Format, N> now = batch;
             __syncwarp();
-            if (AHEAD && first + 64 * LOADS < chunks) batch = load_batch<Format, 2>(rows, first + 64 * LOADS, chunks);
+            if (first + 64 * LOADS < chunks) batch = load_batch<Format, 2>(rows, first + 64 * LOADS, chunks);
             add_tokens<Format>(sums, rows, now, x, first, chunks, tokens);
-            if (!AHEAD && first + 64 * LOADS < chunks) batch = load_batch<Format, 2>(rows, first + 64 * LOADS, chunks);
         }
 #pragma unroll
         for (int i = 0; i < N * PLACES; ++i) {

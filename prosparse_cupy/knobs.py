@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,6 +97,8 @@ class RowKnobs(Knobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> RowKnobs:
+        if problem.tokens > 4:  # multiplying costs more than reading
+            return RowKnobs(warps=2, min_blocks=6, loads=2, abreast=2)
         if problem.tokens > 1:
             return _of_tokens(cls, problem)
         if not problem.is_plain:
@@ -136,12 +138,14 @@ class RowKnobs(Knobs):
 
 
 def _of_tokens(kind: type[R], problem: Problem, **more: Any) -> R:
-    """Of several tokens: half of a row at a time."""
-    abreast = 1 if problem.tokens == 2 else 2
-    loads = ceil_div(ceil_div(problem.lane_loads, 2), 1 if problem.lane_loads <= 20 else ceil_div(problem.lane_loads, 20))
-    if not problem.specialize:
-        loads = 8
-    return kind(warps=2, min_blocks=8, loads=loads, abreast=abreast, **more)
+    """Of several tokens: the warp's half of a row at once, or of two rows in small parts where all tokens multiply it."""
+    return kind(warps=2, min_blocks=8, loads=_half_loads(problem, most=10), **more)
+
+
+def _half_loads(problem: Problem, most: int) -> int:
+    """At most `most` loads: a lane's part of half a row at once, or in equal batches."""
+    half = ceil_div(problem.lane_loads, 2) if problem.specialize else 8
+    return ceil_div(half, ceil_div(half, most))
 
 
 def _sharing(problem: Problem) -> int:
@@ -159,9 +163,9 @@ class EarlyRowKnobs(RowKnobs):
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> EarlyRowKnobs:
         early = problem.specialize and target.is_programmatic and problem.is_plain
-        if problem.tokens > 1:
-            return _of_tokens(cls, problem, early_successor=early)
         dense = RowKnobs.rule(problem, target)
+        if problem.tokens > 1:
+            return EarlyRowKnobs(dense.warps, dense.min_blocks, dense.loads, dense.abreast, early_successor=early)
         if not problem.is_plain and problem.lane_loads <= 12:  # a row in one batch
             return EarlyRowKnobs(warps=1, min_blocks=8, loads=_loads(problem, most=12), early_successor=early)
         return EarlyRowKnobs(dense.warps, dense.min_blocks, dense.loads, early_successor=early)
@@ -192,6 +196,8 @@ class FusedRowKnobs(EarlyRowKnobs):
         # Blocks of few warps end early, so that the successor's come in. With ten loads a lane keeps its registers for four
         # blocks.
         early = _starts_early(problem, target)
+        if problem.tokens > 4:
+            return FusedRowKnobs(warps=2, min_blocks=10, loads=_half_loads(problem, most=8), early_successor=early)
         if problem.tokens > 1:
             return _of_tokens(cls, problem, early_successor=early)
         if not problem.is_plain:
@@ -214,8 +220,8 @@ class SharedRowKnobs(RowKnobs):
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> SharedRowKnobs:
         if problem.tokens > 1:
-            loads = _of_tokens(RowKnobs, problem).loads
-            return SharedRowKnobs(warps=8, min_blocks=2, loads=loads, rows=8)
+            loads = _half_loads(problem, most=10)
+            return SharedRowKnobs(warps=2, min_blocks=8 if problem.tokens > 4 else 16 if loads <= 8 else 12, loads=loads)
         if not problem.is_plain and BF12_SLICES in problem.formats:  # their words take registers
             return SharedRowKnobs(warps=8, min_blocks=2, loads=_loads(problem, most=10), rows=8)
         # Eight warps share eight rows: larger blocks finish sooner when almost nothing is active, but hold their registers
@@ -272,6 +278,8 @@ class ColumnKnobs(Knobs):
 
     loads: int = 4
     """Rows that a lane reads at once."""
+    lists: int = 1
+    """Tokens, one or two, whose rows a warp reads side by side."""
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> ColumnKnobs:
@@ -282,6 +290,8 @@ class ColumnKnobs(Knobs):
         lanes, warps = order.lanes, order.warps
         blocks = ceil_div(problem.vectors, lanes)
         alone = blocks <= H100.multiprocessors
+        if problem.tokens > 1:
+            return cls._of_tokens(problem, target, alone)
         if not problem.specialize:
             loads = 4 if problem.is_plain else 3
         elif warps == _MOST_WARPS:
@@ -293,6 +303,20 @@ class ColumnKnobs(Knobs):
         else:
             loads = 4 if alone and BF12_SLICES in problem.formats else 3
         return ColumnKnobs(warps, min_blocks=_MOST_WARPS // warps, loads=loads)
+
+    @classmethod
+    def _of_tokens(cls, problem: Problem, target: Target, alone: bool) -> ColumnKnobs:
+        """Twice as many warps where a multiprocessor has one block."""
+        warps = order_of_ffn_4(problem).warps
+        if alone and 2 * warps <= _MOST_WARPS:
+            few = problem.tokens == 2
+            lists = 1 if few or problem.tokens > 4 else 2
+            twice = cls(2 * warps, min_blocks=1, loads=6 if few and problem.is_plain else 2 if lists == 2 else 4, lists=lists)
+            if twice.shared_bytes(problem) <= target.shared_bytes:
+                return twice
+        knobs = cls(warps, min_blocks=_MOST_WARPS // warps, loads=4 if problem.is_plain else 3)
+        # Of a block that takes more than half of the shared memory there is one.
+        return replace(knobs, min_blocks=1) if 2 * knobs.shared_bytes(problem) > target.shared_bytes else knobs
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:
@@ -309,6 +333,8 @@ class ColumnKnobs(Knobs):
             return f"{self.warps} warps would change the order of sums: it is that of {order.warps}, with several tokens of multiples"
         if self.loads < 1:
             return f"{self.loads} loads"
+        if self.lists not in (1, 2) or (self.lists == 2 and problem.tokens <= self.warps // order.warps):
+            return f"{self.lists} lists, where a warp has {ceil_div(problem.tokens, self.warps // order.warps)} tokens"
         if BF12_SLICES in problem.formats and order_of_ffn_4(problem).lanes < SLICE_UNIT:
             return f"slices are narrower than the {SLICE_UNIT} chunks that {BF12_SLICES.name} keeps together"
         return super().legal(problem, target)
@@ -320,8 +346,7 @@ class ColumnKnobs(Knobs):
         """As `Shared` in `ffn_4.cu`, where that is more than a block has without being asked."""
         order = order_of_ffn_4(problem)
         columns = order.lanes * vector_length(problem.dtype)
-        lists = 1 if ceil_div(problem.tokens, self.warps // order.warps) == 1 else 2
-        lists, sums = 2 * lists * self.warps * order.listed, 4 * problem.tokens * order.warps * (columns + 1)
+        lists, sums = 2 * self.lists * self.warps * order.listed, 4 * problem.tokens * order.warps * (columns + 1)
         needed = _multiple(_multiple(lists, 4) + sums, VECTOR_BYTES)
         return needed if needed > _STATIC_BYTES else 0
 
