@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 
 from . import driver, reference
-from .arguments import BoundWeights, Call, Extras, Signature, check_call, extra, vector, weight, with_bound_extras
+from .arguments import MOST_TOKENS, BoundWeights, Call, Extras, Signature, check_call, extra, vector, weight, with_bound_extras
 from .compiler import kernel_of, load
 from .compressed import Weight
 from .device import current_device, gpu
@@ -43,6 +44,8 @@ def _signature(operator: str, gated: bool, bound: bool) -> Signature:
     return Signature(operator, inputs, vector("y", "d_model"), has_threshold=True, optional=optional)
 
 
+_OF_TOKENS = frozenset(KERNELS) - {"pack_down", "decompress"}
+"""The kernels that are compiled for a number of tokens; the others work on weights alone."""
 SPARSE_FFN = _signature("sparse_ffn", gated=True, bound=False)
 UNGATED_FFN = _signature("sparse_ffn", gated=False, bound=False)
 BOUND_FFN = _signature("SparseFFN", gated=True, bound=True)
@@ -309,6 +312,7 @@ def warmup(
     gated: bool = True,
     bias: bool = False,
     norm: bool = False,
+    tokens: int | Iterable[int] = 1,
 ) -> list[CompiledKernel]:
     """Compile every kernel of these dims now, so that the first call does not wait and a graph capture does not fail.
 
@@ -328,16 +332,19 @@ def warmup(
         As for `sparse_ffn`.
     gated, bias, norm : bool
         Whether the FFN has a gate, biases of all its projections, and a norm over x1.
+    tokens : int or iterable of int, default 1
+        How many tokens calls will have, 1 to 8: a kernel is compiled for each number. ``tokens=range(1, 9)`` is all of them.
 
     Returns
     -------
     list of CompiledKernel
-        One per kernel, with its defines and the seconds it took.
+        One per kernel and number of tokens, with its defines and the seconds it took. `pack_down` and `decompress`, which see
+        no tokens, are there once.
 
     Raises
     ------
     ValueError
-        Dims or dtype that no kernel supports.
+        Dims, dtype or numbers of tokens that no kernel supports.
     NoGPUError, UnsupportedGPUError, KernelCompileError
         No GPU, one older than compute capability 8.0, or NVRTC's refusal.
     """
@@ -352,7 +359,8 @@ def warmup(
     if compressed and name != "bfloat16":
         raise ValueError(f"warmup: compressed weights are bfloat16, got {name}")
     check_activation("warmup", activation, gated=gated)
-    index = current_device() if device is None else device
+    numbers = _numbers_of_tokens(tokens)
+    at = current_device() if device is None else device
     left_out = {"ffn_123", "ffn_23"} if not gated else {"ffn_12"}
     if not compressed:
         left_out.add("decompress")
@@ -360,13 +368,25 @@ def warmup(
     for kernel, interface in KERNELS.items():
         if kernel in left_out:
             continue
-        start = time.perf_counter()
         formats = compressed_formats(kernel, d_model, d_ff) if compressed else ()
         extras = tuple(p for p in interface.optional if (norm if p == "norm_weight" else bias))
         act = activation if interface.has_activation else RELU
-        problem = Problem(kernel, d_model, d_ff, name, specialize, formats=formats, activation=act, extras=extras)
-        plan = load(problem, index).plan
-        seconds = time.perf_counter() - start
-        defines = " ".join(key if value is None else f"{key}={value}" for key, value in plan.defines)
-        report.append(CompiledKernel(kernel, defines, gpu(index).capability, seconds))
+        for number in numbers if kernel in _OF_TOKENS else (1,):
+            start = time.perf_counter()
+            problem = Problem(kernel, d_model, d_ff, name, specialize, number, formats, act, extras)
+            plan = load(problem, at).plan
+            seconds = time.perf_counter() - start
+            defines = " ".join(key if value is None else f"{key}={value}" for key, value in plan.defines)
+            report.append(CompiledKernel(kernel, defines, gpu(at).capability, seconds))
     return report
+
+
+def _numbers_of_tokens(tokens: int | Iterable[int]) -> tuple[int, ...]:
+    """Each number of tokens that `warmup` was asked for, once, in its order."""
+    try:
+        numbers = tuple(dict.fromkeys(map(index, tokens if isinstance(tokens, Iterable) else (tokens,))))
+    except TypeError:
+        numbers = ()
+    if not numbers or not all(1 <= number <= MOST_TOKENS for number in numbers):
+        raise ValueError(f"warmup: tokens must be an int from 1 to {MOST_TOKENS}, or several of these, got {tokens!r:.80}")
+    return numbers
