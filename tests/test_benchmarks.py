@@ -626,7 +626,7 @@ class _NumpyDense(Dense):
     name = "NumPy"
 
     def mv(self, weights, x, out):
-        out[...] = weights.astype(np.float32) @ x.astype(np.float32)
+        out[...] = x.astype(np.float32) @ weights.T.astype(np.float32)
 
     def activate(self, pre, formula, out=None):
         kept = np.where(pre.astype(np.float32) >= np.float32(formula.threshold), pre, 0) * (pre > 0)
@@ -638,7 +638,7 @@ class _NumpyDense(Dense):
 
     def norm(self, x1, weight, eps):
         wide = x1.astype(np.float32)
-        return weight * (wide / np.sqrt(np.mean(wide * wide) + eps)).astype(x1.dtype)
+        return weight * (wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x1.dtype)
 
 
 @pytest.mark.parametrize("mask", ["hot", "uniform", "contiguous"])
@@ -661,7 +661,33 @@ def test_layers_of_other_formulas(monkeypatch, formula, op, weights):
     _layers_call_what_they_check(monkeypatch, formula, op, "hot", weights)
 
 
-def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights):
+@pytest.mark.parametrize("mask", ["hot", "correlated"])
+@pytest.mark.parametrize("op", ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "three operators", "sparse_ffn", "SparseFFN"])
+@pytest.mark.parametrize("weights", ["plain", "bf12"])
+def test_layers_of_several_tokens(monkeypatch, op, mask, weights):
+    _layers_call_what_they_check(monkeypatch, {}, op, mask, weights, tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("formula", "op"),
+    [
+        *(({"activation": "relu2", "gated": False}, op) for op in ("ffn_12", "SparseFFN")),
+        *(({"activation": "relu2", "normed": True}, op) for op in ("ffn_23", "SparseFFN")),
+    ],
+)
+def test_layers_of_several_tokens_and_other_formulas(monkeypatch, formula, op):
+    _layers_call_what_they_check(monkeypatch, formula, op, "hot", "plain", tokens=8)
+
+
+def test_what_several_tokens_need_is_not_counted_with_drelu():
+    from prosparse_cupy.models import TURBOSPARSE_MISTRAL
+    from prosparse_cupy.testing.layers import Layers
+
+    with pytest.raises(ValueError, match=r"^Layers: what several tokens need with dReLU is not counted"):
+        Layers(TURBOSPARSE_MISTRAL, "bfloat16", _NumpyDense(), tokens=2)
+
+
+def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights, tokens=1):
     """On NumPy arrays, which run the reference: every timed call, ours and dense, leaves what `exact` says, and no NaN."""
     from prosparse_cupy.models import Model
     from prosparse_cupy.testing import layers, truth
@@ -675,7 +701,7 @@ def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights):
     monkeypatch.setattr(truth, "cupy", lambda: fake)
     monkeypatch.setattr(layers, "current_device", lambda: 0)
     dtype, tolerance = ("float32", 1e-4) if weights == "plain" else ("bfloat16", 3e-2)
-    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8, **formula), dtype, _NumpyDense())
+    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8, **formula), dtype, _NumpyDense(), tokens=tokens)
     compressed = []
     monkeypatch.setattr(layers, "compress", lambda w, **layout: compressed.append(w) or psc.compress(w, **layout))
     timed = made.calls(op, mask, 0.8, weights)
@@ -683,14 +709,21 @@ def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights):
     assert bool(compressed) == (weights == "bf12" and (op != "ffn_4" or has_others))
     if weights == "bf12" and op != "ffn_4":  # whose weight of so narrow a model stays plain
         assert 0 < made.touched(op, 40, "bf12") < made.touched(op, 40)
-    assert made.count == 16 and len(timed) % made.count == 0 and 0 < made.touched(op, 40) <= 4 * (3 * 64 * 200 + 1000)
+    assert made.count == 16 and len(timed) % made.count == 0
+    assert 0 < made.touched(op, 40) <= 4 * (3 * 64 * 200 + 1000 * tokens)
+    assert all(40 <= t.active <= (40 if tokens == 1 else 200) for t in timed) or formula.get("activation") == "drelu"
     for t in timed[:: len(timed) // 4]:
         assert np.isnan(t.out.astype(np.float32)).all() and np.isnan(t.dense_out.astype(np.float32)).all()
         t.call()
         t.dense()
         exact = t.exact()
         for out in (t.out, t.dense_out):
+            assert out.shape == exact.shape and out.ndim == 1 + (tokens > 1)
             np.testing.assert_allclose(out.astype(np.float64), exact, rtol=tolerance, atol=tolerance * np.abs(exact).max())
+        assert (t.singles is not None) == (op == "SparseFFN" and tokens > 1)
+        if t.singles is not None:
+            t.singles()
+            np.testing.assert_allclose(t.singles_out.astype(np.float64), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
