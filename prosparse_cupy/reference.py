@@ -1,8 +1,8 @@
 """The operators in NumPy, accumulated in float64: what every kernel is held to, and what runs when the arrays are NumPy's.
 
 Same names, layouts and rounding points as the GPU operators: the dtype of the inputs is rounded to once after formula 1, once
-after formula 3 and once after formula 4. Weights of inactive neurons are not read here either. Each of several tokens is computed as if it were
-alone, so that it has the bits that it has alone.
+after formula 3 and once after formula 4. Weights of inactive neurons are not read here either. Each of several tokens is
+computed as if it were alone, so that it has the bits that it has alone.
 """
 
 from __future__ import annotations
