@@ -68,16 +68,19 @@ def sparse_ffn(
     out: A | None = None,
     specialize: bool = True,
 ) -> A:
-    """The whole FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
+    """The whole FFN of 1 to 8 tokens: formulas 1 to 4, the weights of inactive neurons unread.
 
-    Two launches, `ffn_123` and `ffn_4`, or `ffn_12` and `ffn_4` without a gate, with the (d_ff,) intermediate in scratch memory
-    that is kept for the next call on the stream, or for the CUDA graph that the call is captured into. Threads and streams do
-    not disturb each other. `SparseFFN` binds the weights.
+    Two launches, `ffn_123` and `ffn_4`, or `ffn_12` and `ffn_4` without a gate, with the intermediate, d_ff elements a token,
+    in scratch memory that is kept for the next call on the stream, or for the CUDA graph that the call is captured into.
+    Threads and streams do not disturb each other. `SparseFFN` binds the weights.
+
+    A weight row that any token needs is read once. A token for which a neuron is inactive gets nothing from it, NaN weights
+    included, and has the bits that it has alone, whatever stands beside it.
 
     Parameters
     ----------
-    x : array, (d_model,) or (1, d_model)
-        The token's hidden state.
+    x : array, (d_model,) or (B, d_model)
+        The hidden state of a token, or of B tokens, 1 to 8. More are for the dense path, which is faster there.
     w_gate, w_up, w_down_t : array, (d_ff, d_model)
         ``gate_proj.weight`` and ``up_proj.weight`` as they are, and `pack_down` of ``down_proj.weight``. `w_gate` is None for
         an FFN without a gate, ``act(x @ w_up.T) @ w_down.T``.
@@ -86,21 +89,21 @@ def sparse_ffn(
     activation : {"relu", "relu2", "drelu"}
         As for `ffn_23`; "drelu" needs a gate.
     gate_bias, up_bias : array, (d_ff,), optional
-        Of the projections, as for `ffn_123`.
+        Of the projections, as for `ffn_123`; like all of these, one for all tokens.
     down_bias : array, (d_model,), optional
         ``down_proj.bias``, as for `ffn_4`.
     norm_weight : array, (d_ff,), optional
-        The weight of an RMS norm between formulas 3 and 4, as for `ffn_4`.
+        The weight of an RMS norm of each token between formulas 3 and 4, as for `ffn_4`.
     norm_eps : float, default 0.0
         As for `ffn_4`.
-    out : array, (d_model,) or (1, d_model), optional
+    out : array, (d_model,) or (B, d_model), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
         As for `ffn_1`.
 
     Returns
     -------
-    array, (d_model,) or (1, d_model)
+    array, (d_model,) or (B, d_model)
         y, rounded to the dtype after formulas 1, 3 and 4, as the dense path is.
 
     Raises
@@ -181,7 +184,7 @@ def _run(
 
 
 class SparseFFN(Generic[A]):
-    """`sparse_ffn` with its weights bound.
+    """`sparse_ffn` with its weights bound; each call may have another number of tokens.
 
     Any number of threads and streams may share one. A CUDA graph that is captured from it needs it no longer; the weights, `x`
     and `out` must stay where they are for as long as the graph is launched, as with every captured call.
@@ -211,6 +214,7 @@ class SparseFFN(Generic[A]):
     >>> ffn = SparseFFN(w_gate, w_up, pack_down(w_down), threshold=0.01)
     >>> y = ffn(x)
     >>> ffn(x, out=y)
+    >>> ys = ffn(xs)  # (B, d_model), B from 1 to 8
     >>> ffn = SparseFFN(None, w_up, pack_down(w_down), activation="relu2")  # Nemotron's: squared ReLU, no gate
     """
 
@@ -247,7 +251,7 @@ class SparseFFN(Generic[A]):
         self._weights, self._extras = BoundWeights(signature, (*weights, *present)), extras
 
     def __call__(self, x: A, *, out: A | None = None) -> A:
-        """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
+        """The FFN of `x`, (d_model,) or (B, d_model); `out` as for `sparse_ffn`."""
         call: Call[A] = self._weights.call(x, out)
         *weights, token = call.inputs
         return _run(call, self._arrays(x), (token, *weights), self._how, self._extras)
