@@ -119,7 +119,7 @@ def steer(w_gate: Any, x: Any, gate: Any) -> None:
     # A token's column of the pseudo-inverse is the shortest vector whose product with it is 1 and with the others 0.
     moves = moved(np.linalg.pinv(to_numpy(tokens).astype(np.float64), rcond=1e-6).T.astype(np.float32), x)
     for i in range(0, len(w_gate), 2048):
-        part = slice(i, i + 2048)
+        part, off = slice(i, i + 2048), np.array([np.inf])
         for _ in range(_MOST_STEERED):
             rows = w_gate[part].astype(np.float32)
             for far, move in zip(_off(rows, tokens, gates[:, part]), moves, strict=True):
@@ -129,9 +129,8 @@ def steer(w_gate: Any, x: Any, gate: Any) -> None:
             if (off < _MARGIN).all():
                 break
         else:
-            raise ValueError(
-                f"steer: {len(tokens)} tokens of {x.shape[-1]} elements cannot have these gates: off by {off.max():.2g}"
-            )
+            named = f"{len(tokens)} tokens of {x.shape[-1]} elements"
+            raise ValueError(f"steer: {named} cannot have these gates: off by {off.max():.2g}")
 
 
 def _off(rows: Any, tokens: Any, gates: Any) -> list[Any]:
