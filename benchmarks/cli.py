@@ -274,6 +274,7 @@ def report(pages: tuple[Path, ...]) -> None:
         figures.save(figures.speedup(results["sweep"], model), RESULTS / f"h100-speedup-{model.lower()}.svg")
     figures.save(figures.where_time_goes(results["ffn"]), RESULTS / "h100-where-time-goes.svg")
     figures.save(figures.paper(results["paper"]), RESULTS / "h100-paper.svg")
+    figures.save(figures.batch(results["batch"]), RESULTS / "h100-batch.svg")
     figures.save(figures.decode(results["decode"]), RESULTS / "h100-decode.svg")
 
 

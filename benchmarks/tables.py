@@ -261,6 +261,7 @@ TABLES = {
     "sweep-bf12": partial(sweep, weights=("bf12",)),
     "sweep-formulas": partial(sweep, ops=("ffn_4", "SparseFFN"), weights=("plain", "bf12")),
     "sweep-families": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
+    "batch": batch,
     "host": host,
     "decode": decode,
     "decode-afm": decode,

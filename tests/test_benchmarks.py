@@ -622,6 +622,10 @@ def test_figures_are_drawings_with_axes_named(stored, tmp_path):
         "speedup": (figures.speedup(stored["sweep"], "7B"), ["sparsity, %", "speed-up over dense", "byte floor", "H100"]),
         "time": (figures.where_time_goes(stored["ffn"]), ["time per token and layer, µs", "one launch", "rest", "H100"]),
         "paper": (figures.paper(stored["paper"]), ["speed-up over dense", "published", "measured", "ProSparse-13B", "H100"]),
+        "batch": (
+            figures.batch(stored["batch"]),
+            ["tokens a call", "FFN, µs", "dense", "12 bits", "byte floor", "13B, correlated masks", "H100"],
+        ),
         "decode": (
             figures.decode(stored["decode"]),
             ["ms per token", "sparse FFN", "attention", "13B patched", "13B 12 bits", "byte floor", "tokens/s", "H100"],
