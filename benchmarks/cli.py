@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from prosparse_cupy.arguments import MOST_TOKENS
 from prosparse_cupy.device import NoGPUError, cupy, current_device
 from prosparse_cupy.formula import DRELU, RELU
 from prosparse_cupy.libraries import NUMPY_DTYPES
@@ -29,7 +30,7 @@ from prosparse_cupy.models import (
     Model,
 )
 from prosparse_cupy.testing import best_dense
-from prosparse_cupy.testing.layers import STEPS, Layers, operators_of
+from prosparse_cupy.testing.layers import CORRELATED, MASKS, STEPS, Layers, operators_of
 
 from . import compare, conditions, tables
 from . import host as host_times
@@ -39,6 +40,7 @@ from .paper import PUBLISHED
 from .results import DecodeRow, Result, Row, read_json, write_csv, write_json
 
 MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B, "Minitron-4B": MINITRON_4B, "AFM-4.5B": AFM_4_5B}
+_GATED = {name: model for name, model in MODELS.items() if model.gated}
 _FORMULAS = {"BitNet-2B": BITNET_2B, "TurboSparse-7B": TURBOSPARSE_MISTRAL}
 """Whose formula costs more than a gated ReLU's; each is timed beside that of the same dims.
 
@@ -57,6 +59,7 @@ Show = Callable[[str, int], None]
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md", "docs/operators.md", "docs/models.md", "docs/compression.md")
+BATCHES = (1, 2, 4, 8)
 SPARSITIES = (0.0, 0.3, 0.5, 0.66, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
 
 _json = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here.")
@@ -150,6 +153,37 @@ def _with_relu(models: dict[str, Model]) -> dict[str, Model]:
 
 
 @main.command()
+@_options
+@click.option("--model", "names", type=click.Choice(list(_GATED)), multiple=True, default=["7B", "13B"], show_default=True)
+@click.option(
+    "--batch", "batches", type=click.IntRange(1, MOST_TOKENS), multiple=True, help="Only these.  [default: 1, 2, 4, 8]"
+)
+@click.option("--mask", "masks", type=click.Choice([*MASKS, CORRELATED]), multiple=True, default=["hot", CORRELATED])
+@click.option("--at", "sparsities", type=click.FloatRange(0, 1), multiple=True, default=[0.89], show_default=True)
+@click.option("--weights", type=click.Choice(_WEIGHTS), multiple=True, default=list(_WEIGHTS), show_default=True)
+def batch(names, batches, masks, sparsities, weights, **options) -> None:
+    """Several tokens a call: operators and the whole FFN, and at 8 tokens the FFN called eight times.
+
+    Masks are of one sparsity for each token: independent of the other tokens', or correlated, each token sharing 60 % of its
+    active neurons with all others. What a call must read is the union.
+    """
+    wanted = batches or ((1, 8) if options["quick"] else BATCHES)
+    settings = [
+        Setting(op, MODELS[name], name, "bfloat16", mask, sparsity, format_, tokens=tokens, with_singles=singles)
+        for name in names
+        for tokens in wanted
+        for op in (*STEPS, "SparseFFN")
+        for format_ in weights
+        for mask in masks
+        for sparsity in sparsities
+        for singles in [op == "SparseFFN" and tokens == 8]
+        if tokens > 1 or mask != CORRELATED or len(masks) == 1  # one token has nothing in common with itself
+        if op != "ffn_1" or (mask, sparsity) == (masks[0], sparsities[0])  # which is dense: once
+    ]
+    _run("batch", settings, **options)
+
+
+@main.command()
 @_json
 @_csv
 @_quick
@@ -240,6 +274,7 @@ def report(pages: tuple[Path, ...]) -> None:
         figures.save(figures.speedup(results["sweep"], model), RESULTS / f"h100-speedup-{model.lower()}.svg")
     figures.save(figures.where_time_goes(results["ffn"]), RESULTS / "h100-where-time-goes.svg")
     figures.save(figures.paper(results["paper"]), RESULTS / "h100-paper.svg")
+    figures.save(figures.batch(results["batch"]), RESULTS / "h100-batch.svg")
     figures.save(figures.decode(results["decode"]), RESULTS / "h100-decode.svg")
 
 
@@ -299,13 +334,14 @@ def _measure_all(command: str, settings: list[Setting], repeats: int, method: st
     names: dict[str, str] = {}
     with _progress(len(settings)) as show:
         done = 0
-        for (model, dtype), group in _by_layers(settings):
+        for (model, dtype, tokens), group in _by_layers(settings):
             dense = best_dense(NUMPY_DTYPES[dtype])
             names[dtype] = dense.name
-            show(f"{model.name}, {dtype}: making layers", done)
-            layers = Layers(model, dtype, dense, first=first_release())
+            named = f"{model.name}, {dtype}" + (f", {tokens} tokens" if tokens > 1 else "")
+            show(f"{named}: making layers", done)
+            layers = Layers(model, dtype, dense, first=first_release(), tokens=tokens)
             measure_one = partial(measure, layers, dense=dense, yard=yard, method=method, repeats=repeats)
-            rows += watch.undisturbed(partial(_measure_group, group, measure_one, show, done), f"{model.name}, {dtype}")
+            rows += watch.undisturbed(partial(_measure_group, group, measure_one, show, done), named)
             done += len(group)
             del layers, measure_one
             cupy().get_default_memory_pool().free_all_blocks()
@@ -325,7 +361,7 @@ def _measure_group(group: list[Setting], measure_one: Callable[[Setting], list[R
 def _by_layers(settings: list[Setting]) -> Iterator[tuple[tuple, list[Setting]]]:
     groups: dict[tuple, list[Setting]] = {}
     for setting in settings:
-        groups.setdefault((setting.model, setting.dtype), []).append(setting)
+        groups.setdefault((setting.model, setting.dtype, setting.tokens), []).append(setting)
     yield from groups.items()
 
 

@@ -143,6 +143,42 @@ def decode(result: Result) -> Any:
         return figure
 
 
+def batch(result: Result) -> Any:
+    """Time of the whole FFN against the number of tokens: dense, sparse with plain and with compressed weights, and floors."""
+    rows = [r for r in result.rows if r.op == "SparseFFN" and r.variant == "prosparse"]
+    models, masks = (list(dict.fromkeys(values)) for values in ([r.model for r in rows], [r.mask for r in rows]))
+    names = {"hot": "independent masks", "correlated": "correlated masks"}
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(len(models), len(masks), figsize=(7, 2.7 * len(models)), squeeze=False, sharey="row")
+        for model, line in zip(models, panels, strict=True):
+            for mask, axes in zip(masks, line, strict=True):
+                for weights, colour, label in (("plain", "#0072b2", "sparse"), ("bf12", "#009e73", "sparse, 12 bits")):
+                    # One token is correlated with nothing: its row stands in every panel.
+                    shown = [r for r in rows if (r.model, r.weights) == (model, weights) and (r.mask == mask or r.batch == 1)]
+                    shown.sort(key=lambda r: r.batch)
+                    tokens = [r.batch for r in shown]
+                    if weights == "plain":
+                        axes.plot(tokens, [r.dense_us for r in shown], "o-", color=_COLOURS["published"], label="dense", ms=4)
+                    axes.plot(tokens, [r.time_us for r in shown], "o-", color=colour, label=label, ms=4)
+                    floor = [r.floor_us for r in shown]
+                    axes.plot(tokens, floor, "--", color=colour, lw=1, alpha=0.8, label=f"{label}, byte floor")
+                axes.set_title(f"{model}, {names.get(mask, mask)}", loc="left", fontsize=10)
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(batches := sorted({r.batch for r in rows}), [str(b) for b in batches])
+                axes.minorticks_off()
+                axes.set_ylim(bottom=0)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("FFN, µs")
+        for axes in panels[-1]:
+            axes.set_xlabel("tokens a call")
+        named = f"{rows[0].sparsity:.0%} sparse for each token, {rows[0].dtype}, {result.head.gpu}"
+        figure.suptitle(named, x=0.01, ha="left", fontsize=10)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="lower center")
+        figure.tight_layout(rect=(0, 0.05, 1, 1))
+        return figure
+
+
 def save(figure: Any, path: Path) -> None:
     """As SVG without a date, so that the same result gives the same file."""
     with plt.rc_context(_STYLE):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ml_dtypes
+import numpy as np
 
 from prosparse_cupy import compiler
 from prosparse_cupy.device import current_device, gpu
@@ -15,7 +16,7 @@ from prosparse_cupy.problem import Target
 from prosparse_cupy.testing import timing
 from prosparse_cupy.testing.dense import Dense
 from prosparse_cupy.testing.layers import Layers
-from prosparse_cupy.testing.measure import DENSE, OURS, Calls, all_right, errors, graph_times, variants
+from prosparse_cupy.testing.measure import DENSE, OURS, SINGLES, Calls, all_right, errors, graph_times, variants
 
 from .conditions import Yardsticks
 from .results import Row
@@ -38,6 +39,10 @@ class Setting:
     """Of the sparse side: `plain` or `bf12`."""
     with_dense: bool = False
     """Whether the dense path gets rows of its own: in a graph, and launched eagerly."""
+    tokens: int = 1
+    """Of a call, each with a mask of this sparsity."""
+    with_singles: bool = False
+    """Whether a whole FFN of several tokens gets a row of as many calls of one token each."""
 
 
 @contextmanager
@@ -53,14 +58,17 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
     timed = layers.calls(setting.op, setting.mask, setting.sparsity, setting.weights)
     if method == WALLCLOCK:
         timed = timed[:1]
-    calls, outs = variants(timed)
+    calls, outs = variants(timed, setting.with_singles)
     times = graph_times(calls, outs, dense, repeats) if method == GRAPH else _wallclock_times(calls, repeats)
     if setting.with_dense:
         eager = {EAGER: lambda: [call() for call in calls[DENSE]]}
         times |= timing.interleave(eager, timing.graph_clock, {EAGER: len(timed)}, repeats)
         outs[EAGER] = outs[DENSE]
     found = errors(timed, outs)
-    active = round(setting.model.d_ff * (1 - setting.sparsity))
+    if setting.tokens == 1:
+        active = round(setting.model.d_ff * (1 - setting.sparsity))
+    else:  # of any token, which differs a little from call to call
+        active = round(float(np.mean([t.active for t in timed])))
     nbytes = layers.touched(setting.op, active, setting.weights)
     epsilon = float(ml_dtypes.finfo(layers.dtype).eps)
     return [
@@ -71,7 +79,7 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
             d_model=setting.model.d_model,
             d_ff=setting.model.d_ff,
             dtype=setting.dtype,
-            batch=1,
+            batch=setting.tokens,
             mask=setting.mask,
             sparsity=setting.sparsity,
             layers=layers.count,
@@ -86,7 +94,7 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
             dense_error=max(found[DENSE]),
             checked=all_right(found, variant, epsilon),
             noisy=times[variant].is_noisy or times[DENSE].is_noisy,
-            weights=setting.weights if variant == OURS else "plain",
+            weights=setting.weights if variant in (OURS, SINGLES) else "plain",
         )
         for variant in times
         if variant != DENSE or setting.with_dense

@@ -92,7 +92,8 @@ class Row:
     @property
     def setting(self) -> str:
         """What else tells rows of one operator, variant, model and sparsity apart."""
-        return self.mask if self.weights == "plain" else f"{self.mask}, {self.weights}"
+        weights = [] if self.weights == "plain" else [self.weights]
+        return ", ".join([self.mask, *weights, *([f"{self.batch} tokens"] if self.batch > 1 else [])])
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ def terminal(result: Result) -> Table:
         f"{head.read_peak_GBps / 1e3:.2f} TB/s · launch {head.launch_us:.2f} µs · dense: {head.dense}"
     )
     table = Table(title=head.command, caption=caption)
-    for name in ("op", "variant", "model", "dtype", "weights", "mask", "sparsity"):
+    for name in ("op", "variant", "model", "dtype", "weights", "batch", "mask", "sparsity"):
         table.add_column(name)
     for name in ("µs", "p10", "p90", "dense µs", "speed-up", "floor µs", "ratio", "GB/s", "error/dense", "check"):
         table.add_column(name, justify="right")
     for row in result.rows:
-        table.add_row(row.op, row.variant, row.model, row.dtype, row.weights, row.mask, f"{row.sparsity:.2%}", *_numbers(row))
+        setting = row.dtype, row.weights, str(row.batch), row.mask, f"{row.sparsity:.2%}"
+        table.add_row(row.op, row.variant, row.model, *setting, *_numbers(row))
     return table
 
 
@@ -170,6 +171,33 @@ def sweep(
     return markdown(["sparsity", *(f"{m} `{op}`{'' if w == 'plain' else f', {w}'}" for m, op, w in columns)], rows)
 
 
+def batch(result: Result) -> str:
+    """Times, parts of the floor and speed-ups over the number of tokens."""
+    keys = dict.fromkeys((r.model, r.op, r.variant, r.weights, r.mask, r.sparsity) for r in result.rows)
+    batches = sorted({r.batch for r in result.rows})
+    rows = []
+    for model in dict.fromkeys(key[0] for key in keys):
+        for key in sorted((key for key in keys if key[0] == model), key=_batch_order):
+            found = {r.batch: r for r in result.rows if (r.model, r.op, r.variant, r.weights, r.mask, r.sparsity) == key}
+            one, cells = next(iter(found.values())), [_batch_cell(found.get(tokens)) for tokens in batches]
+            variant = "" if one.variant == "prosparse" else f", {one.variant}"
+            name = f"`{one.op}`{'' if one.weights == 'plain' else f', {one.weights}'}{variant}"
+            masks = "independent" if one.mask == "hot" else one.mask
+            rows.append([name, model, "any" if one.op == "ffn_1" else f"{masks}, {one.sparsity:.0%}", *cells])
+    headings = [f"{tokens} token{'s' * (tokens > 1)}: µs, ratio, speed-up" for tokens in batches]
+    return markdown(["", "model", "masks", *headings], rows)
+
+
+def _batch_order(key: tuple[str, str, str, str, str, float]) -> tuple[object, ...]:
+    """Of the rows of a model: by operator, masks, weights, and what is compared last."""
+    _, op, variant, weights, mask, sparsity = key
+    return op == "SparseFFN", op, sparsity, mask != "hot", weights != "plain", variant != "prosparse"
+
+
+def _batch_cell(row: Row | None) -> str:
+    return "" if row is None else f"{_us(row)}, {row.ratio:.2f}, {row.speedup:.2f}x"
+
+
 def host(result: Result) -> str:
     """Host time per call by array family."""
     rows = [[f"`{r.op}`", r.variant, _us(r), f"{r.floor_us:.1f}", f"{r.ratio:.1f}", f"{r.dense_us:.0f}"] for r in result.rows]
@@ -233,6 +261,7 @@ TABLES = {
     "sweep-bf12": partial(sweep, weights=("bf12",)),
     "sweep-formulas": partial(sweep, ops=("ffn_4", "SparseFFN"), weights=("plain", "bf12")),
     "sweep-families": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
+    "batch": batch,
     "host": host,
     "decode": decode,
     "decode-afm": decode,

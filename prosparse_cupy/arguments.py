@@ -543,7 +543,9 @@ def _check_tokens(operator: str, given: _Given) -> tuple[int, ...]:
                 "reshape one of them"
             )
     if tokens and not 1 <= tokens[0] <= MOST_TOKENS:
-        limit = "there must be at least one" if tokens[0] == 0 else "more are for the dense path, x @ w.T, which is faster there"
+        limit = (
+            "there must be at least one" if tokens[0] == 0 else "more are for the dense path, x @ w.T, which is faster there"
+        )
         raise ValueError(
             f"{operator}: {first} must hold one token, (d,), or 1 to {MOST_TOKENS}, (B, d), got {tokens[0]} tokens: {limit}"
         )

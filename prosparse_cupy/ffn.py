@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 
 from . import driver, reference
-from .arguments import BoundWeights, Call, Extras, Signature, check_call, extra, vector, weight, with_bound_extras
+from .arguments import MOST_TOKENS, BoundWeights, Call, Extras, Signature, check_call, extra, vector, weight, with_bound_extras
 from .compiler import kernel_of, load
 from .compressed import Weight
 from .device import current_device, gpu
@@ -43,6 +44,8 @@ def _signature(operator: str, gated: bool, bound: bool) -> Signature:
     return Signature(operator, inputs, vector("y", "d_model"), has_threshold=True, optional=optional)
 
 
+_OF_TOKENS = frozenset(KERNELS) - {"pack_down", "decompress"}
+"""The kernels that are compiled for a number of tokens; the others work on weights alone."""
 SPARSE_FFN = _signature("sparse_ffn", gated=True, bound=False)
 UNGATED_FFN = _signature("sparse_ffn", gated=False, bound=False)
 BOUND_FFN = _signature("SparseFFN", gated=True, bound=True)
@@ -65,16 +68,19 @@ def sparse_ffn(
     out: A | None = None,
     specialize: bool = True,
 ) -> A:
-    """The whole FFN of one token: formulas 1 to 4, the weights of inactive neurons unread.
+    """The whole FFN of 1 to 8 tokens: formulas 1 to 4, the weights of inactive neurons unread.
 
-    Two launches, `ffn_123` and `ffn_4`, or `ffn_12` and `ffn_4` without a gate, with the (d_ff,) intermediate in scratch memory
-    that is kept for the next call on the stream, or for the CUDA graph that the call is captured into. Threads and streams do
-    not disturb each other. `SparseFFN` binds the weights.
+    Two launches, `ffn_123` and `ffn_4`, or `ffn_12` and `ffn_4` without a gate, with the intermediate, d_ff elements a token,
+    in scratch memory that is kept for the next call on the stream, or for the CUDA graph that the call is captured into.
+    Threads and streams do not disturb each other. `SparseFFN` binds the weights.
+
+    A weight row that any token needs is read once. A token for which a neuron is inactive gets nothing from it, NaN weights
+    included, and has the bits that it has alone, whatever stands beside it.
 
     Parameters
     ----------
-    x : array, (d_model,) or (1, d_model)
-        The token's hidden state.
+    x : array, (d_model,) or (B, d_model)
+        The hidden state of a token, or of B tokens, 1 to 8. More are for the dense path, which is faster there.
     w_gate, w_up, w_down_t : array, (d_ff, d_model)
         ``gate_proj.weight`` and ``up_proj.weight`` as they are, and `pack_down` of ``down_proj.weight``. `w_gate` is None for
         an FFN without a gate, ``act(x @ w_up.T) @ w_down.T``.
@@ -83,21 +89,21 @@ def sparse_ffn(
     activation : {"relu", "relu2", "drelu"}
         As for `ffn_23`; "drelu" needs a gate.
     gate_bias, up_bias : array, (d_ff,), optional
-        Of the projections, as for `ffn_123`.
+        Of the projections, as for `ffn_123`; like all of these, one for all tokens.
     down_bias : array, (d_model,), optional
         ``down_proj.bias``, as for `ffn_4`.
     norm_weight : array, (d_ff,), optional
-        The weight of an RMS norm between formulas 3 and 4, as for `ffn_4`.
+        The weight of an RMS norm of each token between formulas 3 and 4, as for `ffn_4`.
     norm_eps : float, default 0.0
         As for `ffn_4`.
-    out : array, (d_model,) or (1, d_model), optional
+    out : array, (d_model,) or (B, d_model), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
         As for `ffn_1`.
 
     Returns
     -------
-    array, (d_model,) or (1, d_model)
+    array, (d_model,) or (B, d_model)
         y, rounded to the dtype after formulas 1, 3 and 4, as the dense path is.
 
     Raises
@@ -178,7 +184,7 @@ def _run(
 
 
 class SparseFFN(Generic[A]):
-    """`sparse_ffn` with its weights bound.
+    """`sparse_ffn` with its weights bound; each call may have another number of tokens.
 
     Any number of threads and streams may share one. A CUDA graph that is captured from it needs it no longer; the weights, `x`
     and `out` must stay where they are for as long as the graph is launched, as with every captured call.
@@ -208,6 +214,7 @@ class SparseFFN(Generic[A]):
     >>> ffn = SparseFFN(w_gate, w_up, pack_down(w_down), threshold=0.01)
     >>> y = ffn(x)
     >>> ffn(x, out=y)
+    >>> ys = ffn(xs)  # (B, d_model), B from 1 to 8
     >>> ffn = SparseFFN(None, w_up, pack_down(w_down), activation="relu2")  # Nemotron's: squared ReLU, no gate
     """
 
@@ -244,7 +251,7 @@ class SparseFFN(Generic[A]):
         self._weights, self._extras = BoundWeights(signature, (*weights, *present)), extras
 
     def __call__(self, x: A, *, out: A | None = None) -> A:
-        """The FFN of `x`, (d_model,) or (1, d_model); `out` as for `sparse_ffn`."""
+        """The FFN of `x`, (d_model,) or (B, d_model); `out` as for `sparse_ffn`."""
         call: Call[A] = self._weights.call(x, out)
         *weights, token = call.inputs
         return _run(call, self._arrays(x), (token, *weights), self._how, self._extras)
@@ -309,6 +316,7 @@ def warmup(
     gated: bool = True,
     bias: bool = False,
     norm: bool = False,
+    tokens: int | Iterable[int] = 1,
 ) -> list[CompiledKernel]:
     """Compile every kernel of these dims now, so that the first call does not wait and a graph capture does not fail.
 
@@ -328,16 +336,19 @@ def warmup(
         As for `sparse_ffn`.
     gated, bias, norm : bool
         Whether the FFN has a gate, biases of all its projections, and a norm over x1.
+    tokens : int or iterable of int, default 1
+        How many tokens calls will have, 1 to 8: a kernel is compiled for each number. ``tokens=range(1, 9)`` is all of them.
 
     Returns
     -------
     list of CompiledKernel
-        One per kernel, with its defines and the seconds it took.
+        One per kernel and number of tokens, with its defines and the seconds it took. `pack_down` and `decompress`, which see
+        no tokens, are there once.
 
     Raises
     ------
     ValueError
-        Dims or dtype that no kernel supports.
+        Dims, dtype or numbers of tokens that no kernel supports.
     NoGPUError, UnsupportedGPUError, KernelCompileError
         No GPU, one older than compute capability 8.0, or NVRTC's refusal.
     """
@@ -352,7 +363,8 @@ def warmup(
     if compressed and name != "bfloat16":
         raise ValueError(f"warmup: compressed weights are bfloat16, got {name}")
     check_activation("warmup", activation, gated=gated)
-    index = current_device() if device is None else device
+    numbers = _numbers_of_tokens(tokens)
+    at = current_device() if device is None else device
     left_out = {"ffn_123", "ffn_23"} if not gated else {"ffn_12"}
     if not compressed:
         left_out.add("decompress")
@@ -360,13 +372,25 @@ def warmup(
     for kernel, interface in KERNELS.items():
         if kernel in left_out:
             continue
-        start = time.perf_counter()
         formats = compressed_formats(kernel, d_model, d_ff) if compressed else ()
         extras = tuple(p for p in interface.optional if (norm if p == "norm_weight" else bias))
         act = activation if interface.has_activation else RELU
-        problem = Problem(kernel, d_model, d_ff, name, specialize, formats=formats, activation=act, extras=extras)
-        plan = load(problem, index).plan
-        seconds = time.perf_counter() - start
-        defines = " ".join(key if value is None else f"{key}={value}" for key, value in plan.defines)
-        report.append(CompiledKernel(kernel, defines, gpu(index).capability, seconds))
+        for number in numbers if kernel in _OF_TOKENS else (1,):
+            start = time.perf_counter()
+            problem = Problem(kernel, d_model, d_ff, name, specialize, number, formats, act, extras)
+            plan = load(problem, at).plan
+            seconds = time.perf_counter() - start
+            defines = " ".join(key if value is None else f"{key}={value}" for key, value in plan.defines)
+            report.append(CompiledKernel(kernel, defines, gpu(at).capability, seconds))
     return report
+
+
+def _numbers_of_tokens(tokens: int | Iterable[int]) -> tuple[int, ...]:
+    """Each number of tokens that `warmup` was asked for, once, in its order."""
+    try:
+        numbers = tuple(dict.fromkeys(map(index, tokens if isinstance(tokens, Iterable) else (tokens,))))
+    except TypeError:
+        numbers = ()
+    if not numbers or not all(1 <= number <= MOST_TOKENS for number in numbers):
+        raise ValueError(f"warmup: tokens must be an int from 1 to {MOST_TOKENS}, or several of these, got {tokens!r:.80}")
+    return numbers

@@ -1,5 +1,7 @@
 """The operators. Each is a straight line: check, allocate, plan, launch, return.
 
+A call has one token, (d,), or B of them as rows, (B, d), B from 1 to 8. A weight row that any token needs is read once.
+
 One call, followed down: `ffn_23` -> `check_call` (`arguments`: checks and addresses) -> `kernel_of` (`compiler`: the plan of
 `launch`, compiled and cached) -> the kernel's launch (`driver`).
 """
@@ -63,23 +65,24 @@ def ffn_1(x: A, w_gate: Weight[A], *, bias: A | None = None, out: A | None = Non
 
     Parameters
     ----------
-    x : array, (d_model,) or (1, d_model)
-        The token's hidden state. Like every array of a call: bfloat16, float16 or float32, C-contiguous, on one GPU, from one
-        library (CuPy, torch, another with ``__dlpack__``); NumPy arrays run `prosparse_cupy.reference` on the host.
+    x : array, (d_model,) or (B, d_model)
+        A token's hidden state, or those of B tokens, 1 to 8. A token has the bits that it has alone, whatever stands beside it.
+        Like every array of a call: bfloat16, float16 or float32, C-contiguous, on one GPU, from one library (CuPy, torch,
+        another with ``__dlpack__``); NumPy arrays run `prosparse_cupy.reference` on the host.
     w_gate : array, (d_ff, d_model)
         ``gate_proj.weight`` as it is. `d_model` must be a multiple of 8 (4 for float32), and every array of a call starts
         at a multiple of 16 bytes (biases and what `pack_down` takes excepted).
     bias : array, (d_ff,), optional
-        ``gate_proj.bias``; added in float32, before the gate is rounded.
-    out : array, (d_ff,) or (1, d_ff), optional
+        ``gate_proj.bias``, one for all tokens; added in float32, before the gate is rounded.
+    out : array, (d_ff,) or (B, d_ff), optional
         Takes the result; with it nothing is allocated.
     specialize : bool, default True
         Compile `d_ff` and `d_model` into the kernel (ROW_OPT, COL_OPT), once per shape. False: one kernel for all shapes, or of
-        `ffn_4` for those whose sums have one order. The bits are the same.
+        `ffn_4` for those whose sums have one order. The bits are the same. Each number of tokens has kernels of its own.
 
     Returns
     -------
-    array, (d_ff,) or (1, d_ff)
+    array, (d_ff,) or (B, d_ff)
         The gate before its activation, accumulated in float32 and rounded once: `out`, or a new array of the caller's library.
         The launch is on the caller's current stream and is not waited for.
 
@@ -88,7 +91,8 @@ def ffn_1(x: A, w_gate: Weight[A], *, bias: A | None = None, out: A | None = Non
     TypeError
         Unknown or mixed array libraries, an unsupported or mixed dtype, a torch tensor in host memory.
     ValueError
-        Shapes that do not fit, strided or misaligned arrays, two GPUs, `out` sharing memory with an input.
+        Shapes that do not fit, strided or misaligned arrays, two GPUs, `out` sharing memory with an input; no token, or more
+        than 8, which are for the dense path, ``x @ w.T``: it is faster there.
     KernelCompileError
         NVRTC refused the kernel.
     """
@@ -115,8 +119,8 @@ def ffn_12(
 
     Parameters
     ----------
-    x : array, (d_model,) or (1, d_model)
-        The token's hidden state.
+    x : array, (d_model,) or (B, d_model)
+        The hidden state of a token, or of B tokens, 1 to 8.
     w_up : array, (d_ff, d_model)
         ``up_proj.weight`` as it is; all of it is read, as there is no gate to say which neurons are active.
     threshold : float, default 0.0
@@ -125,14 +129,14 @@ def ffn_12(
         "relu2" is ReLU squared: the square, in float32, of the rounded sum.
     bias : array, (d_ff,), optional
         ``up_proj.bias``; added in float32, before the sum is rounded.
-    out : array, (d_ff,) or (1, d_ff), optional
+    out : array, (d_ff,) or (B, d_ff), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
         As for `ffn_1`.
 
     Returns
     -------
-    array, (d_ff,) or (1, d_ff)
+    array, (d_ff,) or (B, d_ff)
         x1, what `ffn_4` takes.
 
     Raises
@@ -167,8 +171,8 @@ def ffn_123(
 
     Parameters
     ----------
-    x : array, (d_model,) or (1, d_model)
-        The token's hidden state.
+    x : array, (d_model,) or (B, d_model)
+        The hidden state of a token, or of B tokens, 1 to 8.
     w_gate, w_up : array, (d_ff, d_model)
         ``gate_proj.weight`` and ``up_proj.weight`` as they are.
     threshold : float, default 0.0
@@ -177,14 +181,14 @@ def ffn_123(
         As for `ffn_23`.
     gate_bias, up_bias : array, (d_ff,), optional
         ``gate_proj.bias`` and ``up_proj.bias``, added in float32.
-    out : array, (d_ff,) or (1, d_ff), optional
+    out : array, (d_ff,) or (B, d_ff), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
         As for `ffn_1`.
 
     Returns
     -------
-    array, (d_ff,) or (1, d_ff)
+    array, (d_ff,) or (B, d_ff)
         x1, what `ffn_4` takes.
 
     Raises
@@ -217,12 +221,15 @@ def ffn_23(
     Rows of `w_up` whose neuron is inactive are not read. A neuron is active iff ``not (gate < threshold) and gate != 0``, so
     ``gate == threshold`` is kept and NaN stays visible; inactive outputs are exactly +0.
 
+    Of several tokens, a row that any of them needs is read once. For a token for which a neuron is inactive x1 is exactly +0,
+    whatever the row holds, NaN included.
+
     Parameters
     ----------
-    gate : array, (d_ff,) or (1, d_ff)
-        The gate before its activation, as `ffn_1` returns it.
-    x : array, (d_model,) or (1, d_model)
-        The token's hidden state.
+    gate : array, (d_ff,) or (B, d_ff)
+        The gate before its activation, as `ffn_1` returns it, with the leading dim of `x`.
+    x : array, (d_model,) or (B, d_model)
+        The hidden state of a token, or of B tokens, 1 to 8.
     w_up : array, (d_ff, d_model)
         ``up_proj.weight`` as it is.
     threshold : float, default 0.0
@@ -232,14 +239,14 @@ def ffn_23(
         2406.05955): x1 is +0 where the up-projection is not above zero, whatever the threshold.
     bias : array, (d_ff,), optional
         ``up_proj.bias``, added in float32.
-    out : array, (d_ff,) or (1, d_ff), optional
+    out : array, (d_ff,) or (B, d_ff), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
         As for `ffn_1`.
 
     Returns
     -------
-    array, (d_ff,) or (1, d_ff)
+    array, (d_ff,) or (B, d_ff)
         x1, rounded once.
 
     Raises
@@ -271,26 +278,30 @@ def ffn_4(
     With `norm_weight` it is the down-projection of the normalised x1, ``norm_weight * x1 / sqrt(mean(x1**2) + norm_eps)``,
     as BitNet's ``ffn_sub_norm`` computes it: zeros stay zeros, so the same rows are left out.
 
+    Of several tokens, a row that any of them needs is read once. A token whose x1 is zero there gets nothing from it, whatever
+    the row holds, NaN included.
+
     Parameters
     ----------
-    x1 : array, (d_ff,) or (1, d_ff)
-        As `ffn_23` returns it; any sign.
+    x1 : array, (d_ff,) or (B, d_ff)
+        As `ffn_23` returns it, of one token or of B; any sign.
     w_down_t : array, (d_ff, d_model)
         The transpose of ``down_proj.weight``, made once with `pack_down`, so that a neuron's weights are one contiguous row.
     bias : array, (d_model,), optional
         ``down_proj.bias``; added in float32, before y is rounded.
     norm_weight : array, (d_ff,), optional
-        The weight of an RMS norm over x1. Its mean is over all neurons; nothing is rounded between norm and projection.
+        The weight of an RMS norm over x1, one for all tokens. Its mean is over all neurons of each token; nothing is rounded
+        between norm and projection.
     norm_eps : float, default 0.0
         What the norm adds to the mean of the squares; without `norm_weight` it must be 0.
-    out : array, (d_model,) or (1, d_model), optional
+    out : array, (d_model,) or (B, d_model), optional
         Takes the result. It must not share memory with an input.
     specialize : bool, default True
         As for `ffn_1`.
 
     Returns
     -------
-    array, (d_model,) or (1, d_model)
+    array, (d_model,) or (B, d_model)
         y, rounded once.
 
     Raises

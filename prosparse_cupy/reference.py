@@ -1,7 +1,8 @@
 """The operators in NumPy, accumulated in float64: what every kernel is held to, and what runs when the arrays are NumPy's.
 
 Same names, layouts and rounding points as the GPU operators: the dtype of the inputs is rounded to once after formula 1, once
-after formula 3 and once after formula 4. Weights of inactive neurons are not read here either.
+after formula 3 and once after formula 4. Weights of inactive neurons are not read here either. Each of several tokens is
+computed as if it were alone, so that it has the bits that it has alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def fatrelu(gate: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
 
 def ffn_1(x: Array, w_gate: Array, *, bias: Array | None = None) -> Array:
     """Formula 1: `x @ w_gate.T + bias`."""
+    if x.ndim > 1:
+        return np.stack([ffn_1(token, w_gate, bias=bias) for token in x])
     return _biased(rows_dot(x, w_gate, np.arange(len(w_gate))), bias).astype(x.dtype)
 
 
@@ -43,12 +46,15 @@ def ffn_23(
     gate: Array, x: Array, w_up: Array, threshold: float = 0.0, *, activation: str = RELU, bias: Array | None = None
 ) -> Array:
     """Formulas 2 and 3: the activation of `gate` times `x @ w_up.T + bias`."""
+    if gate.ndim > 1:
+        tokens = zip(gate, x, strict=True)
+        return np.stack([ffn_23(*token, w_up, threshold, activation=activation, bias=bias) for token in tokens])
     formula = Formula(threshold, activation)
-    used = formula.active(gate).reshape(-1, gate.shape[-1]).any(axis=0)
+    used = formula.active(gate)
     x1 = np.zeros(gate.shape, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         up = _biased(rows_dot(x, w_up, np.flatnonzero(used)), None if bias is None else bias[used])
-        x1[..., used] = formula.combine(gate[..., used], up)
+        x1[used] = formula.combine(gate[used], up)
         return x1.astype(gate.dtype)
 
 

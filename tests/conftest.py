@@ -23,8 +23,8 @@ def _why_no_gpu() -> str:
 # What builds kernels, packages or pages, runs a model or a type checker: too long for every save.
 _SLOW = {
     *("test_attend", "test_cli_generate", "test_compile", "test_docs", "test_examples", "test_families", "test_generate"),
-    *("test_host_cuda", "test_host_kernels", "test_packaging", "test_small_model", "test_torch_linears", "test_torch_patch"),
-    "test_types",
+    *("test_host_batches", "test_host_cuda", "test_host_kernels", "test_packaging", "test_small_model", "test_torch_linears"),
+    *("test_torch_patch", "test_types"),
 }
 
 

@@ -173,25 +173,36 @@ def test_empty_arrays(operator):
 
 
 @every_operator
-def test_batches_are_refused_with_the_reason(operator):
+@pytest.mark.parametrize(("tokens", "advice"), [(0, "there must be at least one"), (9, "more are for the dense path")])
+def test_no_tokens_and_too_many_are_refused_with_advice(operator, tokens, advice):
     if operator == "pack_down":
         return
-    for tokens, reason in [
-        (2, "2 to 8 tokens are not supported yet"),
-        (8, "not supported yet"),
-        (9, "for decoding"),
-        (0, "decoding"),
-    ]:
-        arrays = _arrays()
-        arrays |= {name: np.stack([arrays[name]] * tokens) if tokens else arrays[name][None][:0] for name in VECTORS}
-        with pytest.raises(ValueError, match=rf"{operator}: \w+ must hold one token.* got {tokens} tokens: .*{reason}"):
-            _call(operator, arrays)
+    arrays = _arrays()
+    arrays |= {name: np.stack([arrays[name]] * 9)[:tokens] for name in VECTORS}
+    message = rf"{operator}: \w+ must hold one token, \(d,\), or 1 to 8, \(B, d\), got {tokens} tokens: {advice}"
+    with pytest.raises(ValueError, match=message):
+        _call(operator, arrays)
+
+
+@every_operator
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_several_tokens_are_each_as_alone(operator, tokens):
+    if operator == "pack_down":
+        return
+    arrays = _arrays()
+    result = _call(operator, {**arrays, **{name: np.stack([arrays[name]] * tokens) for name in VECTORS}})
+    np.testing.assert_allclose(result.astype(np.float32), np.stack([_call(operator, arrays)] * tokens).astype(np.float32))
 
 
 def test_leading_dims_must_agree():
     arrays = _arrays()
     with pytest.raises(ValueError, match=r"ffn_23: x must have the leading dims of gate, \(\), got \(1,\): reshape"):
         psc.ffn_23(arrays["gate"], arrays["x"][None], arrays["w_up"])
+    two, three = (np.stack([arrays["x"]] * n) for n in (2, 3))
+    with pytest.raises(ValueError, match=r"ffn_23: x must have the leading dims of gate, \(3,\), got \(2,\): reshape"):
+        psc.ffn_23(np.stack([arrays["gate"]] * 3), two, arrays["w_up"])
+    with pytest.raises(ValueError, match=r"ffn_1: out must have the leading dims of x, \(3,\), got \(2,\)"):
+        psc.ffn_1(three, arrays["w_gate"], out=poisoned((2, D_FF), "bfloat16"))
     with pytest.raises(ValueError, match=r"ffn_1: out must have the leading dims of x"):
         psc.ffn_1(arrays["x"][None], arrays["w_gate"], out=poisoned(D_FF, "bfloat16"))
 

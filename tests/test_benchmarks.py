@@ -308,7 +308,7 @@ def test_floors():
 # Commands without a GPU
 
 
-@pytest.mark.parametrize("command", ["paper", "sweep", "ffn", "host"])
+@pytest.mark.parametrize("command", ["paper", "sweep", "ffn", "batch", "host"])
 def test_without_a_gpu_a_command_says_so(monkeypatch, command):
     def none():
         raise cli.NoGPUError("no CUDA GPU: looked for one")
@@ -330,9 +330,40 @@ def no_gpu_needed(monkeypatch):
     monkeypatch.setattr(cli.conditions, "head", head)
     _show(monkeypatch, [QUIET] * 9)
     monkeypatch.setattr(cli, "best_dense", lambda dtype: SimpleNamespace(name="dense"))
-    monkeypatch.setattr(cli, "Layers", lambda *_, first: None)
+    monkeypatch.setattr(cli, "Layers", lambda *_, first, tokens: None)
     pool = SimpleNamespace(free_all_blocks=lambda: None)
     monkeypatch.setattr(cli, "cupy", lambda: SimpleNamespace(get_default_memory_pool=lambda: pool))
+
+
+def test_what_batch_measures(monkeypatch, no_gpu_needed, tmp_path):
+    """Of every setting once; layers are made anew for each number of tokens."""
+    settings, made = [], []
+
+    def measured(layers, setting, **_):
+        settings.append(setting)
+        changes = {"model": setting.label, "batch": setting.tokens, "mask": setting.mask, "weights": setting.weights}
+        return [_row(setting.op, **changes, sparsity=setting.sparsity)]
+
+    monkeypatch.setattr(cli, "measure", measured)
+    monkeypatch.setattr(cli, "Layers", lambda model, *_, first, tokens: made.append((model.name, tokens)))
+    done = CliRunner().invoke(cli.main, ["batch", "--json", str(tmp_path / "r.json")])
+    assert done.exit_code == 0, done.output
+    assert made == [(cli.MODELS[name].name, tokens) for name in ("7B", "13B") for tokens in (1, 2, 4, 8)]
+    rows = read_json(tmp_path / "r.json").rows
+    assert len({row.key for row in rows}) == len(rows) == 2 * (2 * (1 + 3) + 3 * 2 * (1 + 3 * 2))
+    assert {(s.op, s.tokens) for s in settings if s.with_singles} == {("SparseFFN", 8)}
+    assert {s.mask for s in settings if s.tokens == 1 or s.op == "ffn_1"} == {"hot"}
+    assert {s.sparsity for s in settings} == {0.89}
+    _show(monkeypatch, [QUIET] * 2)
+    settings.clear()
+    options = ["--model", "7B", "--batch", "3", "--weights", "plain", "--mask", "correlated", "--at", "0.5", "--at", "0.9"]
+    done = CliRunner().invoke(cli.main, ["batch", *options])
+    assert done.exit_code == 0, done.output
+    assert [(s.op, s.sparsity) for s in settings] == [
+        ("ffn_1", 0.5),
+        *((op, sparsity) for op in ("ffn_23", "ffn_4", "SparseFFN") for sparsity in (0.5, 0.9)),
+    ]
+    assert {(s.tokens, s.mask, s.weights, s.with_singles) for s in settings} == {(3, "correlated", "plain", False)}
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -493,6 +524,40 @@ def test_the_bytes_of_a_token():
     assert torch.is_tensor(model.lm_head.weight)
 
 
+def _batch_result() -> Result:
+    """All rows of `batch` of one model, made up."""
+    rows = [
+        _row(op, 6.0 + tokens, batch=tokens, mask=mask, weights=weights, sparsity=0.89, variant=variant)
+        for tokens in (1, 2, 8)
+        for op in ("ffn_1", "ffn_23", "ffn_4", "SparseFFN")
+        for weights in ("plain", "bf12")
+        for mask in ("hot", "correlated")
+        if mask == "hot" or (tokens > 1 and op != "ffn_1")
+        for variant in ("prosparse", *(["eight calls"] if (op, tokens) == ("SparseFFN", 8) else []))
+    ]
+    return Result(HEAD, tuple(rows))
+
+
+def test_batch_table():
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.batch(_batch_result()).splitlines()]
+    assert lines[0][:4] == ["", "model", "masks", "1 token: µs, ratio, speed-up"] and len(lines) == 2 + 2 + 2 * 4 + 4 + 4
+    assert [line[0] for line in lines[2:5]] == ["`ffn_1`", "`ffn_1`, bf12", "`ffn_23`"]
+    assert lines[2] == ["`ffn_1`", "7B", "any", "7.0, 1.75, 5.14x", "8.0, 2.00, 4.50x", "14.0, 3.50, 2.57x"]
+    assert lines[-8][0] == "`SparseFFN`" and lines[-1][:3] == ["`SparseFFN`, bf12, eight calls", "7B", "correlated, 89%"]
+    assert lines[-1][3:] == ["", "", "14.0, 3.50, 2.57x"]
+
+
+def test_the_picture_of_batches_has_a_line_for_each_way():
+    figures = pytest.importorskip("benchmarks.figures", reason='the extra "bench" brings matplotlib')
+    figure = figures.batch(_batch_result())
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["7B, independent masks", "7B, correlated masks"]
+    for axes in figure.axes:
+        lines = {line.get_label(): line for line in axes.lines}
+        assert [*lines] == ["dense", "sparse", "sparse, byte floor", "sparse, 12 bits", "sparse, 12 bits, byte floor"]
+        for label, values in [("dense", [36.0] * 3), ("sparse", [7.0, 8.0, 14.0]), ("sparse, byte floor", [4.0] * 3)]:
+            assert [*lines[label].get_xdata()] == [1, 2, 8] and [*lines[label].get_ydata()] == values
+
+
 @pytest.mark.gpu
 def test_decode_measures_a_small_model(torch):
     pytest.importorskip("transformers", reason='the extra "hf" brings it')
@@ -557,6 +622,10 @@ def test_figures_are_drawings_with_axes_named(stored, tmp_path):
         "speedup": (figures.speedup(stored["sweep"], "7B"), ["sparsity, %", "speed-up over dense", "byte floor", "H100"]),
         "time": (figures.where_time_goes(stored["ffn"]), ["time per token and layer, µs", "one launch", "rest", "H100"]),
         "paper": (figures.paper(stored["paper"]), ["speed-up over dense", "published", "measured", "ProSparse-13B", "H100"]),
+        "batch": (
+            figures.batch(stored["batch"]),
+            ["tokens a call", "FFN, µs", "dense", "12 bits", "byte floor", "13B, correlated masks", "H100"],
+        ),
         "decode": (
             figures.decode(stored["decode"]),
             ["ms per token", "sparse FFN", "attention", "13B patched", "13B 12 bits", "byte floor", "tokens/s", "H100"],
@@ -572,25 +641,30 @@ def test_figures_are_drawings_with_axes_named(stored, tmp_path):
 # What is measured, with everything of the GPU made up
 
 
-def _measured(monkeypatch, setting_changes: dict, first=None, wrong: bool = False) -> list[Row]:
+def _measured(monkeypatch, setting_changes: dict, first=None, wrong: bool = False, wrong_singles: bool = False) -> list[Row]:
     from benchmarks import measure
     from prosparse_cupy.models import LLAMA_2_7B
     from prosparse_cupy.testing.layers import Timed
 
-    exact = np.array([1.0, 2.0])
+    exact, unions = np.array([1.0, 2.0]), iter([1000, 3000])
 
     def timed() -> Timed:
-        outs = [np.full(2, np.nan, np.float32) for _ in range(3)]
+        outs = [np.full(2, np.nan, np.float32) for _ in range(4)]
 
         def fill(out, value):
             return lambda: out.__setitem__(slice(None), value)
 
         first_call = fill(outs[2], exact) if first else None
         ours = fill(outs[0], exact * 1.5 if wrong else exact)
-        return Timed(ours, outs[0], lambda: exact, fill(outs[1], exact), outs[1], first_call, outs[2])
+        singles = fill(outs[3], exact * 1.5 if wrong_singles else exact)
+        active = next(unions)
+        return Timed(ours, outs[0], lambda: exact, fill(outs[1], exact), outs[1], first_call, outs[2], singles, outs[3], active)
 
     layers = SimpleNamespace(
-        calls=lambda *_: [timed(), timed()], count=2, touched=lambda *_: 3_000_000, dtype=np.dtype(np.float32)
+        calls=lambda *_: [timed(), timed()],
+        count=2,
+        touched=lambda op, active, weights: 3_000_000 if active == 1101 else 3000 * active,
+        dtype=np.dtype(np.float32),
     )
 
     def capture(calls):
@@ -598,7 +672,8 @@ def _measured(monkeypatch, setting_changes: dict, first=None, wrong: bool = Fals
 
     monkeypatch.setattr(timing, "capture", capture)
     monkeypatch.setattr(timing, "graph_clock", lambda call: (call(), 640.0)[1])
-    setting = measure.Setting("SparseFFN", LLAMA_2_7B, "7B", "float32", "hot", 0.9, **setting_changes)
+    given = {"mask": "hot", "sparsity": 0.9, **setting_changes}
+    setting = measure.Setting("SparseFFN", LLAMA_2_7B, "7B", "float32", **given)
     dense = SimpleNamespace(capture=capture)
     return measure.measure(layers, setting, dense, conditions.Yardsticks(3e6, 1.0), measure.GRAPH, 8)
 
@@ -620,13 +695,24 @@ def test_the_first_release_and_the_dense_path_get_rows_of_their_own(monkeypatch)
     assert [row.time_us for row in rows] == [10.0, 10.0, 10.0, 320.0]  # eagerly: the two calls, not 64
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_eight_tokens_and_eight_calls(monkeypatch, wrong):
+    """The floor is of the mean union, and each way's results are checked."""
+    changes = {"tokens": 8, "with_singles": True, "weights": "bf12", "mask": "correlated"}
+    rows = _measured(monkeypatch, changes, wrong_singles=wrong)
+    assert [(row.variant, row.batch, row.weights, row.setting) for row in rows] == [
+        (variant, 8, "bf12", "correlated, bf12, 8 tokens") for variant in ("prosparse", "eight calls")
+    ]
+    assert [row.checked for row in rows] == [True, not wrong] and {row.floor_us for row in rows} == {3.0}
+
+
 class _NumpyDense(Dense):
     """A dense path on NumPy arrays."""
 
     name = "NumPy"
 
     def mv(self, weights, x, out):
-        out[...] = weights.astype(np.float32) @ x.astype(np.float32)
+        out[...] = x.astype(np.float32) @ weights.T.astype(np.float32)
 
     def activate(self, pre, formula, out=None):
         kept = np.where(pre.astype(np.float32) >= np.float32(formula.threshold), pre, 0) * (pre > 0)
@@ -638,7 +724,7 @@ class _NumpyDense(Dense):
 
     def norm(self, x1, weight, eps):
         wide = x1.astype(np.float32)
-        return weight * (wide / np.sqrt(np.mean(wide * wide) + eps)).astype(x1.dtype)
+        return weight * (wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x1.dtype)
 
 
 @pytest.mark.parametrize("mask", ["hot", "uniform", "contiguous"])
@@ -661,7 +747,33 @@ def test_layers_of_other_formulas(monkeypatch, formula, op, weights):
     _layers_call_what_they_check(monkeypatch, formula, op, "hot", weights)
 
 
-def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights):
+@pytest.mark.parametrize("mask", ["hot", "correlated"])
+@pytest.mark.parametrize("op", ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "three operators", "sparse_ffn", "SparseFFN"])
+@pytest.mark.parametrize("weights", ["plain", "bf12"])
+def test_layers_of_several_tokens(monkeypatch, op, mask, weights):
+    _layers_call_what_they_check(monkeypatch, {}, op, mask, weights, tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("formula", "op"),
+    [
+        *(({"activation": "relu2", "gated": False}, op) for op in ("ffn_12", "SparseFFN")),
+        *(({"activation": "relu2", "normed": True}, op) for op in ("ffn_23", "SparseFFN")),
+    ],
+)
+def test_layers_of_several_tokens_and_other_formulas(monkeypatch, formula, op):
+    _layers_call_what_they_check(monkeypatch, formula, op, "hot", "plain", tokens=8)
+
+
+def test_what_several_tokens_need_is_not_counted_with_drelu():
+    from prosparse_cupy.models import TURBOSPARSE_MISTRAL
+    from prosparse_cupy.testing.layers import Layers
+
+    with pytest.raises(ValueError, match=r"^Layers: what several tokens need with dReLU is not counted"):
+        Layers(TURBOSPARSE_MISTRAL, "bfloat16", _NumpyDense(), tokens=2)
+
+
+def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights, tokens=1):
     """On NumPy arrays, which run the reference: every timed call, ours and dense, leaves what `exact` says, and no NaN."""
     from prosparse_cupy.models import Model
     from prosparse_cupy.testing import layers, truth
@@ -675,7 +787,7 @@ def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights):
     monkeypatch.setattr(truth, "cupy", lambda: fake)
     monkeypatch.setattr(layers, "current_device", lambda: 0)
     dtype, tolerance = ("float32", 1e-4) if weights == "plain" else ("bfloat16", 3e-2)
-    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8, **formula), dtype, _NumpyDense())
+    made = layers.Layers(Model("small", 64, 200, 1, 0.01, 0.8, **formula), dtype, _NumpyDense(), tokens=tokens)
     compressed = []
     monkeypatch.setattr(layers, "compress", lambda w, **layout: compressed.append(w) or psc.compress(w, **layout))
     timed = made.calls(op, mask, 0.8, weights)
@@ -683,14 +795,21 @@ def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights):
     assert bool(compressed) == (weights == "bf12" and (op != "ffn_4" or has_others))
     if weights == "bf12" and op != "ffn_4":  # whose weight of so narrow a model stays plain
         assert 0 < made.touched(op, 40, "bf12") < made.touched(op, 40)
-    assert made.count == 16 and len(timed) % made.count == 0 and 0 < made.touched(op, 40) <= 4 * (3 * 64 * 200 + 1000)
+    assert made.count == 16 and len(timed) % made.count == 0
+    assert 0 < made.touched(op, 40) <= 4 * (3 * 64 * 200 + 1000 * tokens)
+    assert all(40 <= t.active <= (40 if tokens == 1 else 200) for t in timed) or formula.get("activation") == "drelu"
     for t in timed[:: len(timed) // 4]:
         assert np.isnan(t.out.astype(np.float32)).all() and np.isnan(t.dense_out.astype(np.float32)).all()
         t.call()
         t.dense()
         exact = t.exact()
         for out in (t.out, t.dense_out):
+            assert out.shape == exact.shape and out.ndim == 1 + (tokens > 1)
             np.testing.assert_allclose(out.astype(np.float64), exact, rtol=tolerance, atol=tolerance * np.abs(exact).max())
+        assert (t.singles is not None) == (op == "SparseFFN" and tokens > 1)
+        if t.singles is not None:
+            t.singles()
+            np.testing.assert_allclose(t.singles_out.astype(np.float64), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("wrong", [False, True])

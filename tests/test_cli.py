@@ -201,8 +201,9 @@ def test_demo_decodes_a_text_on_the_gpu(torch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [(), (1,), (3,), (8,)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dense_path_is_right(dtype, torch):
+def test_every_dense_path_is_right(dtype, tokens, torch):
     import cupy
     from gpu_arrays import OnCupy
 
@@ -210,11 +211,11 @@ def test_every_dense_path_is_right(dtype, torch):
     from prosparse_cupy.testing.torch_dense import TorchDense
 
     rng, on, t = np.random.default_rng(), OnCupy(), 0.1
-    x, w = (rng.standard_normal(s).astype(DTYPES[dtype]) for s in ((64,), (96, 64)))
-    g = np.where(rng.random(96) < 0.3, t, rng.standard_normal(96)).astype(DTYPES[dtype])
+    x, w = (rng.standard_normal(s).astype(DTYPES[dtype]) for s in ((*tokens, 64), (96, 64)))
+    g = np.where(rng.random((*tokens, 96)) < 0.3, t, rng.standard_normal((*tokens, 96))).astype(DTYPES[dtype])
     expected = reference.ffn_23(g, x, w, t).astype(np.float32)
     for dense in (TorchDense(), through_ffn_1(), through_cublas()):
-        out = on.put(np.full(96, np.nan).astype(DTYPES[dtype]))
+        out = on.put(np.full((*tokens, 96), np.nan).astype(DTYPES[dtype]))
         arrays = [dense.adopt(on.put(a)) for a in (g, x, w)]
         try:
             dense.ffn_23(*arrays, Formula(t), dense.adopt(out))

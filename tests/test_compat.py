@@ -60,3 +60,16 @@ def test_dims_are_checked_against_the_arrays():
     with pytest.raises(ValueError, match=r"mat must have shape \(mat_row, mat_col\) = \(64, 104\).*got \(104, 64\)"):
         ffn_4.torch_launch_ffn_4(w, g, y, D_MODEL, D_FF)
     assert np.isnan(x1.astype(np.float32)).all() and np.isnan(y.astype(np.float32)).all()
+
+
+def test_several_tokens_are_for_the_new_names():
+    g, x, w = _numbers()
+    x1, y = poisoned((2, D_FF), "bfloat16"), poisoned((2, D_MODEL), "bfloat16")
+    advice = r"must hold one token, as in the first release, got shape \(2, \d+\): call prosparse_cupy.{}, which takes up to 8"
+    with pytest.raises(ValueError, match=r"^torch_launch_ffn_fuse_23: vec_input " + advice.format("ffn_23")):
+        ffn_23.torch_launch_ffn_fuse_23(np.stack([g] * 2), np.stack([x] * 2), w, x1, D_MODEL, D_FF)
+    with pytest.raises(ValueError, match=r"^torch_launch_ffn_4: vec " + advice.format("ffn_4")):
+        ffn_4.torch_launch_ffn_4(w, np.stack([g] * 2), y, D_FF, D_MODEL)
+    assert np.isnan(x1.astype(np.float32)).all() and np.isnan(y.astype(np.float32)).all()
+    ffn_4.torch_launch_ffn_4(w, g[None], y[:1], D_FF, D_MODEL)
+    np.testing.assert_array_equal(bits(y[0]), bits(reference.ffn_4(g, w)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from gpu_arrays import OnCupy, OnTorch, large_weights, vendor_mv
 import prosparse_cupy as psc
 from prosparse_cupy import ffn as ffn_module
 from prosparse_cupy import launch, reference
-from prosparse_cupy.problem import KERNELS
+from prosparse_cupy.problem import KERNELS, Problem
 from prosparse_cupy.testing import synthetic
 
 on = OnCupy()
@@ -356,18 +357,24 @@ def test_a_sparse_ffn_whose_biases_have_changed_is_refused():
         ffn(x)
 
 
-@pytest.mark.parametrize(("gated", "halves"), [(True, ["ffn_123", "ffn_23"]), (False, ["ffn_12"])])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_warmup_compiles_what_a_call_asks_for(monkeypatch, gated, halves, compressed):
-    """On a stand-in for the compiler: the kernels, and what they are compiled for."""
+def _compiled(monkeypatch) -> list[Problem]:
+    """The problems that `warmup` asks a stand-in for the compiler for."""
     problems = []
 
     def load(problem, device):
         problems.append(problem)
-        return SimpleNamespace(plan=launch.plan(problem))
+        return SimpleNamespace(plan=launch.plan(replace(problem, tokens=1)))  # whose knobs are not this test's
 
     monkeypatch.setattr(ffn_module, "load", load)
     monkeypatch.setattr(ffn_module, "gpu", lambda device: SimpleNamespace(capability=90))
+    return problems
+
+
+@pytest.mark.parametrize(("gated", "halves"), [(True, ["ffn_123", "ffn_23"]), (False, ["ffn_12"])])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_warmup_compiles_what_a_call_asks_for(monkeypatch, gated, halves, compressed):
+    """On a stand-in for the compiler: the kernels, and what they are compiled for."""
+    problems = _compiled(monkeypatch)
     options = {"activation": "relu2", "gated": gated, "bias": True, "norm": True, "compressed": compressed}
     report = psc.warmup(64, 101, device=0, **options)
     assert [c.kernel for c in report] == sorted(
@@ -381,6 +388,34 @@ def test_warmup_compiles_what_a_call_asks_for(monkeypatch, gated, halves, compre
     problems.clear()
     psc.warmup(64, 101, device=0, gated=gated)
     assert all(problem.activation == "relu" and not problem.extras for problem in problems)
+
+
+@pytest.mark.parametrize(("tokens", "numbers"), [(3, [3]), (range(1, 9), [*range(1, 9)]), ([1, 4, np.int64(4)], [1, 4])])
+def test_warmup_for_several_tokens(monkeypatch, tokens, numbers):
+    """Each kernel for each number, but those that see no tokens once."""
+    problems = _compiled(monkeypatch)
+    report = psc.warmup(64, 101, device=0, compressed=True, tokens=tokens)
+    by_kernel = {kernel: [p.tokens for p in problems if p.kernel == kernel] for kernel in KERNELS}
+    of_weights = {kernel: [1] for kernel in ("pack_down", "decompress")}
+    assert by_kernel == {**dict.fromkeys(KERNELS, numbers), **of_weights, "ffn_12": []}
+    assert [c.kernel for c in report] == [p.kernel for p in problems]
+
+
+@pytest.mark.parametrize("tokens", [0, 9, -1, 2.0, "2", None, [], [1, 9], [1.0]])
+def test_warmup_refuses_numbers_of_tokens_that_no_call_may_have(tokens):
+    with pytest.raises(ValueError, match=r"^warmup: tokens must be an int from 1 to 8, or several of these, got "):
+        psc.warmup(64, 101, device=0, tokens=tokens)
+
+
+def test_a_sparse_ffn_takes_any_number_of_tokens():
+    layer = _layer(64, 101, "float32", 0.5)
+    ffn = psc.SparseFFN(layer.w_gate, layer.w_up, psc.pack_down(layer.w_down), T)
+    rng = np.random.default_rng()
+    for tokens in (1, 8, 3, 2, 8):
+        x = np.stack([token(64, "float32", rng) for _ in range(tokens)])
+        np.testing.assert_allclose(ffn(x), np.stack([ffn(row) for row in x]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"^SparseFFN: x must hold one token, \(d,\), or 1 to 8, \(B, d\), got 9 tokens"):
+        ffn(np.zeros((9, 64), np.float32))
 
 
 @pytest.mark.gpu

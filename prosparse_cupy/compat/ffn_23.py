@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import ops
-from ._dims import check_dims
+from ._dims import check_dims, check_one_token
 
 
 def torch_launch_ffn_fuse_23(
@@ -31,7 +31,8 @@ def torch_launch_ffn_fuse_23(
     Raises
     ------
     ValueError
-        `mat_row` or `mat_col` disagree with the arrays; otherwise as `prosparse_cupy.ffn_23`.
+        `mat_row` or `mat_col` disagree with the arrays, or there are several tokens; otherwise as `prosparse_cupy.ffn_23`.
     """
     check_dims("torch_launch_ffn_fuse_23", "mat_up", mat_up, {"mat_col": mat_col, "mat_row": mat_row})
+    check_one_token("torch_launch_ffn_fuse_23", "vec_input", vec_input, "ffn_23")
     ops.ffn_23(vec_sparse, vec_input, mat_up, threshold, out=res)

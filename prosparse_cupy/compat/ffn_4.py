@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import ops
-from ._dims import check_dims
+from ._dims import check_dims, check_one_token
 
 
 def torch_launch_ffn_4(mat: Any, vec: Any, res: Any, mat_row: int, mat_col: int) -> None:
@@ -25,7 +25,8 @@ def torch_launch_ffn_4(mat: Any, vec: Any, res: Any, mat_row: int, mat_col: int)
     Raises
     ------
     ValueError
-        `mat_row` or `mat_col` disagree with the arrays; otherwise as `prosparse_cupy.ffn_4`.
+        `mat_row` or `mat_col` disagree with the arrays, or there are several tokens; otherwise as `prosparse_cupy.ffn_4`.
     """
     check_dims("torch_launch_ffn_4", "mat", mat, {"mat_row": mat_row, "mat_col": mat_col})
+    check_one_token("torch_launch_ffn_4", "vec", vec, "ffn_4")
     ops.ffn_4(vec, mat, out=res)

@@ -13,8 +13,8 @@ from ..device import cupy
 from ..formula import DRELU, Formula
 from . import timing
 
-MatrixVector = Callable[[Any, Any, Any], object]
-"""``weights @ x`` into `out`."""
+Product = Callable[[Any, Any, Any], object]
+"""``x @ weights.T``, of one token or of several, into `out`."""
 Weights = tuple[Any, Any, Any]
 """w_gate, w_up and w_down; w_gate None without a gate."""
 
@@ -34,7 +34,7 @@ class Dense(ABC):
 
     @abstractmethod
     def mv(self, weights: Any, x: Any, out: Any) -> None:
-        """``weights @ x``: formulas 1 and 4."""
+        """``x @ weights.T``: formulas 1 and 4, of one token, (d,), or of several, (B, d)."""
 
     @abstractmethod
     def activate(self, pre: Any, formula: Formula, out: Any = None) -> Any:
@@ -68,9 +68,9 @@ class Dense(ABC):
 
 
 class CupyDense(Dense):
-    """A matrix-vector product on CuPy arrays, and CuPy's elementwise kernels."""
+    """A product on CuPy arrays, and CuPy's elementwise kernels."""
 
-    def __init__(self, name: str, product: MatrixVector) -> None:
+    def __init__(self, name: str, product: Product) -> None:
         self.name, self._product = name, product
 
     def mv(self, weights: Any, x: Any, out: Any) -> None:
@@ -85,12 +85,19 @@ class CupyDense(Dense):
 
     def norm(self, x1: Any, weight: Any, eps: float) -> Any:
         wide = x1.astype(np.float32)
-        return (wide * (wide @ wide / len(wide) + eps) ** -0.5).astype(x1.dtype) * weight
+        return (wide * ((wide * wide).mean(axis=-1, keepdims=True) + eps) ** -0.5).astype(x1.dtype) * weight
 
 
 def through_cublas() -> CupyDense:
     """`cupy.matmul`."""
-    return CupyDense(f"cupy.matmul {cupy().__version__} (cuBLAS)", lambda weights, x, out: cupy().matmul(weights, x, out=out))
+
+    def product(weights: Any, x: Any, out: Any) -> None:
+        if x.ndim == 1:
+            cupy().matmul(weights, x, out=out)
+        else:
+            cupy().matmul(x, weights.T, out=out)
+
+    return CupyDense(f"cupy.matmul {cupy().__version__} (cuBLAS)", product)
 
 
 def through_ffn_1() -> CupyDense:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,9 @@ MASKS: dict[str, Callable[[int, float, np.random.Generator], Mask]] = {
     "uniform": synthetic.uniform_mask,
     "contiguous": synthetic.contiguous_mask,
 }
+"""A token's; those of several tokens are independent."""
+CORRELATED = "correlated"
+"""Masks of several tokens, of which each shares a part of its active neurons with all others."""
 STEPS = ("ffn_1", "ffn_23", "ffn_4")
 WHOLE = ("SparseFFN", "sparse_ffn", "three operators")
 _NORM_EPS = 1e-5
@@ -58,20 +61,39 @@ class Timed:
     first: Callable[[], Any] | None = None
     """The operators' first release, if it is given."""
     first_out: Any = None
+    singles: Callable[[], Any] | None = None
+    """Of a whole FFN of several tokens: as many calls of one token each."""
+    singles_out: Any = None
+    active: int = 0
+    """Neurons that are active for some token."""
 
 
-def poisoned(size: int, dtype: npt.DTypeLike) -> Any:
+def poisoned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
     """A CuPy array with NaN in every element, so that one that nobody writes fails the check."""
     kind = np.dtype(dtype)
-    return cupy().full(size * kind.itemsize, 0xFF, np.uint8).view(kind)
+    return cupy().full(math.prod(shape) * kind.itemsize, 0xFF, np.uint8).view(kind).reshape(shape)
 
 
 class Layers:
-    """Random FFN layers of one model and dtype, made on the GPU once; masks change from setting to setting."""
+    """Random FFN layers of one model and dtype, made on the GPU once; masks change from setting to setting.
 
-    def __init__(self, model: Model, dtype: str, dense: Dense, seed: int = 0, first: FirstRelease | None = None) -> None:
+    Vectors are of one token, (d,), or of `tokens`, (tokens, d). The first release knows one token alone.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dtype: str,
+        dense: Dense,
+        seed: int = 0,
+        first: FirstRelease | None = None,
+        tokens: int = 1,
+    ) -> None:
+        if tokens > 1 and model.activation == DRELU:
+            raise ValueError("Layers: what several tokens need with dReLU is not counted: its up-projection makes other zeros")
         cp = cupy()
-        self.model, self.dtype, self._dense, self._first = model, NUMPY_DTYPES[dtype], dense, first
+        self.model, self.dtype, self._dense, self.tokens = model, NUMPY_DTYPES[dtype], dense, tokens
+        self._first = first if tokens == 1 else None
         self._random = cp.random.default_rng(seed)
         self._l2: int = cp.cuda.runtime.getDeviceProperties(current_device())["l2CacheSize"]
         self._row_bytes: int = PLAIN.row_bytes(model.d_model, dtype)
@@ -91,7 +113,11 @@ class Layers:
         return int(self.model.d_ff * self._row_bytes)
 
     def _token(self) -> Any:
-        return self._normal((self.model.d_model,), 1.0)
+        return self._normal(self._shape(self.model.d_model), 1.0)
+
+    def _shape(self, size: int) -> tuple[int, ...]:
+        """Of a vector for each token."""
+        return (size,) if self.tokens == 1 else (self.tokens, size)
 
     def _layer(self, index: int) -> tuple[Any, Any, Any]:
         """w_gate, w_up and w_down of a layer; without a gate, w_up stands first too, since it is what is steered."""
@@ -103,9 +129,9 @@ class Layers:
         return (self._random.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(self.dtype)
 
     def touched(self, op: str, active: int, weights: str = "plain") -> int:
-        """Bytes that one call must move: active rows once, in the format of the weights, and its vectors.
+        """Bytes that one call must move: active rows once, in the format of the weights, and each token's vectors.
 
-        `active` counts the neurons whose x1 is not zero.
+        `active` counts the neurons whose x1 is not zero for some token.
         """
         d_model, d_ff = self.model.d_model, self.model.d_ff
         gates = self._active_gates(active)
@@ -119,7 +145,8 @@ class Layers:
         }[op]
         row_bytes = self._row_bytes if weights == "plain" else BF12_ROWS.row_bytes(d_model, str(self.dtype))
         plain = active if op in ("ffn_4", *WHOLE) and is_too_narrow(d_model, d_ff) else 0  # rows that are plain in any case
-        return int((rows - plain) * row_bytes + plain * self._row_bytes + elements * self.dtype.itemsize)
+        vectors = self.tokens * elements * self.dtype.itemsize
+        return int((rows - plain) * row_bytes + plain * self._row_bytes + vectors)
 
     def _active_gates(self, active: int) -> int:
         """Neurons whose gate is active, of which dReLU's up-projection makes half zero."""
@@ -127,6 +154,8 @@ class Layers:
 
     def calls(self, op: str, mask: str, sparsity: float, weights: str = "plain") -> list[Timed]:
         """Calls of an operator; as many masks a layer as touch several times the L2 cache. `weights` may also be bf12.
+
+        Each token has a mask of this sparsity. `mask` is a name in `MASKS`, or `CORRELATED` of several tokens.
 
         Those of `ffn_123` and of whole FFNs steer the layers' own weights: use them up before others of these are made.
         """
@@ -144,9 +173,13 @@ class Layers:
             "ffn_4": self._ffn_4,
         }
         make = steps.get(op, partial(self._ffn, op))
-        return [
-            make(layer, self._neurons(layer, mask, sparsity, rng), rng) for _ in range(masks) for layer in range(self.count)
-        ]
+
+        def call(layer: int) -> Timed:
+            neurons = self._neurons(layer, mask, sparsity, rng)
+            union = neurons.reshape(-1, self.model.d_ff).any(axis=0)
+            return replace(make(layer, neurons, rng), active=int(union.sum()))
+
+        return [call(layer) for _ in range(masks) for layer in range(self.count)]
 
     def _masks(self, op: str, active: int, weights: str = "plain") -> int:
         """Masks a layer."""
@@ -172,11 +205,14 @@ class Layers:
         return self._compressed[layer]
 
     def _neurons(self, layer: int, mask: str, sparsity: float, rng: np.random.Generator) -> Mask:
-        """The active neurons of a call."""
-        return MASKS[mask](self.model.d_ff, sparsity, rng)
+        """The active neurons of a call, of each of its tokens."""
+        d_ff = self.model.d_ff
+        if mask == CORRELATED:
+            return synthetic.correlated_masks(d_ff, sparsity, self.tokens, rng).reshape(self._shape(d_ff))
+        return np.stack([MASKS[mask](d_ff, sparsity, rng) for _ in range(self.tokens)]).reshape(self._shape(d_ff))
 
     def _steer(self, layer: int, neurons: Mask, rng: np.random.Generator) -> None:
-        """Make these neurons of a layer active for the token."""
+        """Make these neurons of a layer active for the token, or for each token its own."""
         gate = cupy().asarray(synthetic.gate_of(neurons, self.model.threshold, rng))
         synthetic.steer(self._weights[layer][0], self.x, gate)
 
@@ -185,7 +221,7 @@ class Layers:
         return cupy().asarray(synthetic.gate_of(neurons, self.model.threshold, rng)).astype(self.dtype)
 
     def _poisoned(self, size: int) -> Any:
-        return poisoned(size, self.dtype)
+        return poisoned(self._shape(size), self.dtype)
 
     def _timed(
         self,
@@ -264,7 +300,7 @@ class Layers:
         )
 
     def _ffn_4(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
-        values = rng.standard_normal(self.model.d_ff, dtype=np.float32) * neurons
+        values = rng.standard_normal(neurons.shape, dtype=np.float32) * neurons
         x1, w, packed = cupy().asarray(values).astype(self.dtype), self._weights[layer][2], self._packed[layer]
         x1_, w_, packed_ = map(self._dense.adopt, (x1, w, packed))
         first, dims = self._first, (self.model.d_ff, self.model.d_model)
@@ -308,7 +344,12 @@ class Layers:
         def exact() -> truth.Float64:
             return truth.down(truth.rounded(self._exact_x1(layer, neurons), x), packed, **norm)
 
-        return self._timed(self.model.d_model, sparse[how], dense, exact)
+        timed = self._timed(self.model.d_model, sparse[how], dense, exact)
+        if self.tokens == 1 or how != "SparseFFN":
+            return timed
+        singles_out = self._poisoned(self.model.d_model)
+        tokens = [*zip(x, singles_out, strict=True)]
+        return replace(timed, singles=lambda: [bound(token, out=out) for token, out in tokens], singles_out=singles_out)
 
 
 class GivenLayers(Layers):

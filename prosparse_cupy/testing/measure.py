@@ -12,19 +12,23 @@ from . import timing, truth
 from .dense import Dense
 from .layers import Timed
 
-OURS, DENSE, FIRST = "prosparse", "dense", "first release"
+OURS, DENSE, FIRST, SINGLES = "prosparse", "dense", "first release", "eight calls"
+"""`SINGLES` are calls of one token each, which is what one call of eight tokens saves."""
+_OURS = (OURS, SINGLES)  # which launch through CuPy
 _LEAST_CALLS = 64  # in a graph, whose own launch costs 4 µs
 
 Calls = dict[str, list[Callable[[], Any]]]
 
 
-def variants(timed: Sequence[Timed]) -> tuple[Calls, dict[str, list[Any]]]:
-    """The calls of each way, and the outputs that they leave."""
+def variants(timed: Sequence[Timed], with_singles: bool = False) -> tuple[Calls, dict[str, list[Any]]]:
+    """The calls of each way, and the outputs that they leave; `with_singles` those of one token each too."""
     calls: Calls = {OURS: [t.call for t in timed], DENSE: [t.dense for t in timed]}
     outs = {OURS: [t.out for t in timed], DENSE: [t.dense_out for t in timed]}
     first = [t.first for t in timed if t.first is not None]
     if len(first) == len(timed):
         calls[FIRST], outs[FIRST] = first, [t.first_out for t in timed]
+    if with_singles:
+        calls[SINGLES], outs[SINGLES] = [t.singles for t in timed if t.singles], [t.singles_out for t in timed]
     return calls, outs
 
 
@@ -32,8 +36,8 @@ def graph_times(calls: Calls, outs: dict[str, list[Any]], dense: Dense, repeats:
     """Microseconds a call of each way, in CUDA graphs of all its calls."""
     number = len(calls[OURS])
     again = -(-_LEAST_CALLS // number)
-    replays = {way: (timing.capture if way == OURS else dense.capture)(several * again) for way, several in calls.items()}
-    for out in outs[OURS]:  # what the capture left there proves nothing about the replays
+    replays = {way: (timing.capture if way in _OURS else dense.capture)(several * again) for way, several in calls.items()}
+    for out in (out for way in calls if way in _OURS for out in outs[way]):  # a capture's proves nothing about the replays
         out.view(np.uint8).fill(0xFF)
     return timing.interleave(replays, timing.graph_clock, dict.fromkeys(replays, again * number), repeats)
 

@@ -20,7 +20,7 @@ def sees_gpu() -> bool:
 
 
 class TorchDense(Dense):
-    """cuBLAS through torch: `mv`, a threshold, a multiplication."""
+    """cuBLAS through torch: `mv`, or `mm` of several tokens, a threshold, a multiplication."""
 
     def __init__(self) -> None:
         self.name = f"torch {torch.__version__} (cuBLAS)"
@@ -32,14 +32,17 @@ class TorchDense(Dense):
         return capture(calls)
 
     def mv(self, weights: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
-        torch.mv(weights, x, out=out)
+        if x.ndim == 1:
+            torch.mv(weights, x, out=out)
+        else:
+            torch.mm(x, weights.t(), out=out)
 
     def activate(self, pre: torch.Tensor, formula: Formula, out: torch.Tensor | None = None) -> torch.Tensor:
         activated = _activation(formula)(pre)
         return activated if out is None else out.copy_(activated)
 
     def norm(self, x1: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(x1, x1.shape, weight, eps)
+        return torch.nn.functional.rms_norm(x1, x1.shape[-1:], weight, eps)
 
 
 _activation = cache(module_of)

@@ -27,21 +27,24 @@ def _wide(array: Any) -> Any:
 
 
 def dot(weights: Any, x: Any) -> Float64:
-    """``weights @ x``"""
-    wide = _wide(x)
-    parts = range(0, len(weights), _ROWS_AT_ONCE)
-    sums = [to_numpy((_wide(weights[i : i + _ROWS_AT_ONCE]) * wide).sum(axis=1)) for i in parts]
-    return np.concatenate(sums) if sums else np.zeros(0)
+    """``x @ weights.T``, of a vector or of each row of several."""
+    tokens = _wide(x).reshape(-1, x.shape[-1])
+    sums = [np.zeros((len(tokens), 0))]
+    for i in range(0, len(weights), _ROWS_AT_ONCE):
+        rows = _wide(weights[i : i + _ROWS_AT_ONCE])
+        sums.append(np.stack([to_numpy((rows * token).sum(axis=1)) for token in tokens]))
+    return np.concatenate(sums, axis=1).reshape(*x.shape[:-1], len(weights))
 
 
 def up(gate: Any, w_up: Any, x: Any, neurons: npt.NDArray[np.bool_], *, activation: str = "relu") -> Float64:
-    """Formulas 2 and 3 for these active neurons of a block with a gate."""
-    on = np.flatnonzero(neurons)
-    x1 = np.zeros(len(neurons))
+    """Formulas 2 and 3 for these active neurons of a block with a gate, of one token or of several."""
+    on = np.flatnonzero(neurons.reshape(-1, neurons.shape[-1]).any(axis=0))  # of any token
+    x1 = np.zeros(neurons.shape)
     if len(on):
         projected = dot(w_up[moved(on, w_up)], x)
         rectified = np.maximum(projected, 0) if activation == "drelu" else projected
-        x1[on] = half(gate, activation, neurons)[on] * rectified
+        # A row that another token needs may hold NaN.
+        x1[..., on] = np.where(neurons[..., on], half(gate, activation, neurons)[..., on] * rectified, 0)
     return x1
 
 
@@ -52,7 +55,9 @@ def half(pre: Any, activation: str, neurons: npt.NDArray[np.bool_]) -> Float64:
 
 
 def down(x1: Any, w_down_t: Any, *, norm_weight: Any = None, norm_eps: float = 0.0) -> Float64:
-    """Formula 4, of x1 or of its RMS norm."""
+    """Formula 4, of x1 or of its RMS norm, of one token or of several."""
+    if x1.ndim > 1:
+        return np.stack([down(token, w_down_t, norm_weight=norm_weight, norm_eps=norm_eps) for token in x1])
     on = np.flatnonzero(to_numpy(x1.astype(np.float32)))
     values = to_numpy(_wide(x1))
     if norm_weight is not None:
@@ -76,6 +81,8 @@ def moved(array: npt.NDArray[Any], like: Any) -> Any:
 
 
 def relative_error(out: Any, exact: Float64) -> float:
-    """‖out - exact‖ / ‖exact‖, or ‖out‖ if the exact result is zero."""
-    wide = to_numpy(out.astype(np.float32)).astype(np.float64)
-    return float(np.linalg.norm(wide - exact)) / (float(np.linalg.norm(exact)) or 1.0)
+    """‖out - exact‖ / ‖exact‖, or ‖out‖ if the exact result is zero; of several tokens the largest of theirs."""
+    wide = to_numpy(out.astype(np.float32)).astype(np.float64).reshape(-1, exact.shape[-1])
+    tokens = exact.reshape(wide.shape)
+    size = np.linalg.norm(tokens, axis=1)
+    return float(np.max(np.linalg.norm(wide - tokens, axis=1) / np.where(size == 0, 1.0, size)))  # NaN where one is

@@ -231,6 +231,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
 inline void __threadfence() {}
 template <class T>
