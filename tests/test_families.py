@@ -354,6 +354,28 @@ def test_a_prompt_gives_the_bits_of_the_dense_model(name, dtype, device, calls):
     assert not calls
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("texts", [2, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_batches_say_the_same(name, texts, device, calls):
+    """Several prompts of different lengths, padded on the left, each step of all of them by the operators."""
+    model = _model(name, device)
+    ids = torch.randint(1, 128, (texts, LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = (torch.arange(LENGTH)[None] >= torch.arange(texts)[:, None] % 5).long().to(device)
+    if name == "NemotronH":
+        mask = torch.ones_like(ids)  # what its state-space layers make of padding is another question
+
+    def text():
+        with torch.inference_mode():
+            return model.generate(ids * mask, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+    before = text()
+    patch_model(model)
+    calls.clear()
+    assert torch.equal(text(), before)
+    assert calls == _operators(name) * 5
+
+
 def _laid_out_dense(model):
     other = copy.deepcopy(model)
     unpatch_model(other)
@@ -1355,6 +1377,36 @@ def test_what_is_done_to_one_token_alone_is_found():
     model = _one(lambda _, g, u: torch.relu(g) * u * (2 if g.shape[:-1].numel() == 1 else 1))
     (layer,) = patch_model(model, linears=False).layers
     assert not layer.sparse and "differs from that of relu" in layer.reason and type(model.mlp) is Gated
+
+
+MIXES = {
+    "the token before": lambda g: g + torch.nn.functional.pad(g, (0, 0, 1, 0))[..., :-1, :],
+    "all tokens of a text": lambda g: g * (1 + g.mean(1, keepdim=True)),
+    "all texts": lambda g: g * (1 + g.mean(0, keepdim=True)) if len(g) > 1 else g,
+    "eight tokens": lambda g: g.flip(1) if g.shape[1] == 8 else g,
+    "eight texts": lambda g: g.flip(0) if len(g) == 8 else g,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mixed", MIXES)
+def test_code_that_mixes_tokens_is_found(mixed, dtype):
+    model = _one(lambda _, g, u: torch.relu(MIXES[mixed](g)) * u).to(dtype)
+    (layer,) = patch_model(model, linears=False).layers
+    assert not layer.sparse and "differs from that of relu" in layer.reason and type(model.mlp) is Gated
+
+
+@pytest.mark.parametrize("how", ["mixes", "is another"])
+def test_an_operator_that_fails_for_several_tokens_keeps_a_layer_dense(how, monkeypatch):
+    real = SparseMLP._sparse
+
+    def spoiled(self, tokens):
+        y = real(self, tokens)
+        return y if tokens.dim() == 1 else y.flip(0) if how == "mixes" else 1.5 * y
+
+    monkeypatch.setattr(SparseMLP, "_sparse", spoiled)
+    (layer,) = patch_model(_one(lambda _, g, u: torch.relu(g) * u), linears=False).layers
+    assert not layer.sparse and "its sparse output of 8 tokens at once differs from that of relu" in layer.reason
 
 
 def test_calls_by_keyword_and_with_other_arguments():
