@@ -30,8 +30,8 @@ class _Half(nn.Linear):
 
     def _by_operator(self, name: str, operator: Any, x: Tensor, weight: Tensor, *threshold: float) -> Tensor | None:
         """Few tokens by an operator, or None where there are more or only torch does what is asked."""
-        is_one = x.numel() == self.in_features == x.shape[-1]
-        tokens = x.flatten() if is_one else few_tokens(x, name)
+        shape = x.shape
+        tokens = x.flatten() if x.numel() == shape[-1] else few_tokens(x, name)
         if tokens is None:
             return None
         extras = () if self.bias is None else (self.bias,)
@@ -40,12 +40,12 @@ class _Half(nn.Linear):
         if x.is_cuda and not is_watched():
             try:
                 eager: Tensor = operator(tokens, weight, *threshold, bias=self.bias)
-                return eager.view(*x.shape[:-1], -1)
+                return eager.view(*shape[:-1], -1)
             except (TypeError, ValueError):  # what the operators refuse, torch does, or refuses as it always did
                 return None
         if not is_taken(tokens, weight, extras=extras, axis=0 if name == "ffn_4" else -1):
             return None
-        return dispatched(name, tokens, (weight,), *threshold, bias=self.bias).view(*x.shape[:-1], -1)
+        return dispatched(name, tokens, (weight,), *threshold, bias=self.bias).view(*shape[:-1], -1)
 
 
 class SparseUp(_Half):

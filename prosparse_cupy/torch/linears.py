@@ -43,9 +43,14 @@ class DecodingLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T``, (..., in_features) to (..., out_features)."""
-        is_one = input.numel() == self.in_features == input.shape[-1]
-        tokens = input.flatten() if is_one else few_tokens(input, "ffn_1")
-        if tokens is not None and self.bias is None and (y := decoded(tokens, self.weight)) is not None:
+        if input.numel() == self.in_features == (shape := input.shape)[-1]:
+            if self.bias is None and (y := decoded(input.flatten(), self.weight)) is not None:
+                return y.view(*shape[:-1], -1)
+        elif (
+            self.bias is None
+            and (tokens := few_tokens(input, "ffn_1")) is not None
+            and (y := decoded(tokens, self.weight)) is not None
+        ):
             return y.view(*input.shape[:-1], -1)
         return nn.functional.linear(input, self.weight, self.bias)
 
@@ -155,9 +160,14 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, (..., in_features) to (..., out_features)."""
-        is_one = x.numel() == self.in_features == x.shape[-1]
-        tokens = x.flatten() if is_one else few_tokens(x, "ffn_1", "bf12")
-        if tokens is not None and not self.transposed and (y := decoded(tokens, self, self.bias)) is not None:
+        if x.numel() == self.in_features == (shape := x.shape)[-1]:
+            if not self.transposed and (y := decoded(x.flatten(), self, self.bias)) is not None:
+                return y.view(*shape[:-1], -1)
+        elif (
+            not self.transposed
+            and (tokens := few_tokens(x, "ffn_1", "bf12")) is not None
+            and (y := decoded(tokens, self, self.bias)) is not None
+        ):
             return y.view(*x.shape[:-1], -1)
         return nn.functional.linear(x, self.weight, self.bias)
 
