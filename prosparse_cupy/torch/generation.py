@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import MOST_TOKENS
 from .eligibility import why_another_mode, why_no_call
 from .patch import check_module
 from .runner import Runner
@@ -26,20 +27,22 @@ def generate(
     """``model.generate(input_ids, ...)`` at the pace of the GPU: each step is one CUDA graph, and nothing waits for the host.
 
     transformers prepares the call, so options mean what they mean there, and greedy tokens are the same. What runs here is one
-    sequence, greedily or sampled: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and
-    other processors of scores, ``min_new_tokens``, EOS lists, ``stop_strings``, ``max_time``, stopping criteria of your own,
-    streamers, a `DynamicCache` of an earlier turn, and ``return_dict_in_generate``. Anything else (batches, beams, assistants,
+    to eight sequences, padded on the left as ``attention_mask`` says, greedily or sampled: ``do_sample``, ``temperature``,
+    ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and other processors of scores, ``min_new_tokens``, EOS lists,
+    ``stop_strings``, ``max_time``, stopping criteria of your own, streamers, a `DynamicCache` of an earlier turn,
+    ``num_return_sequences`` of samples, and ``return_dict_in_generate``. Anything else (larger batches, beams, assistants,
     scores as outputs, processors of your own, hooks) transformers' own loop does, and a warning says why.
 
     The first call on a model compiles and captures its step, which takes seconds; it is made again when the model has changed,
-    or when a longer sequence than ever is asked for. Threads that generate with one model take turns.
+    or when a longer sequence than ever or another number of sequences is asked for. Threads that generate with one model take
+    turns.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A decoder such as `patch_model` takes, patched or not, in evaluation mode, on one device.
-    input_ids : torch.Tensor, (1, tokens) int64
-        The prompt.
+    input_ids : torch.Tensor, (sequences, tokens) int64
+        The prompts, 1 to 8. Where they differ in length, ``attention_mask`` tells the padding on their left.
     max_new_tokens : int, optional
         As in transformers, where the model's generation config says it otherwise.
     streamer : transformers.generation.BaseStreamer, optional
@@ -51,8 +54,9 @@ def generate(
 
     Returns
     -------
-    torch.Tensor, (1, tokens) int64
-        Prompt and new tokens; a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate=True``.
+    torch.Tensor, (sequences, tokens) int64
+        Prompts and new tokens, with padding behind those that ended early; a ``GenerateDecoderOnlyOutput`` with
+        ``return_dict_in_generate=True``.
 
     Raises
     ------
@@ -97,8 +101,10 @@ def decoding_loop(
     return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **keywords)
 
 
-def prepare_generation(model: Any, max_length: int) -> Step:
+def prepare_generation(model: Any, max_length: int, *, batch_size: int = 1) -> Step:
     """Compile and capture the step of a model now, for sequences of up to `max_length` tokens, so that no call waits for it.
+
+    A step is for one number of sequences, `batch_size`, 1 to 8. One step of one sequence and one of several are kept.
 
     Returns
     -------
@@ -113,10 +119,12 @@ def prepare_generation(model: Any, max_length: int) -> Step:
         As for `generate`.
     """
     check_module("prepare_generation", model)
+    if not 1 <= batch_size <= MOST_TOKENS:
+        raise ValueError(f"prepare_generation: batch_size must be 1 to {MOST_TOKENS}, got {batch_size}: transformers does more")
     runner = Runner.of(model)
     try:
         with runner.turn("prepare_generation", model.device):
-            return runner.step(model, max_length)
+            return runner.step(model, max_length, batch_size)
     except CannotStep as error:
         raise ValueError(f"prepare_generation: {error}") from None
 
@@ -174,7 +182,15 @@ class _Loop:
             try:
                 with runner.turn("generate", model.device):
                     ids = runner.write(
-                        model, input_ids, logits_processor, stopping_criteria, generation_config, self._streamer, cache, keeps
+                        model,
+                        input_ids,
+                        logits_processor,
+                        stopping_criteria,
+                        generation_config,
+                        self._streamer,
+                        cache,
+                        keeps,
+                        model_kwargs.get("attention_mask"),
                     )
             except CannotStep as error:
                 reason = str(error)

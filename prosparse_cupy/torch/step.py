@@ -72,8 +72,7 @@ class Step:
             if cache_of is None:
                 self._allocate(attention, config.num_hidden_layers)
             else:
-                self.keys, self.values, self.nbytes = cache_of.keys, cache_of.values, cache_of.nbytes
-                self.position = cache_of.position
+                self._share(cache_of)
             self._attach(attention)
         register_attention()
         self._twin = _twin(model)
@@ -107,6 +106,9 @@ class Step:
             ) from error
         self.nbytes = nbytes
         self.position = torch.zeros(self.sequences, dtype=torch.int64, device=self.device)
+
+    def _share(self, other: Step) -> None:
+        self.keys, self.values, self.nbytes, self.position = other.keys, other.values, other.nbytes, other.position
 
     @property
     def _size(self) -> str:
@@ -200,7 +202,8 @@ class Step:
                 start = max(0, stop - kept)
                 own_keys[:, start:stop] = layer.keys[s, :, kept - (stop - start) :]
                 own_values[:, start:stop] = layer.values[s, :, kept - (stop - start) :]
-        self.position.copy_(torch.tensor([length - pad for pad in padding], device="cpu"))
+        for s, pad in enumerate(padding):
+            self.position[s : s + 1].fill_(length - pad)
 
     def _of_each(self, cache: Tensor) -> Sequence[Tensor]:
         """A layer's keys or values of each sequence."""
