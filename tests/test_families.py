@@ -217,8 +217,11 @@ def _coded(case: Case, model):
     return model
 
 
+LENGTH = 12  # of a prompt: more tokens than the operators take
+
+
 def _ids(model):
-    return torch.randint(1, 128, (1, 7), generator=torch.Generator().manual_seed(0)).to(model.device)
+    return torch.randint(1, 128, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 def _text(model):
@@ -233,7 +236,7 @@ def _logits(model, ids=None):
 
 def _singles(model):
     """Logits of tokens, each alone."""
-    return torch.cat([_logits(model, _ids(model)[:, i : i + 1]) for i in range(7)])
+    return torch.cat([_logits(model, _ids(model)[:, i : i + 1]) for i in range(LENGTH)])
 
 
 def _bits(tensor):
@@ -333,22 +336,44 @@ def test_bfloat16_is_as_close_to_float64(name, device, calls):
     assert len(patch_model(model).sparse) == 2
     calls.clear()
     found = _singles(model)
-    assert calls == _operators(name) * 7
+    assert calls == _operators(name) * LENGTH
     _check_within_contract(found, dense, exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", CASES)
-def test_more_than_one_token_gives_the_bits_of_the_dense_model(name, dtype, device, calls):
+def test_a_prompt_gives_the_bits_of_the_dense_model(name, dtype, device, calls):
     model = _model(name, device, dtype)
     wanted = _bits(_logits(_laid_out(model)))
     patch_model(model, linears=False)
     calls.clear()
     assert torch.equal(_bits(_logits(model)), wanted)
-    batch = _ids(model).reshape(7, 1)  # one token each of several texts
+    batch = _ids(model).reshape(LENGTH, 1)  # one token each of several texts
     assert torch.equal(_bits(_logits(model, batch)), _bits(_logits(_laid_out_dense(model), batch)))
     assert not calls
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("texts", [2, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_batches_say_the_same(name, texts, device, calls):
+    """Several prompts of different lengths, padded on the left, each step of all of them by the operators."""
+    model = _model(name, device)
+    ids = torch.randint(1, 128, (texts, LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = (torch.arange(LENGTH)[None] >= torch.arange(texts)[:, None] % 5).long().to(device)
+    if name == "NemotronH":
+        mask = torch.ones_like(ids)  # what its state-space layers make of padding is another question
+
+    def text():
+        with torch.inference_mode():
+            return model.generate(ids * mask, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+    before = text()
+    patch_model(model)
+    calls.clear()
+    assert torch.equal(text(), before)
+    assert calls == _operators(name) * 5
 
 
 def _laid_out_dense(model):
@@ -440,7 +465,7 @@ def test_patched_or_not_the_same_neurons_are_active(name, device):
     text = _text(model)
     with SparsityMeter(model) as meter:
         assert torch.equal(_text(model), text)
-    assert [x.tokens for x in meter.report().layers] == [7 + 9] * 2
+    assert [x.tokens for x in meter.report().layers] == [LENGTH + 9] * 2
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -683,7 +708,7 @@ def test_a_threshold_moves_the_activation(name, device, calls):
     formula = replace(case.formula, threshold=threshold)
     assert [(x.formula, x.threshold) for x in report.sparse] == [(formula, threshold)] * 2
     assert f"fat{formula.activation}(0.3)" in str(report) or formula == Formula(threshold)
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).to(device)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(2)).to(device)
     calls.clear()
     for module in _ffns(model):
 
@@ -693,9 +718,9 @@ def test_a_threshold_moves_the_activation(name, device, calls):
             return module.fc2(module.activation_fn(module.fc1(rows)))
 
         with torch.inference_mode():
-            torch.testing.assert_close(run(x).double(), _moved(module, family, formula, x), atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(run(x[:1]).double(), _moved(module, family, formula, x[:1]), atol=1e-4, rtol=1e-4)
-    assert calls == _operators(name)
+            for rows in (x, x[:3], x[:1]):  # by the dense path, and twice by the operators
+                torch.testing.assert_close(run(rows).double(), _moved(module, family, formula, rows), atol=1e-4, rtol=1e-4)
+    assert calls == _operators(name) * 2
     assert not torch.allclose(_logits(model), dense, atol=1e-2)
     unpatch_model(model)
     _check_put_back(model, modules, state)
@@ -865,7 +890,7 @@ def _tokens(model, count: int):
 def test_compressed(name, device, calls):
     model = _sprinkled(_around(name, device, **WIDE))
     state, original = _state(model), model.mlp
-    x, more = _tokens(model, 1), _tokens(model, 3)
+    x, more = _tokens(model, 1), _tokens(model, 9)
     with torch.inference_mode():
         before = model(x), model(more)
         patch_model(model)
@@ -942,7 +967,7 @@ def test_compressed_checkpoints_decode_sparsely(name, tmp_path, calls):
     patch_model(model)
     calls.clear()
     found = _singles(loaded)
-    assert calls == _operators(name) * 7 and torch.equal(_bits(found), _bits(_singles(model)))
+    assert calls == _operators(name) * LENGTH and torch.equal(_bits(found), _bits(_singles(model)))
     assert torch.equal(_bits(_logits(loaded)), _bits(_logits(model)))
     unpatch_model(loaded)
     assert not _is_patched(loaded)
@@ -1014,7 +1039,7 @@ def test_channel_mix_of_rwkv(activation, formula, operators, hidden_act, note, d
     torch.manual_seed(0)
     with torch.inference_mode():
         model = ChannelMix(activation, hidden_act).to(device).eval()
-        token, text = torch.randn(1, 1, 64, device=device), torch.randn(1, 5, 64, device=device)
+        token, text = torch.randn(1, 1, 64, device=device), torch.randn(1, 9, 64, device=device)
         before, text_before, share = model(token), model(text), measure_sparsity(model, token).sparsity
         (layer,) = patch_model(model, linears=False).layers
         assert (layer.sparse, layer.formula, layer.note) == (True, formula, note)
@@ -1352,6 +1377,36 @@ def test_what_is_done_to_one_token_alone_is_found():
     model = _one(lambda _, g, u: torch.relu(g) * u * (2 if g.shape[:-1].numel() == 1 else 1))
     (layer,) = patch_model(model, linears=False).layers
     assert not layer.sparse and "differs from that of relu" in layer.reason and type(model.mlp) is Gated
+
+
+MIXES = {
+    "the token before": lambda g: g + torch.nn.functional.pad(g, (0, 0, 1, 0))[..., :-1, :],
+    "all tokens of a text": lambda g: g * (1 + g.mean(1, keepdim=True)),
+    "all texts": lambda g: g * (1 + g.mean(0, keepdim=True)) if len(g) > 1 else g,
+    "eight tokens": lambda g: g.flip(1) if g.shape[1] == 8 else g,
+    "eight texts": lambda g: g.flip(0) if len(g) == 8 else g,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mixed", MIXES)
+def test_code_that_mixes_tokens_is_found(mixed, dtype):
+    model = _one(lambda _, g, u: torch.relu(MIXES[mixed](g)) * u).to(dtype)
+    (layer,) = patch_model(model, linears=False).layers
+    assert not layer.sparse and "differs from that of relu" in layer.reason and type(model.mlp) is Gated
+
+
+@pytest.mark.parametrize("how", ["mixes", "is another"])
+def test_an_operator_that_fails_for_several_tokens_keeps_a_layer_dense(how, monkeypatch):
+    real = SparseMLP._sparse
+
+    def spoiled(self, tokens):
+        y = real(self, tokens)
+        return y if tokens.dim() == 1 else y.flip(0) if how == "mixes" else 1.5 * y
+
+    monkeypatch.setattr(SparseMLP, "_sparse", spoiled)
+    (layer,) = patch_model(_one(lambda _, g, u: torch.relu(g) * u), linears=False).layers
+    assert not layer.sparse and "its sparse output of 8 tokens at once differs from that of relu" in layer.reason
 
 
 def test_calls_by_keyword_and_with_other_arguments():

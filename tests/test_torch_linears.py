@@ -11,6 +11,7 @@ import pytest
 from checks import assert_no_worse_than_vendor
 
 import prosparse_cupy as psc
+from prosparse_cupy.crossover import most_tokens
 
 torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
 transformers = pytest.importorskip("transformers", reason='the extra "hf" brings it')
@@ -87,8 +88,11 @@ def _qkv(model, layer: int = 0):
     return [getattr(holder, name) for name in QKV]
 
 
+LENGTH = 9  # of a prompt: more tokens than `ffn_1` takes
+
+
 def _ids(device="cpu"):
-    return torch.randint(1, 200, (1, 7), generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randint(1, 200, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _logits(model, tokens: int = 1):
@@ -118,19 +122,19 @@ def one_thread():
 @pytest.mark.quick
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_token_is_as_right_as_torchs_and_more_are_torchs(dtype, device):
+def test_few_tokens_are_as_right_as_torchs_and_more_are_torchs(dtype, device):
     torch.manual_seed(0)
     plain = nn.Linear(256, 129, bias=False, device=device, dtype=dtype)
     linear = DecodingLinear.of(plain)
     assert linear.weight is plain.weight and list(linear.state_dict()) == ["weight"] and linear.bias is None
     with torch.inference_mode():
-        for shape in ((256,), (1, 256), (1, 1, 256)):
+        for shape in ((256,), (1, 256), (1, 1, 256), (2, 256), (1, 3, 256), (2, 2, 256), (most_tokens("ffn_1"), 1, 256)):
             x = torch.randn(shape, device=device).to(dtype)
             found, vendor = linear(x), plain(x)
             exact = nn.functional.linear(x.double(), plain.weight.double())
             assert found.shape == vendor.shape and found.dtype == dtype and found.device == x.device
             assert_no_worse_than_vendor(*(as_numpy(t.cpu()) for t in (found, vendor)), exact.cpu().numpy())
-        for shape in ((2, 256), (3, 5, 256), (0, 256)):
+        for shape in ((most_tokens("ffn_1") + 1, 256), (3, 5, 256), (0, 256), (2, 0, 256)):
             x = torch.randn(shape, device=device).to(dtype)
             assert torch.equal(linear(x), plain(x))
     again = linear.linear()
@@ -139,12 +143,25 @@ def test_one_token_is_as_right_as_torchs_and_more_are_torchs(dtype, device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_token_goes_through_ffn_1(device):
-    """To the bit, so that the fast path is the one that is taken."""
+def test_few_tokens_go_through_ffn_1(device):
+    """To the bit, so that the fast path is the one that is taken; also rows that lie apart, as the last of several texts do."""
     linear = DecodingLinear(64, 40, device=device)
     x = torch.randn(1, 1, 64, device=device)
+    texts = torch.randn(4, 7, 64, device=device)[:, -1:]
     with torch.inference_mode():
         assert torch.equal(linear(x).flatten(), torch.ops.prosparse.ffn_1(x.flatten(), linear.weight))
+        found = linear(texts)
+        assert found.shape == (4, 1, 40)
+        assert torch.equal(found[:, 0], torch.ops.prosparse.ffn_1(texts[:, 0].contiguous(), linear.weight))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", DEVICES)
+def test_as_many_elements_in_another_shape_are_refused_as_torch_does(device):
+    """Half a token twice has the elements of one."""
+    linear = DecodingLinear(64, 40, device=device)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(2, 32, device=device))
 
 
 @pytest.mark.quick
@@ -466,15 +483,15 @@ def test_a_failure_on_the_way_puts_everything_back(error, compress, device, monk
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_many_tokens_and_one_agree(activation, dtype, device):
     model = _model(device, dtype, hidden_act=activation)
-    exact = _logits(copy.deepcopy(model).double(), 7)[0].cpu().numpy()
-    dense = _logits(model, 7)[0]
+    exact = _logits(copy.deepcopy(model).double(), LENGTH)[0].cpu().numpy()
+    dense = _logits(model, LENGTH)[0]
     patch_model(model)
-    torch.testing.assert_close(_logits(model, 7)[0], dense)
+    torch.testing.assert_close(_logits(model, LENGTH)[0], dense)
     if activation == "silu" and device == "cpu":  # no matrix is laid out anew, as a sparse FFN's down-projection is
-        assert torch.equal(_logits(model, 7)[0], dense), "prefill is torch's"
+        assert torch.equal(_logits(model, LENGTH)[0], dense), "prefill is torch's"
     cache, rows = transformers.DynamicCache(config=model.config), []
     with torch.inference_mode():
-        for i in range(7):
+        for i in range(LENGTH):
             rows.append(model(_ids(device)[:, i : i + 1], past_key_values=cache).logits[0, 0])
     found, vendor = (as_numpy(t.cpu()) for t in (torch.stack(rows), dense))
     ours, theirs = (np.linalg.norm(a.astype(np.float64) - exact) for a in (found, vendor))

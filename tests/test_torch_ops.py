@@ -31,6 +31,18 @@ def _arguments(name: str, dtype: str, seed: int = 0) -> tuple:
     }[name]
 
 
+def _of_several(name: str, dtype: str, tokens: int) -> tuple:
+    """The same with a row of its own for each of several tokens."""
+    each = [_arguments(name, dtype, seed) for seed in range(tokens)]
+    first = _arguments(name, dtype)
+    return tuple(
+        np.array([one[i] for one in each], a.dtype).reshape(tokens, -1 if tokens else len(a))
+        if isinstance(a, np.ndarray) and a.ndim == 1
+        else a
+        for i, a in enumerate(first)
+    )
+
+
 def _on(device: str, arguments: tuple) -> list:
     return [from_numpy(a.copy()).to(device) if isinstance(a, np.ndarray) else a for a in arguments]
 
@@ -69,6 +81,50 @@ def test_opcheck(name, dtype, device):
         rows = [a[None] if isinstance(a, torch.Tensor) and a.ndim == 1 else a for a in given]
         assert rows[at].shape == (1, D_MODEL)
         opcheck(op.default, tuple(rows))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [2, 8])
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck_of_several_tokens(name, tokens, device):
+    given, op = _on(device, _of_several(name, "float32", tokens)), getattr(torch.ops.prosparse, name)
+    opcheck(op.default, tuple(given))
+    opcheck(op.out, tuple(given), {"out": torch.full_like(op(*given), float("nan"))})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("name", OPS)
+def test_each_of_several_tokens_has_the_bits_that_it_has_alone(name, tokens, dtype, device):
+    given, op = _on(device, _of_several(name, dtype, tokens)), getattr(torch.ops.prosparse, name)
+    vectors = [i for i, a in enumerate(given) if isinstance(a, torch.Tensor) and len(a) == tokens]
+    found = op(*given)
+    for i in range(tokens):
+        alone = op(*(a[i].clone() if j in vectors else a for j, a in enumerate(given)))
+        np.testing.assert_array_equal(bits(as_numpy(found[i].cpu())), bits(as_numpy(alone.cpu())))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+def test_more_tokens_than_eight_and_none_are_refused(name, device):
+    op = getattr(torch.ops.prosparse, name)
+    for tokens in (0, 9):
+        given = _on(device, _of_several(name, "float32", tokens))
+        with pytest.raises(ValueError, match=rf"{name}: \w+ must hold one token, \(d,\), or 1 to 8.*got {tokens} tokens"):
+            op(*given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fake_results_have_a_row_for_each_token(device):
+    from torch._subclasses import FakeTensorMode
+
+    for name in OPS:
+        given, op = _on(device, _of_several(name, "bfloat16", 3)), getattr(torch.ops.prosparse, name)
+        real = op(*given)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given))
+        assert fake.shape == real.shape and len(fake) == 3 and (fake.dtype, fake.device) == (real.dtype, real.device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import MOST_TOKENS
 from ..families import MLPFamily
 from ..formula import DRELU, Formula
 from ..numerics import within_contract
@@ -52,23 +54,25 @@ def tensors_of(module: Any, family: MLPFamily) -> Tensors:
     return Tensors(linear.weight, down.weight, gate.weight, linear.bias, down.bias, gate.bias, *more)
 
 
-def run(module: Any, family: MLPFamily, x: Tensor) -> Tensor:
-    """What an MLP makes of tokens `x`, (tokens, d_model).
+def run(module: Any, family: MLPFamily, x: Tensor, *, apart: bool = False) -> Tensor:
+    """What an MLP makes of tokens `x`, (tokens, d_model): of one text, or `apart`, of as many texts.
 
     Where its parts belong to a whole layer, the layer is run, and `x` is put in the place of what its up-projection reads.
     """
+    axis = 1 if apart else 0
+    texts = x.unsqueeze(axis)
     if not family.is_inside:
-        found: Any = module(x[None])
-        if not isinstance(found, Tensor) or found.shape != x[None].shape:
+        found: Any = module(texts)
+        if not isinstance(found, Tensor) or found.shape != texts.shape:
             got = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise _NoTensor(f"its code does not return one tensor of its input's shape, but {got}")
-        return found[0]
+        return found.squeeze(axis)
     up, down = getattr(module, family.up), getattr(module, family.down)
     with _hooked(up.register_forward_pre_hook(lambda _, given: (x.view(given[0].shape),))):
         handle = down.register_forward_hook(_stop)
         with _hooked(handle):
             try:
-                module(torch.zeros_like(x, dtype=_dtype_around(module, (up, down)))[None])
+                module(torch.zeros_like(texts, dtype=_dtype_around(module, (up, down))))
             except _Stopped as stopped:
                 return stopped.output.reshape(x.shape[0], -1)
     raise _NoTensor(f"its code never calls its {family.down}")
@@ -105,7 +109,8 @@ def _hooked(handle: Any) -> Iterator[None]:
 def why_another_formula(mlp: Any, family: MLPFamily, formula: Formula) -> str:
     """What `mlp` computes other than a formula, or nothing.
 
-    Its code is run in float64 on fewer neurons with random weights, so rounding explains nothing and no weights hide anything.
+    Its code is run in float64 on fewer neurons with random weights, so rounding explains nothing and no weights hide anything;
+    and on as many tokens as the operators take, of one text and of several, so that code that mixes tokens shows.
     """
     own = tensors_of(mlp, family)
     device, d_model = own.up.device, own.up.shape[1]
@@ -116,19 +121,21 @@ def why_another_formula(mlp: Any, family: MLPFamily, formula: Formula) -> str:
     if not family.is_inside:
         small.training = True  # what it does in training alone it would no longer do
     sizes = _GATES[:-1] if formula.normed else _GATES  # norms take squares in float32, which would overflow
-    gates = sizes + (formula.threshold,) * (formula.threshold > 0)
-    x = torch.stack([size * token for size, token in zip(gates, tokens, strict=False)])
+    gates = tuple(islice(cycle(sizes + (formula.threshold,) * (formula.threshold > 0)), MOST_TOKENS))
+    x = torch.stack([size * token for size, token in zip(gates, tokens, strict=True)])
     try:
-        found = run(small, family, x).double()
+        founds = [run(small, family, x, apart=apart).double() for apart in (False, True)]
     except _NoTensor as error:
         return str(error)
     except Exception as error:  # whatever its code raises on what the formula would take
         said = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         return f"its code does not run on {_NEURONS} neurons in float64 ({said})"
-    differences = (found - _exact(x, tensors, formula)).norm(dim=1)
-    for size_of_gates, difference, size in zip(gates, differences.tolist(), found.norm(dim=1).tolist(), strict=True):
-        if not difference <= _LARGEST_DIFFERENCE * size:
-            return f"{_differs('output', formula, difference, size)}, with gates of size {size_of_gates:g}"
+    exact = _exact(x, tensors, formula)
+    for found in founds:
+        differences = (found - exact).norm(dim=1)
+        for size_of_gates, difference, size in zip(gates, differences.tolist(), found.norm(dim=1).tolist(), strict=True):
+            if not difference <= _LARGEST_DIFFERENCE * size:
+                return f"{_differs('output', formula, difference, size)}, with gates of size {size_of_gates:g}"
     return ""
 
 
@@ -149,7 +156,7 @@ def random_tensors(device: torch.device, d_model: int) -> tuple[tuple[Tensor, ..
     up, gate = (random(_NEURONS, d_model) / d_model**0.5 for _ in range(2))
     down = random(d_model, _NEURONS)
     vectors = random(_NEURONS), random(d_model), random(_NEURONS), random(_NEURONS)
-    return (up, down, gate, *vectors), tuple(random(d_model) for _ in range(len(_GATES) + 1))
+    return (up, down, gate, *vectors), tuple(random(d_model) for _ in range(MOST_TOKENS))
 
 
 def forget_tensors() -> None:
@@ -200,39 +207,69 @@ def why_outside_the_contract(
     """Why the output of `sparse`, if given, or of the `mlp` of `formula` that it replaces is not the formula's within rounding.
 
     Both are compared with float64 on the layer's own weights, on random inputs of several sizes and on `hidden`, a token's real
-    hidden state, if it is given. As a vector an output may have twice the error of the dense path in the same dtype, plus one
-    ulp.
+    hidden state, if it is given: tokens alone, and as many at once as the operators take, of one text and of several. As a
+    vector an output may have twice the error of the dense path in the same dtype, plus one ulp.
     """
     tensors = tensors_of(mlp, family)
-    x = torch.randn(len(_SCALES), tensors.up.shape[1], device="cpu", generator=torch.Generator().manual_seed(1))
-    x = (x * torch.tensor(_SCALES, device="cpu")[:, None]).to(tensors.up)
-    named = [f"inputs of scale {scale:g}" for scale in _SCALES]
-    if hidden is not None:
-        x, named = torch.cat([x, hidden.detach().reshape(1, -1).to(x)]), [*named, "the hidden state that was given"]
-    before = mlp if not _lacks_threshold(mlp, family) else _with_tensors(mlp, family, tensors, formula)
+    x, named = _tokens(tensors.up, hidden)
+    alone = len(_SCALES) + (hidden is not None)
+    exact = _Exact.of(x, named, tensors, formula)
     if sparse is not None:
-        outputs = torch.cat([sparse(row[None]) for row in x])
-        if reason := _compare("sparse output", outputs, x, named, tensors, becomes):
+        moved = exact if becomes == formula else _Exact.of(x, named, tensors, becomes)
+        if reason := _compare("sparse output", torch.cat([sparse(row[None]) for row in x[:alone]]), moved):
             return reason
-    return _compare("output", run(before, family, x), x, named, tensors, formula) or _compare(
-        "output of one token", run(before, family, x[:1]), x[:1], named[:1], tensors, formula
+        if reason := _compare(f"sparse output of {MOST_TOKENS} tokens at once", sparse(x), moved):
+            return reason
+    before = mlp if not _lacks_threshold(mlp, family) else _with_tensors(mlp, family, tensors, formula)
+    return (
+        _compare("output", run(before, family, x), exact)
+        or _compare("output of one token", run(before, family, x[:1]), exact.of_first(x, tensors))
+        or _compare("output of several texts", run(before, family, x, apart=True), exact)
     )
 
 
-def _compare(what: str, output: Tensor, x: Tensor, named: list[str], tensors: Tensors, formula: Formula) -> str:
-    """Why the outputs of tokens `x` are not those of the formula within the contract, or nothing."""
-    exact, dense = _exact(x, tensors, formula), _dense(x, tensors, formula)
+def _tokens(like: Tensor, hidden: Tensor | None) -> tuple[Tensor, list[str]]:
+    """As many tokens as the operators take, and their names; those to be tried alone come first."""
+    scales = tuple(islice(cycle(_SCALES), MOST_TOKENS))
+    x = torch.randn(MOST_TOKENS, like.shape[1], device="cpu", generator=torch.Generator().manual_seed(1))
+    x = (x * torch.tensor(scales, device="cpu")[:, None]).to(like)
+    named = [f"inputs of scale {scale:g}" for scale in scales]
+    if hidden is not None:
+        x[len(_SCALES)], named[len(_SCALES)] = hidden.detach().reshape(-1).to(x), "the hidden state that was given"
+    return x, named
+
+
+class _Exact(NamedTuple):
+    """A formula of tokens in float64, and by the vendor's library in the weights' dtype."""
+
+    formula: Formula
+    named: list[str]
+    exact: Tensor
+    dense: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, named: list[str], tensors: Tensors, formula: Formula) -> _Exact:
+        return cls(formula, named, _exact(x, tensors, formula), _dense(x, tensors, formula))
+
+    def of_first(self, x: Tensor, tensors: Tensors) -> _Exact:
+        """The same of the first token alone, which the vendor's library computes otherwise."""
+        return self._replace(exact=self.exact[:1], dense=_dense(x[:1], tensors, self.formula))
+
+
+def _compare(what: str, output: Tensor, of: _Exact) -> str:
+    """Why the outputs of the first tokens are not those of the formula within the contract, or nothing."""
+    exact, dense = of.exact[: len(output)], of.dense[: len(output)]
     # float16 may overflow at the largest scale, on the way too
-    usable = (exact.abs().amax(dim=1) <= torch.finfo(x.dtype).max) & dense.isfinite().all(dim=1)
+    usable = (exact.abs().amax(dim=1) <= torch.finfo(dense.dtype).max) & dense.isfinite().all(dim=1)
     if not bool(usable.any()):
         return "its output is not finite on random inputs: are its weights?"
     errors = (output.double() - exact).norm(dim=1)
-    dense_errors, epsilon = (dense.double() - exact).norm(dim=1), torch.finfo(x.dtype).eps
+    dense_errors, epsilon = (dense.double() - exact).norm(dim=1), torch.finfo(dense.dtype).eps
     for which, usable_, error, dense_error, size in zip(
-        named, usable.tolist(), errors.tolist(), dense_errors.tolist(), exact.norm(dim=1).tolist(), strict=True
+        of.named, usable.tolist(), errors.tolist(), dense_errors.tolist(), exact.norm(dim=1).tolist(), strict=False
     ):
         if usable_ and not within_contract(error, dense_error, epsilon, size):
-            return f"{_differs(what, formula, error, size)}, at {which}"
+            return f"{_differs(what, of.formula, error, size)}, at {which}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""How one token gets from a module to the operators: whether they do all that calling the modules would, then the call."""
+"""How tokens get from a module to the operators: whether they do all that calling the modules would, then the call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..crossover import MOST_TOKENS_OF_ANY, Weights, most_tokens
 from ..formats import ITEMSIZE, VECTOR_BYTES
 from ..ops import ffn_1
 from .compressed import FACTS_OF_PLAIN, Facts
@@ -24,6 +25,7 @@ _PLAIN = (Tensor, nn.Parameter)
 _GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
 _GLOBAL_PRE_HOOKS = nn.modules.module._global_forward_pre_hooks
 _LINEAR_FORWARD = nn.Linear.forward
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # not there before torch 2.7
 
 
 def forward_is_torchs() -> bool:
@@ -58,20 +60,47 @@ def is_recorded(x: Tensor, weights: Iterable[TorchWeight | None]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(isinstance(w, Tensor) and w.requires_grad for w in weights))
 
 
-def decoded(x: Tensor, weight: TorchWeight, bias: Tensor | None = None) -> Tensor | None:
-    """``x @ weight.T + bias`` of one token by `ffn_1`, or None where only torch does what is asked."""
-    if not forward_is_torchs() or is_cast(x) or is_recorded(x, (weight, bias)):
+def few_tokens(x: Tensor, operator: str, weights: Weights = "plain") -> Tensor | None:
+    """The tokens of x, (..., d), as an operator takes several, (B, d), or None if there are none or more than pay.
+
+    Not for one token, which modules hand over as (d,): ``x.flatten()`` costs less.
+    """
+    if x.is_nested or not (d := x.shape[-1]) or not (tokens := x.numel() // d):
         return None
-    token = x.flatten()
-    if x.is_cuda and not is_watched():
+    if not _pays(tokens, most_tokens(operator, weights)):
+        return None
+    return x.reshape(-1, d).contiguous()  # the last tokens of several texts are rows far apart
+
+
+def _pays(tokens: int, most: int) -> bool:
+    """Whether there are at most so many tokens, which code that torch compiles or exports may leave open."""
+    if not torch.compiler.is_compiling():
+        return tokens <= most
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which brings SymPy, half a second
+
+    if statically_known_true(tokens <= most):
+        return True
+    if _is_exporting() or statically_known_true(tokens > most):
+        return False  # an exported program has one path, and it must be right for any number
+    return tokens <= MOST_TOKENS_OF_ANY
+
+
+def decoded(tokens: Tensor, weight: TorchWeight, bias: Tensor | None = None) -> Tensor | None:
+    """``tokens @ weight.T + bias`` by `ffn_1`, or None where only torch does what is asked.
+
+    `tokens` is (d,), or (B, d) with as many as the operator takes.
+    """
+    if not forward_is_torchs() or is_cast(tokens) or is_recorded(tokens, (weight, bias)):
+        return None
+    if tokens.is_cuda and not is_watched():
         try:
-            y: Tensor = ffn_1(token, plain_or_packed(weight), bias=bias).view(*x.shape[:-1], -1)
+            y: Tensor = ffn_1(tokens, plain_or_packed(weight), bias=bias)
             return y
         except (TypeError, ValueError):  # what the operator refuses, torch does, or refuses as it always did
             return None
-    if not is_taken(token, weight, extras=() if bias is None else (bias,)):
+    if not is_taken(tokens, weight, extras=() if bias is None else (bias,)):
         return None
-    return dispatched("ffn_1", token, (weight,), bias=bias).view(*x.shape[:-1], -1)
+    return dispatched("ffn_1", tokens, (weight,), bias=bias)
 
 
 def plain_or_packed(weight: TorchWeight) -> Any:
@@ -103,7 +132,7 @@ def _parts_of(weight: TorchWeight | None) -> list[Tensor]:
 def is_taken(token: Tensor, *weights: TorchWeight, extras: Iterable[Tensor] = (), axis: int = -1) -> bool:
     """Whether `torch.ops.prosparse` takes a token with these (d_ff, d_model) weights, and biases or a norm's weight.
 
-    `axis` says which of the two dims the token has.
+    `token` is (d,), or (B, d) with as many as the operators take. `axis` says which of the weights' dims is d.
     """
     dtype, device, shape = token.dtype, token.get_device(), weights[0].shape
     if dtype not in DTYPES or token.shape[-1] != shape[axis] or shape[-1] % (VECTOR_BYTES // dtype.itemsize):

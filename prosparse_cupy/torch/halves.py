@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..families import MLPFamily
 from ..ops import ffn_4, ffn_12
 from .activation import FATReLU
-from .dispatch import dispatched, does_more, forward_is_torchs, is_cast, is_recorded, is_taken, is_watched
+from .dispatch import dispatched, does_more, few_tokens, forward_is_torchs, is_cast, is_recorded, is_taken, is_watched
 from .mlp import pack
 
 
@@ -29,24 +29,27 @@ class _Half(nn.Linear):
         return linear.train(self.training)
 
     def _by_operator(self, name: str, operator: Any, x: Tensor, weight: Tensor, *threshold: float) -> Tensor | None:
-        """One token by an operator, or None where only torch does what is asked."""
+        """Few tokens by an operator, or None where there are more or only torch does what is asked."""
+        is_one = x.numel() == self.in_features == x.shape[-1]
+        tokens = x.flatten() if is_one else few_tokens(x, name)
+        if tokens is None:
+            return None
         extras = () if self.bias is None else (self.bias,)
         if not forward_is_torchs() or is_cast(x) or is_recorded(x, (weight, *extras)):
             return None
-        token = x.flatten()
         if x.is_cuda and not is_watched():
             try:
-                eager: Tensor = operator(token, weight, *threshold, bias=self.bias)
+                eager: Tensor = operator(tokens, weight, *threshold, bias=self.bias)
                 return eager.view(*x.shape[:-1], -1)
             except (TypeError, ValueError):  # what the operators refuse, torch does, or refuses as it always did
                 return None
-        if not is_taken(token, weight, extras=extras, axis=0 if name == "ffn_4" else -1):
+        if not is_taken(tokens, weight, extras=extras, axis=0 if name == "ffn_4" else -1):
             return None
-        return dispatched(name, token, (weight,), *threshold, bias=self.bias).view(*x.shape[:-1], -1)
+        return dispatched(name, tokens, (weight,), *threshold, bias=self.bias).view(*x.shape[:-1], -1)
 
 
 class SparseUp(_Half):
-    """The up-projection and, for one token, the (FAT)ReLU that the layer applies to it next, which then changes nothing."""
+    """The up-projection and, for few tokens, the (FAT)ReLU that the layer applies to it next, which then changes nothing."""
 
     def __init__(self, linear: nn.Linear, layer: nn.Module, family: MLPFamily, threshold: float, activation: nn.Module) -> None:
         super().__init__(linear)
@@ -57,12 +60,10 @@ class SparseUp(_Half):
         self.threshold = threshold
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input @ weight.T + bias``, of one token after its activation."""
+        """``input @ weight.T + bias``, of few tokens after its activation."""
         x = input
-        if x.numel() == self.in_features and self._is_followed():
-            y = self._by_operator("ffn_12", ffn_12, x, self.weight, self.threshold)
-            if y is not None:
-                return y
+        if self._is_followed() and (y := self._by_operator("ffn_12", ffn_12, x, self.weight, self.threshold)) is not None:
+            return y
         return nn.functional.linear(x, self.weight, self.bias)
 
     def put_back_activation(self) -> None:
@@ -84,7 +85,7 @@ class SparseUp(_Half):
 
 
 class SparseDown(_Half):
-    """The down-projection: for one token it reads no weight of an input that is zero, whatever made it zero.
+    """The down-projection: for few tokens it reads no weight of an input that is zero, whatever made it zero.
 
     Its weight is the transposed view of a contiguous (d_ff, d_model) buffer.
     """
@@ -97,11 +98,8 @@ class SparseDown(_Half):
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T + bias``"""
         x = input
-        if x.numel() == self.in_features:
-            y = self._by_operator("ffn_4", ffn_4, x, self.weight.mT)
-            if y is not None:
-                return y
-        return nn.functional.linear(x, self.weight, self.bias)
+        y = self._by_operator("ffn_4", ffn_4, x, self.weight.mT)
+        return nn.functional.linear(x, self.weight, self.bias) if y is None else y
 
 
 def _pack_what_was_loaded(module: SparseDown, incompatible_keys: Any) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers whose one-token calls read their weight at the speed of memory, plain or compressed."""
+"""Linear layers whose calls of few tokens read their weight at the speed of memory, plain or compressed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..compressed import CompressedWeight, compress
 from .compressed import facts_of, numbers_of, packed_of
-from .dispatch import decoded
+from .dispatch import decoded, few_tokens
 
 
 class DecodingLinear(nn.Linear):
-    """`torch.nn.Linear` without bias: one token goes through `ffn_1`, more through torch.
+    """`torch.nn.Linear` without bias: one token and a few go through `ffn_1`, more through torch.
 
     `patch_model` puts it in the place of a model's `nn.Linear`. It has the same parameter under the same name.
 
@@ -43,17 +43,19 @@ class DecodingLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T``, (..., in_features) to (..., out_features)."""
-        if input.numel() == self.in_features and self.bias is None and (y := decoded(input, self.weight)) is not None:
-            return y
+        is_one = input.numel() == self.in_features == input.shape[-1]
+        tokens = input.flatten() if is_one else few_tokens(input, "ffn_1")
+        if tokens is not None and self.bias is None and (y := decoded(tokens, self.weight)) is not None:
+            return y.view(*input.shape[:-1], -1)
         return nn.functional.linear(input, self.weight, self.bias)
 
 
 class CompressedLinear(nn.Module):
     """`torch.nn.Linear` whose bfloat16 weight is in 12 bits, without loss; a bias stays as it is.
 
-    `patch_model(model, compress=True)` puts it in the place of a model's projections. One token goes through `ffn_1`, or, in a
-    `SparseMLP`, through the sparse operators; for more tokens it decompresses its weight for the time of the call. In a
-    state dict it is an `nn.Linear`: its ``weight``, decompressed, in host memory.
+    `patch_model(model, compress=True)` puts it in the place of a model's projections. Up to 8 tokens go through `ffn_1`, or,
+    in a `SparseMLP`, through the sparse operators; for more it decompresses its weight for the time of the call. In a state
+    dict it is an `nn.Linear`: its ``weight``, decompressed, in host memory.
 
     Parameters
     ----------
@@ -153,8 +155,10 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, (..., in_features) to (..., out_features)."""
-        if x.numel() == self.in_features and not self.transposed and (y := decoded(x, self, self.bias)) is not None:
-            return y
+        is_one = x.numel() == self.in_features == x.shape[-1]
+        tokens = x.flatten() if is_one else few_tokens(x, "ffn_1", "bf12")
+        if tokens is not None and not self.transposed and (y := decoded(tokens, self, self.bias)) is not None:
+            return y.view(*x.shape[:-1], -1)
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

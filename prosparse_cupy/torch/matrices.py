@@ -31,7 +31,7 @@ class MatrixPatch:
 
     name: str
     decoding: bool
-    """Whether one token now goes through `ffn_1`."""
+    """Whether one token, and a few, now go through `ffn_1`."""
     reason: str = ""
     """Why it was left as it was, or why it was not compressed."""
     ratio: float = 1.0
@@ -82,7 +82,7 @@ def _head_of(model: Any) -> nn.Module | None:
 
 @torch.no_grad()
 def replace_matrices(model: nn.Module, to_compress: bool) -> list[MatrixPatch]:
-    """Let one token read each of these matrices through `ffn_1`, projections of one input as one; with a bar on a terminal."""
+    """Let few tokens read each of these matrices through `ffn_1`, projections of one input as one; with a bar on a terminal."""
     console = Console(stderr=True)
     groups, shared = list(groups_of(model)), held_twice(model)
     shown = console.is_terminal and to_compress
@@ -135,7 +135,7 @@ def _tried(linear: DecodingLinear | CompressedLinear) -> Tensor | None:
     example = linear.parts[0] if isinstance(linear, CompressedLinear) else linear.weight
     dtype = torch.bfloat16 if isinstance(linear, CompressedLinear) else linear.weight.dtype
     with torch.autocast(example.device.type, enabled=False):
-        return decoded(torch.ones(1, linear.in_features, dtype=dtype, device=example.device), weight)
+        return decoded(torch.ones(linear.in_features, dtype=dtype, device=example.device), weight)
 
 
 def _compressed(model: nn.Module, linears: Sequence[nn.Linear]) -> tuple[list[Any], float, str]:

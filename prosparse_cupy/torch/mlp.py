@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..crossover import Weights
 from ..families import LLAMA_LIKE, MLPFamily
 from ..ffn import SparseFFN, sparse_ffn
 from ..formula import DRELU, RELU, Formula
@@ -17,6 +18,7 @@ from .dispatch import (
     TorchWeight,
     dispatched,
     does_more,
+    few_tokens,
     forward_is_torchs,
     is_cast,
     is_recorded,
@@ -67,7 +69,7 @@ class Operands(NamedTuple):
 
 
 class SparseMLP(nn.Module):
-    """An FFN of any family: one token by the sparse operators, more by the dense path.
+    """An FFN of any family: up to 8 tokens by the sparse operators, more by the dense path.
 
     Both paths read the same weights: the down-projection's is the transposed view of a contiguous (d_ff, d_model) buffer, so
     that a neuron is one contiguous row, and there is no second copy. Submodules have the names that they have in the family, so
@@ -156,18 +158,19 @@ class SparseMLP(nn.Module):
     def forward(self, x: Any = None, *others: Any, **keywords: Any) -> Any:
         """The FFN of its one argument, (..., d_model), a tensor.
 
-        One token goes through the sparse operators, unless gradients are recorded or the modules are not those of an FFN that
-        was patched any more: a LoRA adapter, a hook, another activation and the like take the dense path, which calls the
-        modules as they are. A call with other arguments is that of the module that this one is in the place of, if that knows
-        the threshold.
+        Few tokens, however they lie in the leading dims, go through the sparse operators (`crossover` says how many), unless
+        gradients are recorded or the modules are not those of an FFN that was patched any more: a LoRA adapter, a hook,
+        another activation and the like take the dense path, which calls the modules as they are. A call with other arguments
+        is that of the module that this one is in the place of, if that knows the threshold.
         """
         if others or keywords or x is None:
             if x is None and len(keywords) == 1 and not others:
                 (x,) = keywords.values()
             else:
                 return self._as_before(x, *others, **keywords)
-        if x.numel() == x.shape[-1] and (y := self._sparse(x)) is not None:
-            return y
+        tokens = x.flatten() if x.numel() == x.shape[-1] else few_tokens(x, "sparse_ffn", self._weights)
+        if tokens is not None and (y := self._sparse(tokens)) is not None:
+            return y.view_as(x)
         x1 = self._first_half(x)
         if self.counts is not None:
             count_active(self.counts, x1)
@@ -196,36 +199,40 @@ class SparseMLP(nn.Module):
             gates, ups = getattr(self, str(gate))(x), getattr(self, up)(x)
         return combined(act, gates, ups, self._rectifies_up)
 
-    def _sparse(self, x: Tensor) -> Tensor | None:
-        """One token by the sparse operators, or None where only calling the modules does what they do."""
+    @property
+    def _weights(self) -> Weights:
+        is_compressed = any(type(self._modules.get(name)) is CompressedLinear for name in self.family.projections)
+        return "bf12" if is_compressed else "plain"
+
+    def _sparse(self, tokens: Tensor) -> Tensor | None:
+        """Tokens, (d,) or (B, d), by the sparse operators, or None where only calling the modules does what they do."""
         found = self.operands()
-        if found is None or is_cast(x):
+        if found is None or is_cast(tokens):
             return None
         tensors = found[:3] if not found.extras else (*found[:3], *found.extras.values())
-        if is_recorded(x, tensors):
+        if is_recorded(tokens, tensors):
             return None
-        token = x.flatten()
-        if self.counts is None and x.is_cuda and not is_watched():
+        if self.counts is None and tokens.is_cuda and not is_watched():
             try:
-                return self._called(token, found).view_as(x)  # the dispatcher costs 8 µs
+                return self._called(tokens, found)  # the dispatcher costs 8 µs
             except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
                 return None
-        if not is_taken(token, *(w for w in found.weights if w is not None), extras=found.extras.values()):
+        if not is_taken(tokens, *(w for w in found.weights if w is not None), extras=found.extras.values()):
             return None
         if self.counts is None:
-            return dispatched("sparse_ffn", token, found.weights, found.threshold, **found.keywords()).view_as(x)
+            return dispatched("sparse_ffn", tokens, found.weights, found.threshold, **found.keywords())
         half, first, second = found.of_halves()
         weights = found.weights[:2] if found.gate is not None else (found.up,)
-        x1 = dispatched(half, token, weights, found.threshold, **first)
+        x1 = dispatched(half, tokens, weights, found.threshold, **first)
         count_active(self.counts, x1)
-        return dispatched("ffn_4", x1, (found.down,), **second).view_as(x)
+        return dispatched("ffn_4", x1, (found.down,), **second)
 
-    def _called(self, token: Tensor, found: Operands) -> Tensor:
+    def _called(self, tokens: Tensor, found: Operands) -> Tensor:
         """The operators themselves. What costs time to look at is bound, so that one call and not each pays for it."""
         w_gate, w_up, w_down_t = found[:3]
         is_plain = isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor) and (w_gate is None or isinstance(w_gate, Tensor))
         if is_plain and not found.extras:
-            plain: Tensor = sparse_ffn(token, w_gate, w_up, w_down_t, found.threshold, activation=found.activation)  # type: ignore[arg-type]
+            plain: Tensor = sparse_ffn(tokens, w_gate, w_up, w_down_t, found.threshold, activation=found.activation)  # type: ignore[arg-type]
             return plain
         gate: Any = None if w_gate is None else plain_or_packed(w_gate)
         up, down = plain_or_packed(w_up), plain_or_packed(w_down_t)
@@ -244,7 +251,7 @@ class SparseMLP(nn.Module):
                 gate, up, down, found.threshold, activation=found.activation, norm_eps=found.norm_eps, **more
             )
             bound = self._bound = key, ffn
-        return bound[1](token)
+        return bound[1](tokens)
 
     def operands(self) -> Operands | None:
         """What the operators take, if calling the modules does what it did when this one was made."""
