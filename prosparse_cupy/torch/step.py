@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from .attention import NAME, LayerCache, register_attention
-from .dispatch import TorchWeight, dispatched, is_taken
+from .dispatch import TorchWeight, dispatched, few_tokens, is_taken
 from .eligibility import attention_of_config
 from .linears import CompressedLinear, whole_of
 from .matrices import groups_of
@@ -391,17 +391,24 @@ class _Part(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared
         if shared.x is not x:
-            tokens = x.flatten(0, -2) if x.numel() > x.shape[-1] else x.flatten()
-            if not is_taken(tokens, shared.whole):
-                raise NotImplementedError(f"ffn_1 does not take tokens of {tuple(x.shape)} in {x.dtype}")
-            shared.x, shared.asked = x, 0
-            shared.result = dispatched("ffn_1", tokens, (shared.whole,))
+            shared.x, shared.asked, shared.result = x, 0, _times(x, shared.whole)
         result = shared.result
         assert result is not None
         shared.asked += 1
         if shared.asked == self.of:
             shared.x = shared.result = None
         return result[..., self.start : self.stop].view(*x.shape[:-1], -1)
+
+
+def _times(x: Tensor, whole: TorchWeight) -> Tensor:
+    """``x @ whole.T`` of each token, a row each if they are several: by `ffn_1`, or by the dense path where that is faster."""
+    plain = isinstance(whole, Tensor)
+    tokens = few_tokens(x, "ffn_1", "plain" if plain else "bf12") if x.numel() > x.shape[-1] else x.flatten()
+    if tokens is None:
+        return nn.functional.linear(x.flatten(0, -2), whole if isinstance(whole, Tensor) else whole.weight)
+    if not is_taken(tokens, whole):
+        raise NotImplementedError(f"ffn_1 does not take tokens of {tuple(x.shape)} in {x.dtype}")
+    return dispatched("ffn_1", tokens, (whole,))
 
 
 def _parts(whole: Tensor | CompressedLinear, linears: Sequence[Any]) -> Iterator[_Part]:
