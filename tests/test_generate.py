@@ -471,7 +471,7 @@ def test_random_models_texts_of_batches(which, device):
     kind, changes = MODELS[which]
     model = _tiny(kind, device, **changes)
     first = _agree_on(model, _batch(device))
-    assert len({tuple(row) for row in first[:, 9:].tolist()}) > 2, "such texts say little"
+    assert len({tuple(row) for row in first[:, 9:].tolist()}) > 1, "such texts say little"
     patch_model(model)
     assert torch.equal(_agree_on(model, _batch(device)), first)
 

@@ -1,10 +1,10 @@
 """`torch.ops.prosparse`: the operators in torch's dispatcher, so that `torch.compile` and `torch.export` see them whole.
 
 `ffn_1`, `ffn_12`, `ffn_123`, `ffn_23`, `ffn_4` and `sparse_ffn` take what the functions of the same name in `prosparse_cupy`
-take, and each has an overload `.out` that writes to `out` and returns nothing, and an overload `.parts` whose weights may be
-compressed: the dispatcher takes tensors and numbers alone, so each weight is a list of tensors (`parts_of`), and `facts` the
-numbers of all (`facts_of`). `decompress` makes such a weight plain. CUDA tensors go to the kernels, CPU tensors to the
-reference. Inference only: a tensor that requires grad is refused while gradients are recorded.
+take, one token or up to 8, and each has an overload `.out` that writes to `out` and returns nothing, and an overload `.parts`
+whose weights may be compressed: the dispatcher takes tensors and numbers alone, so each weight is a list of tensors
+(`parts_of`), and `facts` the numbers of all (`facts_of`). `decompress` makes such a weight plain. CUDA tensors go to the
+kernels, CPU tensors to the reference. Inference only: a tensor that requires grad is refused while gradients are recorded.
 """
 
 from __future__ import annotations

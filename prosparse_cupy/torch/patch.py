@@ -35,7 +35,7 @@ class LayerPatch:
 
     name: str
     sparse: bool
-    """Whether one token now goes through the sparse operators."""
+    """Whether up to 8 tokens at once now go through the sparse operators."""
     threshold: float
     reason: str = ""
     """Why it was left dense."""
@@ -105,21 +105,22 @@ def patch_model(
 
     What comes out is exactly as before, within rounding. `FAMILIES` says which modules are looked at: those with `gate_proj`,
     `up_proj` and `down_proj` (LLaMA, Mistral, Qwen2, MiniCPM and remote code like them), with a fused `gate_up_proj`, and
-    without a gate (Nemotron, Arcee, Jais-2, Persimmon, Falcon, nanochat, OPT); `register_family` adds to them. One token at a
-    time goes through the sparse operators, longer inputs (prefill) through the dense path on the same weights.
+    without a gate (Nemotron, Arcee, Jais-2, Persimmon, Falcon, nanochat, OPT); `register_family` adds to them. Up to 8 tokens
+    at a time, of one text or of several, go through the sparse operators, more (prefill) through the dense path on the same
+    weights.
 
     The other matrices, those of attention, the head that makes logits, and those of MLPs that stay dense, are read through
-    `ffn_1` for one token, which is faster than the vendor's library. Projections of one input (`q_proj`, `k_proj`, `v_proj`)
+    `ffn_1` for few tokens, which is faster than the vendor's library. Projections of one input (`q_proj`, `k_proj`, `v_proj`)
     are moved side by side in memory, so that `generate` reads them as one. So a model whose activation has no zeros, SiLU for
     instance, decodes faster too.
 
     The model is patched in place. Nothing is taken for granted. A layer's code is run in float64 on random weights, at several
     input scales, and must give what a formula gives: the one that its config names, or else another that is known, which the
     report then tells apart. Its own output and the sparse one must be as close to float64 as the dense path in the same dtype,
-    within a factor of two and one ulp. Otherwise the layer is left dense, and the report says why. Trying it also compiles its
-    kernels.
+    within a factor of two and one ulp, of tokens alone and of eight at once. Otherwise the layer is left dense, and the report
+    says why. Trying it also compiles its kernels, those for one token and for eight.
 
-    Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw. On the CPU one token goes through
+    Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw. On the CPU few tokens go through
     the NumPy reference: right, and slow.
 
     Parameters
