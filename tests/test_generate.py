@@ -857,6 +857,16 @@ def test_as_transformers_hook(device):
     assert _cache_of(out).get_seq_length() == 26
 
 
+def test_batches_as_transformers_hook():
+    model, given = _tiny(), {**_batch(), "max_new_tokens": 20, "do_sample": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="generate: ")
+        own = model.generate(custom_generate=decoding_loop, **given)
+    assert torch.equal(own, model.generate(**given))
+    with pytest.raises(ValueError, match="decoding_loop: .* this call is assisted_generation: leave custom_generate out"):
+        model.generate(_ids(), custom_generate=decoding_loop, prompt_lookup_num_tokens=3, max_new_tokens=5)
+
+
 # A model that changes.
 
 
