@@ -863,7 +863,7 @@ def test_batches_as_transformers_hook():
         warnings.filterwarnings("error", message="generate: ")
         own = model.generate(custom_generate=decoding_loop, **given)
     assert torch.equal(own, model.generate(**given))
-    with pytest.raises(ValueError, match="decoding_loop: .* this call is assisted_generation: leave custom_generate out"):
+    with pytest.raises(ValueError, match=r"decoding_loop: .* this call is assisted_generation: leave custom_generate out"):
         model.generate(_ids(), custom_generate=decoding_loop, prompt_lookup_num_tokens=3, max_new_tokens=5)
 
 

@@ -91,7 +91,7 @@ class PromptLookup:
     def propose(self, ids: Tensor, most: int, token: Tensor) -> int:
         """Guess up to `most` tokens behind `ids`, (1, length) on the host, into all but the first of `token`; returns how many.
 
-        Places that are left over get the last guess again, which needs the fewest neurons beside those of the others.
+        Places that are left over get the last guess again, which is likely to need few neurons beside those of the others.
         """
         found, _ = self._generator.get_candidates(ids)  # type: ignore[arg-type]
         guesses = found[0, ids.shape[1] :][:most]
