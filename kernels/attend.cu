@@ -1,17 +1,23 @@
-// attend: attention of one token over a static cache, to which the token's own key and value are added.
+// attend: attention of new tokens over static caches, to which the tokens' own keys and values are added.
 //
-//   out[h, :] = sum_i softmax_i(scale * dot(q[h, :], keys[g, i, :])) * values[g, i, :]        first <= i <= p,  g = h / (H / G)
+//   out[s, t, h, :] = sum_i softmax_i(scale * dot(q[s, t, h, :], keys[s, g, i, :])) * values[s, g, i, :]
 //
-//   p = position[0], at which k and v are stored in the cache first; first = max(0, p + 1 - window), or 0 if window is 0. Where
-//   the cache has no position p, nothing is stored and out is NaN: only the device knows p.
+//   over first <= i <= p, g = h / (H / G), of TOKENS tokens in a row of each of SEQUENCES sequences. p = position[s] + t, at
+//   which k[s, t] and v[s, t] are stored in the cache; first = max(0, p + 1 - window), or 0 if window is 0. Where the cache has
+//   no position p, nothing of the token is stored and its out is NaN: only the device knows p.
 //
-//   q, out (H, HEAD_DIM)   k, v (G, HEAD_DIM)   keys, values (G, capacity, HEAD_DIM)   all 16-byte aligned, row-major
-//   partials (H * SPLITS * (HEAD_DIM + 2)) float32   tickets (H / HEADS) zeros, and zeros again afterwards
-//   launch   SPLITS blocks share the positions of HEADS heads that read the same keys; grid (SPLITS, H / HEADS)
-//   numerics float32 throughout, one rounding at the store; the order of sums depends on p, window and the constants alone, not
-//            on the cache's capacity, nor on the GPU
+//   q, out (SEQUENCES, TOKENS, H, HEAD_DIM)   k, v (SEQUENCES, TOKENS, G, HEAD_DIM)   position (SEQUENCES,)
+//   keys, values (SEQUENCES, G, capacity, HEAD_DIM)                       all but position 16-byte aligned, all row-major
+//   partials (SEQUENCES * TOKENS * H * SPLITS * (HEAD_DIM + 2)) float32
+//   tickets (SEQUENCES * TOKENS * BLOCKS) zeros, and zeros again afterwards
+//   launch   SPLITS blocks share the positions of HEADS heads of a token that read the same keys;
+//            grid (SPLITS * TOKENS, BLOCKS, SEQUENCES)
+//   numerics float32 throughout, one rounding at the store; the order of sums depends on p, window and the constants of a head
+//            alone: not on the cache's capacity, nor on the GPU, nor on the other tokens of a launch
+//   order    every block takes keys and values of the launch's own tokens from k and v, and nothing reads what is stored
+//            before the launch has ended, so blocks may run in any order
 //
-//   HEAD_DIM   elements of a head          HEADS    heads of a block
+//   HEAD_DIM   elements of a head          HEADS    heads of a block          BLOCKS   that have heads of their own: H / HEADS
 //   SHARERS    blocks of heads that read the same keys: H / G / HEADS
 //   SPLITS     blocks that share the positions          WARPS    of a block
 
@@ -20,6 +26,7 @@
 #include "warp.cuh"
 
 static_assert(HEAD_DIM % VEC == 0, "a head must be whole 16-byte vectors");
+static_assert(SEQUENCES >= 1 && TOKENS >= 1, "at least one token of one sequence");
 
 constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
@@ -28,6 +35,7 @@ constexpr int LANES = VECTORS > 32 ? 32 : power_of_two_from(VECTORS);  // read a
 constexpr int OWN = (VECTORS + LANES - 1) / LANES;                     // vectors of a lane
 constexpr int SLOTS = WARPS * 32 / LANES;                              // positions that a block reads side by side
 constexpr int BATCH = OWN > 1 ? 2 : 4;                                 // positions that a lane has in flight
+constexpr int KV_HEADS = BLOCKS / SHARERS;                             // G
 constexpr float LOWEST = -3e38f;                                       // below every finite score that matters
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -48,16 +56,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
            scalar* __restrict__ out, float* partials, unsigned* tickets, float scale, int window, int capacity) {
     __shared__ float shared_most[WARPS][HEADS], shared_sum[WARPS][HEADS], shared_values[WARPS][HEADS][HEAD_DIM];
     __shared__ bool is_last;
-    const int split = blockIdx.x, block = blockIdx.y, g = block / SHARERS;
+    // Tokens of one sequence read the same positions: next to each other, they find them in L2.
+    const int split = blockIdx.x / TOKENS, token = blockIdx.x % TOKENS, block = blockIdx.y, g = block / SHARERS;
+    const long long sequence = SEQUENCES > 1 ? blockIdx.z : 0, row_of_q = sequence * TOKENS + token;
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES, warp = threadIdx.x / 32;
+    q += row_of_q * (BLOCKS * HEADS * HEAD_DIM), out += row_of_q * (BLOCKS * HEADS * HEAD_DIM);
+    k += sequence * (TOKENS * KV_HEADS * HEAD_DIM), v += sequence * (TOKENS * KV_HEADS * HEAD_DIM);
+    keys += sequence * KV_HEADS * capacity * HEAD_DIM, values += sequence * KV_HEADS * capacity * HEAD_DIM;
+    partials += row_of_q * (BLOCKS * SPLITS * HEADS * (HEAD_DIM + 2)), tickets += row_of_q * BLOCKS, position += sequence;
     wait_for_predecessor();
 
-    if (*position < 0 || *position >= capacity) {
+    if (*position < 0 || *position >= capacity - token) {
         for (int d = threadIdx.x; split == 0 && d < HEADS * HEAD_DIM; d += 32 * WARPS)
             out[block * HEADS * HEAD_DIM + d] = from_float(__uint_as_float(0x7fffffffu));
         return;
     }
-    const int p = (int)*position, first = window > 0 && p + 1 > window ? p + 1 - window : 0;
+    const int start = (int)*position, p = start + token;
+    const int first = window > 0 && p + 1 > window ? p + 1 - window : 0;
     const int share = ((p + 1 - first + SPLITS - 1) / SPLITS + SLOTS - 1) / SLOTS * SLOTS;
     const int begin = first + split * share, end = begin + share < p + 1 ? begin + share : p + 1;
 
@@ -83,9 +98,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
             const int i = base + b * SLOTS + slot;
-            const long long row = (long long)(i == p ? g : g * (long long)capacity + i) * VECTORS;
-            const uint4* key_row = reinterpret_cast<const uint4*>(i == p ? k : keys) + row;
-            const uint4* value_row = reinterpret_cast<const uint4*>(i == p ? v : values) + row;
+            const bool is_new = TOKENS > 1 ? i >= start : i == p;
+            const int new_row = TOKENS > 1 ? (i - start) * KV_HEADS + g : g;
+            const long long row = (long long)(is_new ? new_row : g * (long long)capacity + i) * VECTORS;
+            const uint4* key_row = reinterpret_cast<const uint4*>(is_new ? k : keys) + row;
+            const uint4* value_row = reinterpret_cast<const uint4*>(is_new ? v : values) + row;
 #pragma unroll
             for (int n = 0; n < OWN; ++n) {
                 const int c = n * LANES + lane;

@@ -1,4 +1,4 @@
-"""One token's attention over a static cache: the launch of ``kernels/attend.cu``, and how it shares the work."""
+"""Attention of new tokens over static caches: the launch of ``kernels/attend.cu``, and how it shares the work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _WARPS = 8
 _BLOCKS = 256  # of eight warps: about two a multiprocessor, which hold them both where heads do not share keys
 _MOST_SPLITS = 32
 _MOST_HEADS = 4  # of a block: more would not fit its registers
+_MOST_TOKENS = 8  # of a launch, as of the operators
 _MOST_ELEMENTS = 1024  # of a block's heads: their sums, one set a warp, lie in shared memory
 
 
@@ -25,6 +26,10 @@ class Attention(NamedTuple):
     """Of the query."""
     kv_heads: int
     head_dim: int
+    sequences: int = 1
+    """With a cache and a position each."""
+    tokens: int = 1
+    """In a row, of each sequence."""
 
     @property
     def misfit(self) -> str:
@@ -34,6 +39,8 @@ class Attention(NamedTuple):
         vector = vector_length(self.dtype)
         if not 0 < self.head_dim <= _MOST_ELEMENTS // 4 or self.head_dim % vector:
             return f"a head of {self.head_dim} elements is not a multiple of {vector} up to {_MOST_ELEMENTS // 4}"
+        if not 1 <= self.sequences * self.tokens <= _MOST_TOKENS:
+            return f"{self.sequences} sequences of {self.tokens} tokens are not 1 to {_MOST_TOKENS} tokens"
         return ""
 
     @property
@@ -49,18 +56,26 @@ class Attention(NamedTuple):
 
     @property
     def splits(self) -> int:
-        """Blocks that share the positions of the same heads. It decides the order of sums, so it follows from the shape."""
+        """Blocks that share the positions of the same heads of a token.
+
+        It decides the order of sums, so it follows from the shape of one token.
+        """
         return max(1, min(_MOST_SPLITS, _BLOCKS // self.blocks))
 
     @property
     def partials(self) -> int:
         """Numbers in float32 that the blocks leave for the last one."""
-        return self.heads * self.splits * (self.head_dim + 2)
+        return self.sequences * self.tokens * self.heads * self.splits * (self.head_dim + 2)
+
+    @property
+    def tickets(self) -> int:
+        """One for each block of heads of each token."""
+        return self.sequences * self.tokens * self.blocks
 
     @property
     def scratch_words(self) -> int:
-        """Words of 32 bits that a launch needs: `partials`, then a ticket for each of `blocks`; zeros at first."""
-        return self.partials + self.blocks
+        """Words of 32 bits that a launch needs: `partials`, then `tickets`; zeros at first."""
+        return self.partials + self.tickets
 
 
 @cache
@@ -76,9 +91,13 @@ def attend_plan(attention: Attention, programmatic: bool) -> Launch:
         (f"DTYPE_{a.dtype.upper()}", None),
         ("HEAD_DIM", a.head_dim),
         ("HEADS", a.heads_of_block),
+        ("BLOCKS", a.blocks),
         ("SHARERS", a.heads // a.kv_heads // a.heads_of_block),
         ("SPLITS", a.splits),
         ("WARPS", _WARPS),
+        ("SEQUENCES", a.sequences),
+        ("TOKENS", a.tokens),
         *((("PROGRAMMATIC", None),) if programmatic else ()),
     )
-    return Launch("attend", (a.splits, a.blocks, 1), (WARP * _WARPS, 1, 1), defines, (*9 * ("P",), "f", "i", "i"), programmatic)
+    grid = a.splits * a.tokens, a.blocks, a.sequences
+    return Launch("attend", grid, (WARP * _WARPS, 1, 1), defines, (*9 * ("P",), "f", "i", "i"), programmatic)

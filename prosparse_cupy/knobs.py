@@ -221,7 +221,8 @@ class SharedRowKnobs(RowKnobs):
     def rule(cls, problem: Problem, target: Target) -> SharedRowKnobs:
         if problem.tokens > 1:
             loads = _half_loads(problem, most=10)
-            return SharedRowKnobs(warps=2, min_blocks=8 if problem.tokens > 4 else 16 if loads <= 8 else 12, loads=loads)
+            is_large = problem.tokens > 4 or problem.dtype == "float32"
+            return SharedRowKnobs(warps=2, min_blocks=8 if is_large else 16 if loads <= 8 else 12, loads=loads)
         if not problem.is_plain and BF12_SLICES in problem.formats:  # their words take registers
             return SharedRowKnobs(warps=8, min_blocks=2, loads=_loads(problem, most=10), rows=8)
         # Eight warps share eight rows: larger blocks finish sooner when almost nothing is active, but hold their registers

@@ -1,4 +1,4 @@
-"""`torch.ops.prosparse.attend` and its kernel: one token's attention over a static cache.
+"""`torch.ops.prosparse.attend` and its kernel: attention of new tokens over static caches.
 
 The kernel itself also runs here without a GPU, on the host under AddressSanitizer and UBSan, as in test_host_kernels.
 """
@@ -386,6 +386,159 @@ def test_streams_with_scratch_of_their_own(torch_gpu):
         assert all(torch.equal(out, alone[i]) for out in found[i])
 
 
+class Together(NamedTuple):
+    """Several tokens in one launch, and each of them alone, by the number of its sequence and its own."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    positions: np.ndarray
+    window: int
+    scale: float
+
+    def alone(self, s: int, t: int) -> Case:
+        """The tokens of the sequence that come before this one are in the cache then."""
+        keys, values = self.keys[s].copy(), self.values[s].copy()
+        start = self.positions[s]
+        for cache, new in ((keys, self.k), (values, self.v)):
+            cache[:, start : start + t] = new[s, :t].swapaxes(0, 1)
+        return Case(self.q[s, t], self.k[s, t], self.v[s, t], keys, values, int(start + t), self.window, self.scale)
+
+
+def _together(
+    shape: tuple[int, int, int], starts: tuple[int, ...], tokens: int, window: int, capacity: int, dtype: str
+) -> Together:
+    """With NaN wherever nothing may be read: in the caches behind each sequence's start."""
+    heads, kv_heads, head_dim = shape
+    rng = np.random.default_rng([*shape, *starts, tokens, window])
+
+    def normal(*dims: int) -> np.ndarray:
+        return rng.standard_normal(dims, dtype=np.float32).astype(DTYPES[dtype])
+
+    leading = len(starts), tokens
+    q, k, v = 2 * normal(*leading, heads, head_dim), normal(*leading, kv_heads, head_dim), normal(*leading, kv_heads, head_dim)
+    keys, values = (normal(len(starts), kv_heads, capacity, head_dim) for _ in range(2))
+    for s, start in enumerate(starts):
+        keys[s, :, start:] = values[s, :, start:] = np.nan
+    return Together(q, k, v, keys, values, np.array(starts), window, 1.5 * head_dim**-0.5)
+
+
+# Shape, positions, tokens, window and capacity: sequences of one token, one sequence of several, and both.
+TOGETHER = [
+    ((4, 2, 16), (0, 5, 299), 1, 0, 300),
+    ((8, 1, 64), (40, 40, 41, 0, 1, 2, 3, 130), 1, 7, 131),
+    ((4, 1, 256), (90,), 2, 33, 92),
+    ((3, 3, 80), (0,), 8, 0, 8),
+    ((8, 2, 128), (130,), 8, 6, 140),
+    ((6, 2, 24), (9, 70), 3, 0, 80),
+]
+
+
+def _tensors_of_several(case: Together, device: str) -> list[Any]:
+    arrays = [from_numpy(a.copy()).to(device) for a in case[:6]]
+    words = attention_of(arrays[0], arrays[3]).scratch_words
+    return [*arrays, torch.zeros(words, dtype=torch.int32, device=device), case.scale, case.window]
+
+
+def _stored(case: Together) -> list[np.ndarray]:
+    """The caches as a launch must leave them."""
+    caches = [case.keys.copy(), case.values.copy()]
+    for cache, new in zip(caches, (case.k, case.v), strict=True):
+        for s, start in enumerate(case.positions):
+            cache[s, :, start : start + new.shape[1]] = new[s].swapaxes(0, 1)
+    return caches
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("setting", TOGETHER, ids=str)
+def test_tokens_together_have_the_bits_that_they_have_alone(setting, dtype, device):
+    case = _together(*setting, dtype)
+    arguments = _tensors_of_several(case, device)
+    out = _attend(*arguments)
+    assert out.shape == case.q.shape and out.is_contiguous()
+    for s, t in np.ndindex(case.q.shape[:2]):
+        one = case.alone(s, t)
+        _assert_attends(_numpy(out[s, t]), one)
+        np.testing.assert_array_equal(bits(_numpy(out[s, t])), bits(_numpy(_attend(*_tensors(one, device)))))
+    for found, wanted in zip(arguments[3:5], _stored(case), strict=True):
+        np.testing.assert_array_equal(bits(_numpy(found)), bits(wanted))
+    assert arguments[5].tolist() == case.positions.tolist()
+    attention = attention_of(arguments[0], arguments[3])
+    assert not arguments[6][attention.partials :].any() and attention.tickets == attention.blocks * case.q[..., 0, 0].size
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sequence_outside_its_cache_stores_nothing(device):
+    """Others are what they are; of several tokens, those that still fit are stored on the GPU."""
+    case = _together((4, 2, 16), (3, 8, 5), 1, 0, 8, "float32")
+    if device == "cpu":
+        with pytest.raises(ValueError, match="attend: position 8 is not in a cache of 8"):
+            _attend(*_tensors_of_several(case, device))
+        with pytest.raises(ValueError, match="attend: position 6 is not in a cache of 8 for 3 tokens"):
+            _attend(*_tensors_of_several(_together((4, 2, 16), (6,), 3, 0, 8, "float32"), device))
+        return
+    arguments = _tensors_of_several(case, device)
+    out = _numpy(_attend(*arguments))
+    assert np.isnan(out[1]).all()
+    for s in (0, 2):
+        _assert_attends(out[s, 0], case.alone(s, 0))
+    case = _together((4, 2, 16), (6,), 3, 0, 8, "float32")
+    arguments = _tensors_of_several(case, device)
+    out = _numpy(_attend(*arguments))
+    assert np.isnan(out[0, 2]).all()
+    for t in (0, 1):
+        _assert_attends(out[0, t], case.alone(0, t))
+    np.testing.assert_array_equal(_numpy(arguments[3])[0, :, 6:], case.k[0, :2].swapaxes(0, 1))
+
+
+@pytest.mark.quick
+def test_opcheck_of_several():
+    case = _together((4, 2, 16), (0, 0), 2, 0, 2, "float32")
+    arguments = _tensors_of_several(case._replace(keys=np.ones_like(case.keys), values=np.ones_like(case.values)), "cpu")
+    opcheck(torch.ops.prosparse.attend.default, tuple(arguments))
+
+
+BAD_OF_SEVERAL = {
+    "too many": (lambda a: [*(t.repeat(1, 5, 1, 1) for t in a[:3]), *a[3:]], "2 sequences of 10 tokens are not 1 to 8 tokens"),
+    "q of three dims": (lambda a: [a[0][0], *a[1:]], r"q must be \(heads, head_dim\), got \(2, 4, 16\)"),
+    "one cache": (lambda a: [*a[:3], a[3][0], *a[4:]], r"keys must be \(sequences, kv_heads, capacity, head_dim\), got"),
+    "k of one token": (lambda a: [a[0], a[1][:, :1].clone(), *a[2:]], r"k must be .*\(2, 2, 2, 16\).*got \(2, 1, 2, 16\)"),
+    "values of a sequence": (lambda a: [*a[:4], a[4][:1].clone(), *a[5:]], r"values must be .*got \(1, 2, 8, 16\)"),
+    "one position": (lambda a: [*a[:5], a[5][:1], *a[6:]], "position must be 2 int64 on cpu"),
+    "strided positions": (lambda a: [*a[:5], a[5].repeat_interleave(2)[::2], *a[6:]], "position must be contiguous"),
+    "scratch of one": (lambda a: [*a[:6], a[6][: len(a[6]) // 4], *a[7:]], r"scratch must be \d+ int32"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("what", BAD_OF_SEVERAL)
+def test_what_does_not_fit_of_several_is_refused_by_name(what):
+    spoil, message = BAD_OF_SEVERAL[what]
+    with pytest.raises(ValueError, match=f"^attend: {message}"):
+        _attend(*spoil(_tensors_of_several(_together((4, 2, 16), (5, 3), 2, 0, 8, "float32"), "cpu")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_real_shapes_of_several_on_the_gpu(shape, dtype, torch_gpu):
+    """Eight tokens over a long cache: each as alone, and again and again the same, whichever block comes first."""
+    for starts, tokens, window in (((3000,), 8, 0), ((2999,), 8, 1024), ((3000, 0, 17, 4000, 1, 2000, 4088, 8), 1, 0)):
+        case = _together(shape, starts, tokens, window, 4096, dtype)
+        given = _tensors_of_several(case, "cuda")
+        out = _attend(*given)
+        for s, t in np.ndindex(case.q.shape[:2]):
+            assert torch.equal(out[s, t], _attend(*_tensors(case.alone(s, t), "cuda"))), (starts, s, t)
+        for _ in range(20):
+            assert torch.equal(_attend(*given), out)
+        assert not given[6][attention_of(given[0], given[3]).partials :].any()
+
+
 # On the host: shape, place and dtype. Of 129 heads, each has one block for all its positions.
 HOST = [
     ((4, 2, 16), (40, 7, 41), "bfloat16"),
@@ -434,6 +587,66 @@ def test_on_the_host_a_position_outside_the_cache_stores_nothing(position, host)
         np.testing.assert_array_equal(bits(_on_host(host, case, dtype, left_in=at)), bits(cache))
 
 
+def _several_on_host(host, case: Together, dtype: str, left_in: int = 6, **more: Any) -> np.ndarray:
+    """As `_on_host`, of several tokens."""
+    sequences, tokens, heads, head_dim = case.q.shape
+    attention = Attention(dtype, heads, case.k.shape[2], head_dim, sequences, tokens)
+    poison, partials = np.full_like(case.q, np.nan), np.zeros(attention.partials, np.float32)
+    arrays: list[Any] = [*case[:6], poison, partials, np.zeros(attention.tickets, np.int32)]
+    starts = arrays[left_in]
+    arrays[left_in] = None
+    plan = attend_plan(attention, programmatic=False)
+    return host.run(plan, [*arrays, case.scale, case.window, case.keys.shape[2]], starts, **more)
+
+
+# As `TOGETHER`, and dtype. A launch of one token here has 32 or 64 blocks, which are seconds.
+TOGETHER_ON_HOST = [
+    ((1, 1, 8), (0, 5, 9), 1, 0, 10, "bfloat16"),
+    ((2, 1, 16), (9,), 3, 4, 12, "float32"),
+    ((8, 1, 8), (40,), 2, 0, 42, "float16"),
+    ((1, 1, 8), (0, 6), 2, 0, 8, "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("setting", TOGETHER_ON_HOST, ids=str)
+def test_the_kernel_of_several_on_the_host(setting, host):
+    """Under two orders of threads and blocks: the last token has the bits that the kernel of one token gives it."""
+    case, dtype = _together(*setting), setting[-1]
+    out, other = (_several_on_host(host, case, dtype, seed=seed) for seed in (1, 2))
+    np.testing.assert_array_equal(bits(out), bits(other))
+    for s, t in np.ndindex(case.q.shape[:2]):
+        _assert_attends(out[s, t], case.alone(s, t))
+    np.testing.assert_array_equal(bits(out[-1, -1]), bits(_on_host(host, case.alone(s, t), dtype)))
+    at = 3 + TOGETHER_ON_HOST.index(setting) % 2
+    np.testing.assert_array_equal(bits(_several_on_host(host, case, dtype, left_in=at)), bits(_stored(case)[at - 3]))
+
+
+def test_on_the_host_tickets_of_several_end_as_zeros(host):
+    assert not _several_on_host(host, _together(*TOGETHER_ON_HOST[3]), "bfloat16", left_in=8).any()
+
+
+def test_on_the_host_tokens_behind_a_caches_end_store_nothing(host):
+    case = _together((1, 1, 8), (6,), 3, 0, 8, "float32")
+    out = _several_on_host(host, case, "float32")
+    assert np.isnan(out[0, 2]).all() and np.isfinite(out[0, :2]).all()
+    keys = _several_on_host(host, case, "float32", left_in=3)
+    np.testing.assert_array_equal(keys[0, :, 6:], case.k[0, :2].swapaxes(0, 1))
+    case = _together((1, 1, 8), (8, 3), 1, 0, 8, "float32")
+    out = _several_on_host(host, case, "float32")
+    assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
+
+
+def test_a_new_token_that_is_read_from_the_cache_is_caught(host):
+    """The launch's own tokens come from k and v: a block that looks for them in the cache may come before they are stored."""
+    case, code = _together((1, 1, 8), (9,), 3, 0, 12, "float32"), source("attend")
+    for right, wrong in (("? i >= start : i == p", "? i == p : i == p"), ("(i - start) * KV_HEADS", "token * KV_HEADS")):
+        assert right in code
+        code = code.replace(right, wrong)
+    good = _several_on_host(host, case, "float32")
+    found = (_several_on_host(host, case, "float32", seed=seed, code=code) for seed in range(4))
+    assert any(not np.array_equal(bits(out), bits(good)) for out in found)
+
+
 @pytest.mark.quick
 def test_how_the_work_is_shared():
     """Every head is some block's, heads of a block read the same keys, and their sums fit in shared memory."""
@@ -447,6 +660,11 @@ def test_how_the_work_is_shared():
                 plan = attend_plan(a, programmatic=True)
                 assert plan.grid == (a.splits, a.blocks, 1) and plan.block == (256, 1, 1) and len(plan.arguments) == 12
                 assert a.scratch_words == heads * a.splits * (head_dim + 2) + a.blocks
+                for sequences, tokens in ((1, 8), (8, 1), (2, 3)):
+                    several = a._replace(sequences=sequences, tokens=tokens)
+                    assert not several.misfit and several.splits == a.splits, "another order of sums"
+                    assert attend_plan(several, True).grid == (a.splits * tokens, a.blocks, sequences)
+                    assert several.scratch_words == sequences * tokens * a.scratch_words
 
 
 USUAL = [
@@ -458,7 +676,7 @@ USUAL = [
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(architecture):
-    for shape in USUAL:
+    for shape in (*USUAL, ("bfloat16", 32, 8, 128, 8, 1), ("bfloat16", 32, 32, 128, 1, 8), ("float32", 32, 8, 128, 1, 4)):
         _, report = compile_for(attend_plan(Attention(*shape), architecture >= 90), architecture)
         for what in ("spill stores", "spill loads", "stack frame"):
             assert int(re.search(rf"(\d+) bytes {what}", report)[1]) == 0, (shape, report)

@@ -130,6 +130,23 @@ def test_options_of_sampling_arrive(monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_same_text_with_guesses(device):
+    prompt = "def read(path):\n    return path\n\ndef read("
+    plain, guessed = (
+        _generate("--dtype", "float32", *how, device=device, prompt=prompt, tokens=80) for how in ((), ("--prompt-lookup", "5"))
+    )
+    assert plain.exit_code == guessed.exit_code == 0, plain.output + guessed.output
+    assert plain.stdout == guessed.stdout and "warning" not in guessed.stderr
+    assert re.search(r"^80 tokens, \d+\.\d tokens/s, ", guessed.stderr, re.MULTILINE)
+
+
+def test_guesses_go_with_the_likeliest_tokens():
+    _fails(_generate("--prompt-lookup", "3", "--do-sample"), "--prompt-lookup guesses the likeliest tokens", code=2)
+    for number in ("0", "8", "x"):
+        _fails(_generate("--prompt-lookup", number), "--prompt-lookup", code=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_text_ends_before_a_stop_text(device):
     whole = _text("--dtype", "float32", device=device, tokens=60)
     stop, later = whole[30:36], whole[50:56]

@@ -443,6 +443,264 @@ def test_a_dict_as_the_result(small):
         torch.testing.assert_close(one.keys, other.keys, atol=1e-4, rtol=1e-3)
 
 
+# Several sequences.
+
+
+def _batch(device: Any = "cpu", sequences: int = 4, length: int = 9) -> dict[str, Any]:
+    """Prompts of unequal lengths, the i-th one two tokens shorter than the one before, down to one; 0 pads them."""
+    ids = torch.cat([_ids("cpu", length, seed=i) for i in range(sequences)])
+    mask = torch.ones_like(ids)
+    for i in range(sequences):
+        mask[i, : min(2 * i, length - 1)] = 0
+    return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device), "pad_token_id": 0}
+
+
+def _agree_on(model, batch, **options):
+    """Both loops' tokens of a batch, which must be the same."""
+    given = {"max_new_tokens": 30, "do_sample": False, **batch, **options}
+    ids = given.pop("input_ids")
+    own = _own(model, ids, **given)
+    assert torch.equal(own, _theirs(model, ids, **given))
+    assert own.device == ids.device and own.dtype == ids.dtype
+    return own
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("which", MODELS)
+def test_random_models_texts_of_batches(which, device):
+    kind, changes = MODELS[which]
+    model = _tiny(kind, device, **changes)
+    first = _agree_on(model, _batch(device))
+    assert len({tuple(row) for row in first[:, 9:].tolist()}) > 1, "such texts say little"
+    patch_model(model)
+    assert torch.equal(_agree_on(model, _batch(device)), first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sequences", range(1, 9))
+def test_every_sequence_of_a_batch_writes_what_it_writes_alone(sequences, device):
+    """Padding or not, whatever stands beside it."""
+    model, batch = _tiny(device=device), _batch(device, sequences, length=12)
+    patch_model(model)
+    texts = _agree_on(model, batch, max_new_tokens=20)
+    for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts, strict=True):
+        alone = _own(model, ids[mask == 1][None], max_new_tokens=20, do_sample=False)
+        assert torch.equal(alone[0, -20:], text[-20:])
+    assert torch.equal(
+        _agree_on(model, {"input_ids": batch["input_ids"][:1].repeat(sequences, 1)}),
+        _agree(model, batch["input_ids"][:1]).repeat(sequences, 1),
+    )
+
+
+def test_the_trained_models_batch(trained, tokenizer):
+    """As a tokenizer makes it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side, tokenizer.pad_token_id = "left", 0
+    batch = dict(tokenizer(["def main", "class A:", "import sys\nimport os\n"], return_tensors="pt", padding=True))
+    batch = {name: tensor.to(trained.device) for name, tensor in batch.items() if name != "token_type_ids"}
+    assert not batch["attention_mask"].bool().all()
+    texts = _agree_on(trained, {**batch, "pad_token_id": 0}, max_new_tokens=60)
+    for ids, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts, strict=True):
+        alone = _own(trained, ids[mask == 1][None], max_new_tokens=60, do_sample=False)[0]
+        assert torch.equal(alone, text[mask.shape[0] - int(mask.sum()) :])
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_in_bfloat16_choose_the_likeliest_token_within_rounding(device, compress):
+    model, batch = _tiny(device=device, dtype=torch.bfloat16), _batch(device)
+    patch_model(model, compress=compress)
+    given = {**batch, "max_new_tokens": 20, "do_sample": False}
+    texts = _own(model, given.pop("input_ids"), **given)
+    for mask, text in zip(batch["attention_mask"], texts, strict=True):
+        own = text[9 - int(mask.sum()) :][None]
+        with torch.inference_mode():
+            logits = model(own).logits[0, -21:-1].float()
+        chosen = logits.gather(1, own[0, -20:, None])[:, 0]
+        assert ((logits.max(-1).values - chosen) <= 12 * torch.finfo(torch.bfloat16).eps * logits.abs().max()).all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_padded_sequence_alone(device):
+    model = _tiny(device=device)
+    ids, mask = _ids(device), torch.tensor([[0, 0, 0, 1, 1, 1, 1]], device=device)
+    padded = _agree_on(model, {"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(padded[:, 3:], _agree(model, ids[:, 3:])) and not torch.equal(padded, _agree(model, ids))
+    options = {"repetition_penalty": 1.3, "min_new_tokens": 9, "eos_token_id": list(range(20, 200)), "pad_token_id": 0}
+    assert _agree_on(model, {"input_ids": ids, "attention_mask": mask}, **options).shape[1] >= 17
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_penalty_for_repetitions_does_not_count_padding(device):
+    model, batch = _tiny(device=device), _batch(device)
+    whole = _agree_on(model, batch)
+    options = {"repetition_penalty": 1.7}
+    text = _agree_on(model, batch, **options)
+    assert not torch.equal(text, whole)
+    for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], text, strict=True):
+        alone = _own(model, ids[mask == 1][None], max_new_tokens=30, do_sample=False, **options)
+        assert torch.equal(alone[0, -30:], row[-30:])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", DEVICES)
+def test_sequences_end_apart(device):
+    """Padding stands behind the end of each, and the call ends with the last one."""
+    model, batch = _tiny(device=device), _batch(device)
+    whole = _agree_on(model, batch)
+    ends = [int(whole[0, 12]), int(whole[2, 21])]
+    for eos in (ends, ends[:1], [*ends, *range(20, 40)]):
+        text = _agree_on(model, batch, eos_token_id=eos if len(eos) > 1 else eos[0])
+        ended = [next((n for n, token in enumerate(row) if token in eos), 99) for row in text[:, 9:].tolist()]
+        assert len(set(ended)) > 1 and text.shape[1] == min(39, 10 + max(ended))
+        for row, end in zip(text[:, 9:], ended, strict=True):
+            assert not row[end + 1 :].any(), "padding"
+    assert _agree_on(model, batch, eos_token_id=list(range(200))).shape[1] == 10
+    assert _agree_on(model, batch, eos_token_id=list(range(1, 200)), min_new_tokens=5, pad_token_id=3).shape[1] >= 15
+    assert _agree_on(model, batch, eos_token_id=ends, max_new_tokens=None, max_length=14).shape[1] <= 14
+
+
+class StopSequence(transformers.StoppingCriteria):
+    """Ends the second sequence at one length, all at another; it notes what it is shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[Any] = []
+
+    def __call__(self, input_ids, scores, **keywords):
+        self.shown.append(input_ids.tolist())
+        ended = torch.full((len(input_ids),), input_ids.shape[1] >= 25, dtype=torch.bool, device=input_ids.device)
+        ended[1] |= input_ids.shape[1] >= 14
+        return ended
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ends", [None, [199]])
+def test_criteria_end_sequences_apart(ends, device):
+    """Without an end-of-sequence token an ended sequence goes on until the others have ended, as transformers has it."""
+    model, criteria, found = _tiny(device=device), [StopSequence(), StopSequence()], []
+    for write, criterion in zip((_own, _theirs), criteria, strict=True):
+        given = {**_batch(device), "max_new_tokens": 30, "do_sample": False, "eos_token_id": ends}
+        given |= {"stopping_criteria": transformers.StoppingCriteriaList([criterion]), "return_dict_in_generate": True}
+        found.append(write(model, given.pop("input_ids"), **given))
+    own, theirs = found
+    assert torch.equal(own.sequences, theirs.sequences) and own.sequences.shape[1] == 25
+    assert criteria[0].shown == criteria[1].shown
+    assert bool(own.sequences[1, 14:].any()) == (ends is None)
+    _assert_caches_agree(_cache_of(own), _cache_of(theirs), _batch()["attention_mask"])
+
+
+def _assert_caches_agree(own, theirs, mask) -> None:
+    """But for padding, of which nothing is ever read."""
+    length = theirs.get_seq_length()
+    assert own.get_seq_length() == length
+    for one, other in zip(own.layers, theirs.layers, strict=True):
+        for ours, wanted in ((one.keys, other.keys), (one.values, other.values)):
+            kept = wanted.shape[-2]
+            shown = torch.cat([mask, torch.ones(len(mask), length - mask.shape[1])], 1).bool()[:, length - kept :]
+            assert ours.shape == wanted.shape
+            for s in range(len(mask)):
+                torch.testing.assert_close(ours[s][:, shown[s]], wanted[s][:, shown[s]], atol=1e-4, rtol=1e-3)
+
+
+def test_stop_strings_of_batches(trained, tokenizer):
+    ids = tokenizer(["def main", "def read", "import s"], return_tensors="pt").input_ids.to(trained.device)
+    whole = _theirs(trained, ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    strings = [tokenizer.decode(whole[0, 14:17]), tokenizer.decode(whole[2, 24:27])]
+    for ends in (None, [1]):
+        options = {"stop_strings": strings, "tokenizer": tokenizer, "eos_token_id": ends, "pad_token_id": 0}
+        text = _agree_on(trained, {"input_ids": ids}, **options)
+        assert text.shape[0] == 3
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device", DEVICES)
+def test_streamers_of_batches(device, tokenizer):
+    """They get what transformers gives them, and those of one text alone refuse several as they do there."""
+    model, notes = _tiny(device=device), [Noting(), Noting()]
+    for write, note in zip((_own, _theirs), notes, strict=True):
+        given = {**_batch(device), "max_new_tokens": 9, "do_sample": False, "streamer": note}
+        text = write(model, given.pop("input_ids"), **given)
+        assert note.given == [text[:, :9].tolist(), *text[:, 9:].t().tolist(), "end"]
+    assert notes[0].given == notes[1].given
+    for write in (generate, _theirs):
+        given = {**_batch(device), "max_new_tokens": 9, "streamer": transformers.TextStreamer(tokenizer)}
+        with pytest.raises(ValueError, match="TextStreamer only supports batch size 1"):
+            write(model, given.pop("input_ids"), **given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("which", ["Llama", "a window", "layers with a window and without"])
+@pytest.mark.parametrize("configured", [True, False])
+def test_turns_of_batches_go_on_with_a_cache(which, configured, device):
+    kind, changes = MODELS[which]
+    model, found = _tiny(kind, device, **changes), []
+    for write in (_own, _theirs):
+        cache = transformers.DynamicCache(config=model.config) if configured else transformers.DynamicCache()
+        batch = _batch(device, 3)
+        text, mask = batch["input_ids"], batch["attention_mask"]
+        for turn in range(3):
+            if turn:
+                text = torch.cat([text, *(torch.cat([_ids(device, 3, seed=9 * turn + s) for s in range(3)]),)], 1)
+            mask = torch.cat([mask, mask.new_ones(3, text.shape[1] - mask.shape[1])], 1)
+            text = write(model, text, attention_mask=mask, max_new_tokens=12, do_sample=False, past_key_values=cache)
+            assert cache.get_seq_length() == text.shape[1] - 1
+        found.append((text, cache))
+    assert found[0][0].shape[1] == 9 + 3 * 12 + 2 * 3 and torch.equal(found[0][0], found[1][0])
+    _assert_caches_agree(found[0][1], found[1][1], _batch(sequences=3)["attention_mask"])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("what", WARPERS)
+def test_probabilities_of_batches_are_those_of_the_processors(what, small, monkeypatch):
+    options, warpers = WARPERS[what]
+    seen, real = [], torch.multinomial
+
+    def noting(probabilities, *arguments, **keywords):
+        seen.append(probabilities.clone())
+        return real(probabilities, *arguments, **keywords)
+
+    monkeypatch.setattr(torch, "multinomial", noting)
+    torch.manual_seed(1)
+    ids = torch.cat([_ids(seed=i) for i in range(3)])
+    texts = _own(small, ids, max_new_tokens=20, do_sample=True, **{"top_k": 0, **options})
+    monkeypatch.undo()
+    for s, text in enumerate(texts):
+        expected = _expected_probabilities(small, text[None], 7, warpers)
+        torch.testing.assert_close(torch.stack([p[s] for p in seen]), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_several_samples_of_one_prompt(device):
+    model, texts = _tiny(device=device), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(_own(model, _ids(device), max_new_tokens=40, do_sample=True, num_return_sequences=4, top_k=20))
+        assert len({tuple(row) for row in texts[-1].tolist()}) == 4
+        for text in texts[-1]:
+            probabilities = _expected_probabilities(model, text[None], 7, [lambda: hf.TopKLogitsWarper(20)])
+            assert (probabilities.gather(1, text[7:, None]) > 0).all()
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def test_one_step_of_one_sequence_and_one_of_several_are_kept():
+    model = _tiny()
+    one, four = prepare_generation(model, 300), prepare_generation(model, 300, batch_size=4)
+    assert four.sequences == 4 and four.nbytes == 4 * one.nbytes
+    _agree(model)
+    _agree_on(model, _batch())
+    assert prepare_generation(model, 300) is one and prepare_generation(model, 300, batch_size=4) is four
+    assert prepare_generation(model, 64, batch_size=3).sequences == 3
+    kept = weakref.ref(four)
+    del four
+    gc.collect()
+    assert kept() is None and prepare_generation(model, 300) is one
+    for size in (0, 9):
+        with pytest.raises(ValueError, match=f"prepare_generation: batch_size must be 1 to 8, got {size}"):
+            prepare_generation(model, 64, batch_size=size)
+
+
 # What transformers does instead.
 
 
@@ -456,18 +714,22 @@ def _hooked(model):
 
 
 FALLBACKS = {
-    "two sequences": (lambda: {"inputs": _ids().repeat(2, 1)}, "2 sequences at once"),
+    "nine sequences": (lambda: {"inputs": _ids().repeat(9, 1)}, "9 sequences at once, of at most 8"),
     "beams": (lambda: {"num_beams": 2}, "num_beams=2"),
     "scores": (lambda: {"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
     "logits": (lambda: {"return_dict_in_generate": True, "output_logits": True}, "output_logits"),
     "attentions": (lambda: {"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
-    "padding": (lambda: {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])}, "an attention mask that hides tokens"),
+    "a hole": (lambda: {"attention_mask": torch.tensor([[0, 1, 1, 0, 1, 1, 1]])}, "an attention mask that hides tokens"),
+    "padding on the right": (
+        lambda: {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]])},
+        "other than padding on the left",
+    ),
+    "other positions": (lambda: {"position_ids": 2 * torch.arange(7)[None]}, "position_ids other than those of the tokens"),
     "a static cache": (lambda: {"cache_implementation": "static"}, "a StaticCache as the cache"),
     "no cache": (lambda: {"use_cache": False}, "use_cache=False"),
     "n-grams": (lambda: {"no_repeat_ngram_size": 2}, "a NoRepeatNGramLogitsProcessor"),
     "a processor": (lambda: {"logits_processor": transformers.LogitsProcessorList([Halving()])}, "a Halving"),
-    "prompt lookup": (lambda: {"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
-    "more texts": (lambda: {"num_return_sequences": 2, "do_sample": True}, "2 sequences at once"),
+    "more texts": (lambda: {"num_return_sequences": 9, "do_sample": True}, "9 sequences at once"),
 }
 
 
@@ -593,6 +855,16 @@ def test_as_transformers_hook(device):
         out = model.generate(_ids(device), custom_generate=decoding_loop, return_dict_in_generate=True, **options)
     assert torch.equal(own, wanted) and torch.equal(out.sequences, wanted)
     assert _cache_of(out).get_seq_length() == 26
+
+
+def test_batches_as_transformers_hook():
+    model, given = _tiny(), {**_batch(), "max_new_tokens": 20, "do_sample": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="generate: ")
+        own = model.generate(custom_generate=decoding_loop, **given)
+    assert torch.equal(own, model.generate(**given))
+    with pytest.raises(ValueError, match=r"decoding_loop: .* this call is assisted_generation: leave custom_generate out"):
+        model.generate(_ids(), custom_generate=decoding_loop, prompt_lookup_num_tokens=3, max_new_tokens=5)
 
 
 # A model that changes.

@@ -161,6 +161,12 @@ def _print_text(console: Console, found: commandline.Comparison) -> None:
 @click.option(
     "--seed", type=click.IntRange(0, 2**64 - 1), help="The same one draws the same text.  [default: another each time]"
 )
+@click.option(
+    "--prompt-lookup",
+    type=click.IntRange(1, 7),
+    metavar="N",
+    help="Guess N tokens a step, as they followed in the text before: the same text, faster where it repeats itself.",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--compress", is_flag=True, help="Hold the weights in 12 bits, without loss; bfloat16 only.")
 @click.option(

@@ -37,6 +37,7 @@ class Options:
     min_p: float | None
     repetition_penalty: float | None
     seed: int | None
+    prompt_lookup: int | None
     stop: tuple[str, ...]
     compress: bool
     threshold: float | None
@@ -50,6 +51,8 @@ class Options:
         for name in _SAMPLING:
             if getattr(self, name) is not None and not self.do_sample:
                 raise click.UsageError(f"--{name.replace('_', '-')} goes with --do-sample")
+        if self.prompt_lookup is not None and self.do_sample:
+            raise click.UsageError("--prompt-lookup guesses the likeliest tokens: leave out --do-sample")
         if "" in self.stop:
             raise click.UsageError("--stop needs at least one character")
         if self.dense and (self.compress or self.threshold is not None):
@@ -62,6 +65,8 @@ class Options:
         """What goes to transformers as it is."""
         names = (*_SAMPLING, "repetition_penalty")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.prompt_lookup is not None:
+            given["prompt_lookup_num_tokens"] = self.prompt_lookup
         return {"do_sample": self.do_sample, **given}
 
 
@@ -99,7 +104,7 @@ def _run(options: Options, part: Any, console: Console) -> None:
         lines = part.patched(model, options.threshold, options.compress, options.dense)
     for line in (*lines, *part.positions_note(model, length)):
         click.echo(line, err=True)
-    part.warm_up(model, length)
+    part.warm_up(model, length, options.prompt_lookup)
     took, seed = time.perf_counter() - started, secrets.randbits(32) if options.seed is None else options.seed
     part.seed(seed)
     stream, interrupted = _write(options, part, model, tokenizer, ids)

@@ -1,9 +1,13 @@
-"""`torch.ops.prosparse.attend`: one token's attention over a static cache, and its name in Hugging Face transformers.
+"""`torch.ops.prosparse.attend`: attention of new tokens over static caches, and its name in Hugging Face transformers.
 
 ``attend(q, k, v, keys, values, position, scratch, scale, window)`` stores `k` and `v`, (kv_heads, head_dim), at `position`, an
 int64 on the device, in `keys` and `values`, (kv_heads, capacity, head_dim). It returns the attention of `q`, (heads, head_dim),
 over the last `window` positions up to there; 0 is all. Where the cache has no such position nothing is stored, and it is NaN.
 `scratch` has `Attention.scratch_words` zeros of int32.
+
+For several tokens `q`, `k` and `v` are (sequences, tokens, ..., head_dim), `keys` and `values` (sequences, kv_heads, capacity,
+head_dim), and `position`, (sequences,), is that of each sequence's first token; the others follow it. Each token's result has
+the bits that it has alone.
 """
 
 from __future__ import annotations
@@ -31,10 +35,14 @@ _SCHEMA = (
 
 def attention_of(q: Tensor, keys: Tensor) -> Attention:
     """The shape of an attention."""
-    for name, tensor, dims in (("q", q, ("heads", "head_dim")), ("keys", keys, ("kv_heads", "capacity", "head_dim"))):
+    several = q.dim() == 4
+    leading = ("sequences", "tokens") if several else ()
+    named = (("q", q, (*leading, "heads", "head_dim")), ("keys", keys, (*leading[:1], "kv_heads", "capacity", "head_dim")))
+    for name, tensor, dims in named:
         if tensor.dim() != len(dims):
             raise ValueError(f"attend: {name} must be ({', '.join(dims)}), got {tuple(tensor.shape)}")
-    return Attention(str(q.dtype).removeprefix("torch."), q.shape[0], keys.shape[0], q.shape[1])
+    dtype = str(q.dtype).removeprefix("torch.")
+    return Attention(dtype, q.shape[-2], keys.shape[-3], q.shape[-1], *(q.shape[:2] if several else ()))
 
 
 def _on_gpu(
@@ -58,7 +66,7 @@ def _on_gpu(
         raise ValueError(f"attend: q, k, v, keys and values must start at multiples of {VECTOR_BYTES} bytes")
     tickets = pointers[-1] + 4 * attention.partials
     kernel = attend_kernel(attention, device)
-    kernel.launch(stream, overlaps(stream), *pointers, tickets, scale, window, keys.shape[1])
+    kernel.launch(stream, overlaps(stream), *pointers, tickets, scale, window, keys.shape[-2])
     return out
 
 
@@ -76,13 +84,28 @@ def _on_host(
     """What the kernel computes, in float32, by torch."""
     attention = attention_of(q, keys)
     _check(attention, q, k, v, keys, values, position, scratch, window)
-    p = int(position)
-    if not 0 <= p < keys.shape[1]:
-        raise ValueError(f"attend: position {p} is not in a cache of {keys.shape[1]}")
+    starts, capacity = position.flatten().tolist(), keys.shape[-2]
+    if wrong := [p for p in starts if not 0 <= p <= capacity - attention.tokens]:
+        raise ValueError(f"attend: position {wrong[0]} is not in a cache of {capacity}{_for(attention.tokens)}")
+    if q.dim() == 2:
+        return _of_one(q, k, v, keys, values, starts[0], scale, window)
+    out = torch.empty_like(q)
+    for s, start in enumerate(starts):
+        for t in range(attention.tokens):
+            out[s, t] = _of_one(q[s, t], k[s, t], v[s, t], keys[s], values[s], start + t, scale, window)
+    return out
+
+
+def _for(tokens: int) -> str:
+    return f" for {tokens} tokens" if tokens > 1 else ""
+
+
+def _of_one(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, p: int, scale: float, window: int) -> Tensor:
+    """The attention of one token at position p."""
+    (heads, head_dim), kv_heads = q.shape, keys.shape[0]
     keys[:, p], values[:, p] = k, v
     first = max(0, p + 1 - window) if window else 0
-    group = attention.heads // attention.kv_heads
-    grouped = q.float().view(attention.kv_heads, group, attention.head_dim)
+    grouped = q.float().view(kv_heads, heads // kv_heads, head_dim)
     weights = (scale * grouped @ keys[:, first : p + 1].float().transpose(1, 2)).softmax(-1)
     return (weights @ values[:, first : p + 1].float()).view_as(q).to(q.dtype)
 
@@ -104,9 +127,10 @@ def _check(
         raise ValueError(f"attend: all must be bfloat16, float16 or float32, got {[str(t.dtype) for t in named.values()]}")
     if attention.misfit:
         raise ValueError(f"attend: {attention.misfit}")
-    capacity = keys.shape[1] if keys.dim() == 3 else 0
-    vector, cache = (attention.kv_heads, attention.head_dim), (attention.kv_heads, capacity, attention.head_dim)
-    wanted = {"q": (attention.heads, attention.head_dim), "k": vector, "v": vector, "keys": cache, "values": cache}
+    leading, capacity = tuple(q.shape[:-2]), keys.shape[-2]
+    vector = (*leading, attention.kv_heads, attention.head_dim)
+    cache = (*leading[:1], attention.kv_heads, capacity, attention.head_dim)
+    wanted = {"q": (*leading, attention.heads, attention.head_dim), "k": vector, "v": vector, "keys": cache, "values": cache}
     for name, tensor in named.items():
         if tuple(tensor.shape) != wanted[name] or not tensor.is_contiguous() or tensor.device != q.device:
             raise ValueError(
@@ -115,8 +139,11 @@ def _check(
             )
     if not 0 < capacity <= LARGEST_DIMS["d_ff"]:
         raise ValueError(f"attend: a cache of {capacity} positions")
-    if position.dtype != torch.int64 or position.numel() != 1 or position.device != q.device:
-        raise ValueError(f"attend: position must be one int64 on {q.device}, got {position.dtype} on {position.device}")
+    if position.dtype != torch.int64 or position.numel() != attention.sequences or position.device != q.device:
+        positions = "one" if attention.sequences == 1 else attention.sequences
+        raise ValueError(f"attend: position must be {positions} int64 on {q.device}, got {position.dtype} on {position.device}")
+    if not position.is_contiguous():
+        raise ValueError("attend: position must be contiguous")
     if window < 0:
         raise ValueError(f"attend: window must be at least 1, or 0 for all positions, got {window}")
     words = attention.scratch_words
@@ -131,10 +158,14 @@ torch.library.register_fake("prosparse::attend", lambda q, *_: torch.empty_like(
 
 
 class LayerCache:
-    """What a decoder layer of one step takes for its cache: it hands on the step's own key and value, which `attend` stores."""
+    """What a decoder layer of one step takes for its cache: it hands on the step's own keys and values, which `attend` stores.
 
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, scratch: Tensor) -> None:
+    `keys` and `values` are as `attend` takes them, for one token or for `tokens` of each of their sequences.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, scratch: Tensor, tokens: int = 1) -> None:
         self.keys, self.values, self.position, self.scratch = keys, values, position, scratch
+        self.sequences, self.tokens = position.numel(), tokens
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
@@ -153,28 +184,29 @@ def attend_in_transformers(
     prosparse_cache: LayerCache | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """The attention as transformers' models call it: (1, heads, 1, head_dim) to (1, 1, heads, head_dim)."""
+    """The attention as transformers' models call it: (sequences, heads, tokens, head_dim), heads and tokens then swapped."""
     if prosparse_cache is None:
         raise NotImplementedError("its attention is not handed the keywords of the model's forward")
     other = [name for name, given in keywords.items() if given is not None and given is not False and name not in _UNDERSTOOD]
     if other:
         raise NotImplementedError(f"its attention has {', '.join(sorted(other))}")
-    heads, head_dim = query.shape[1], query.shape[3]
-    if value.shape[3] != head_dim or query.shape[0] != 1 or query.shape[2] != 1:
+    (sequences, heads, tokens, head_dim), own = query.shape, prosparse_cache
+    if value.shape[3] != head_dim:
         raise NotImplementedError("its values have another size than its keys")
-    window, own = keywords.get("sliding_window") or 0, prosparse_cache
+    several = own.keys.dim() == 4
+    if (sequences, tokens) != (own.sequences, own.tokens):
+        raise NotImplementedError(f"it hands {sequences} sequences of {tokens} tokens to its attention")
+    given = query, key, value
     out: Tensor = torch.ops.prosparse.attend(
-        query.reshape(heads, head_dim),
-        key.reshape(-1, head_dim),
-        value.reshape(-1, head_dim),
+        *(t.transpose(1, 2).contiguous() if several else t.reshape(-1, head_dim) for t in given),
         own.keys,
         own.values,
         own.position,
         own.scratch,
         head_dim**-0.5 if scaling is None else scaling,
-        window,
+        keywords.get("sliding_window") or 0,
     )
-    return out.view(1, 1, heads, head_dim), None
+    return out.view(sequences, tokens, heads, head_dim), None
 
 
 @cache

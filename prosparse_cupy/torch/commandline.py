@@ -274,13 +274,13 @@ def _begun(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def warm_up(model: Any, length: int) -> None:
-    """Compile and capture the model's step for texts of so many tokens.
+def warm_up(model: Any, length: int, prompt_lookup: int | None = None) -> None:
+    """Compile and capture the model's step for texts of so many tokens, and the one that verifies so many guesses.
 
     Where there can be no step, `generate` says why and takes transformers' own loop.
     """
     with failing("preparing the model"), contextlib.suppress(ValueError):
-        prepare_generation(model, length)
+        prepare_generation(model, length, prompt_lookup_num_tokens=prompt_lookup)
 
 
 def write(model: Any, ids: Tensor, max_new_tokens: int, stream: TextStream, **options: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import MOST_TOKENS
 from ..attention import Attention
 from .dispatch import DTYPES, does_more, forward_is_torchs
 
@@ -65,8 +66,8 @@ def why_another_mode(model: Any, options: dict[str, Any]) -> str:
 
 def why_no_call(model: Any, input_ids: Tensor, processors: Any, config: Any, synced_gpus: bool, inputs: dict[str, Any]) -> str:
     """Why transformers' own loop must do a call that it has prepared, or nothing."""
-    if input_ids.shape[0] != 1:
-        return f"{input_ids.shape[0]} sequences at once"
+    if not 1 <= input_ids.shape[0] <= MOST_TOKENS:
+        return f"{input_ids.shape[0]} sequences at once, of at most {MOST_TOKENS}"
     if input_ids.shape[1] == 0:
         return "an empty prompt"
     for name in _OUTPUTS:
@@ -74,7 +75,7 @@ def why_no_call(model: Any, input_ids: Tensor, processors: Any, config: Any, syn
             return name
     if synced_gpus or not config.use_cache:
         return "synced_gpus" if synced_gpus else "use_cache=False"
-    return _why_not_these_inputs(input_ids, config, inputs) or _why_not_these_processors(processors)
+    return _why_not_these_inputs(input_ids, config, inputs) or _why_not_these_processors(processors, input_ids.shape[1])
 
 
 def _why_not_these_inputs(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> str:
@@ -84,11 +85,11 @@ def _why_not_these_inputs(input_ids: Tensor, config: Any, inputs: dict[str, Any]
     if other := sorted(name for name, value in inputs.items() if value is not None and name not in _KNOWN_INPUTS):
         return f"inputs beside the tokens: {', '.join(other)}"
     mask = inputs.get("attention_mask")
-    if mask is not None and (mask.dim() != 2 or mask.shape[1] != length or not bool((mask == 1).all())):
-        return "an attention mask that hides tokens"
+    if mask is not None and padding_of(mask, input_ids) is None:
+        return "an attention mask that hides tokens, other than padding on the left"
     for name in ("position_ids", "cache_position"):
         given = inputs.get(name)
-        if given is not None and given.flatten().tolist() != list(range(length - given.numel(), length)):
+        if given is not None and not _are_positions(given, mask, length):
             return f"{name} other than those of the tokens"
     if getattr(config, "_mask_length", length) not in (-1, length):
         return "a prompt without the tokens of its cache"
@@ -98,15 +99,49 @@ def _why_not_these_inputs(input_ids: Tensor, config: Any, inputs: dict[str, Any]
     return ""
 
 
-def _why_not_these_processors(processors: Any) -> str:
+def padding_of(mask: Tensor | None, input_ids: Tensor) -> list[int] | None:
+    """How many tokens on the left of each sequence a mask hides, or None if it hides others, or is of other tokens."""
+    if mask is None:
+        return [0] * len(input_ids)
+    if mask.shape != input_ids.shape:
+        return None
+    shown = mask == 1
+    hidden = input_ids.shape[1] - shown.sum(1)
+    places = torch.arange(input_ids.shape[1], device=mask.device)
+    if not bool((shown == (places >= hidden[:, None])).all()) or not bool(((mask == 0) | shown).all()):
+        return None
+    found: list[int] = hidden.tolist()
+    return found if max(found) < input_ids.shape[1] else None
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Each token's position among those that a mask shows, as transformers counts them: that of padding is 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _are_positions(given: Tensor, mask: Tensor | None, length: int) -> bool:
+    """Whether positions are those of the last tokens of sequences."""
+    if mask is None or bool((mask == 1).all()):
+        rows: Any = given.flatten(0, -2) if given.dim() > 1 else given[None]
+        return all(row == list(range(length - given.shape[-1], length)) for row in rows.tolist())
+    return given.dim() == 2 and bool((given == positions_of(mask)[:, length - given.shape[-1] :]).all())
+
+
+def _why_not_these_processors(processors: Any, length: int) -> str:
     for processor in processors:
         name = type(processor).__name__
         own = type(processor).__module__.startswith("transformers.")
-        if own and name == "RepetitionPenaltyLogitsProcessor" and getattr(processor, "prompt_ignore_length", None) is None:
+        if own and name == "RepetitionPenaltyLogitsProcessor" and _counts_the_last(processor, length):
             continue
         if not own or (name not in _PURE and name not in LENGTHS):
             return f"a {name}"
     return ""
+
+
+def _counts_the_last(processor: Any, length: int) -> bool:
+    """Whether a penalty for repetitions counts the prompts' last token, and ignores nothing but padding before it."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    return ignored is None or (isinstance(ignored, Tensor) and bool((ignored < length).all()))
 
 
 def why_no_step(model: Any) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import MOST_TOKENS
 from .eligibility import why_another_mode, why_no_call
 from .patch import check_module
-from .runner import Runner
+from .runner import Runner, turns
+from .speculation import MOST_GUESSES, Guesses, guesses_of, why_no_guesses
 from .step import CannotStep, Step
 
 
@@ -26,20 +28,22 @@ def generate(
     """``model.generate(input_ids, ...)`` at the pace of the GPU: each step is one CUDA graph, and nothing waits for the host.
 
     transformers prepares the call, so options mean what they mean there, and greedy tokens are the same. What runs here is one
-    sequence, greedily or sampled: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and
-    other processors of scores, ``min_new_tokens``, EOS lists, ``stop_strings``, ``max_time``, stopping criteria of your own,
-    streamers, a `DynamicCache` of an earlier turn, and ``return_dict_in_generate``. Anything else (batches, beams, assistants,
+    to eight sequences, padded on the left as ``attention_mask`` says, greedily or sampled: ``do_sample``, ``temperature``,
+    ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and other processors of scores, ``min_new_tokens``, EOS lists,
+    ``stop_strings``, ``max_time``, stopping criteria of your own, streamers, a `DynamicCache` of an earlier turn,
+    ``num_return_sequences`` of samples, and ``return_dict_in_generate``. Anything else (larger batches, beams, assistants,
     scores as outputs, processors of your own, hooks) transformers' own loop does, and a warning says why.
 
     The first call on a model compiles and captures its step, which takes seconds; it is made again when the model has changed,
-    or when a longer sequence than ever is asked for. Threads that generate with one model take turns.
+    or when a longer sequence than ever or another number of sequences is asked for. Threads that generate with one model take
+    turns.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A decoder such as `patch_model` takes, patched or not, in evaluation mode, on one device.
-    input_ids : torch.Tensor, (1, tokens) int64
-        The prompt.
+    input_ids : torch.Tensor, (sequences, tokens) int64
+        The prompts, 1 to 8. Where they differ in length, ``attention_mask`` tells the padding on their left.
     max_new_tokens : int, optional
         As in transformers, where the model's generation config says it otherwise.
     streamer : transformers.generation.BaseStreamer, optional
@@ -51,8 +55,9 @@ def generate(
 
     Returns
     -------
-    torch.Tensor, (1, tokens) int64
-        Prompt and new tokens; a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate=True``.
+    torch.Tensor, (sequences, tokens) int64
+        Prompts and new tokens, with padding behind those that ended early; a ``GenerateDecoderOnlyOutput`` with
+        ``return_dict_in_generate=True``.
 
     Raises
     ------
@@ -70,14 +75,19 @@ def generate(
         raise ValueError("generate: custom_generate is this function itself: call model.generate for another")
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
+    asked = {**options, "streamer": streamer, "tokenizer": tokenizer}
+    guesses, options = guesses_of(options)
     given = options.get("past_key_values", options.get("cache"))
-    loop = _Loop(streamer, tokenizer, keeps_cache=given is not None)
+    loop = _Loop(streamer, tokenizer, keeps_cache=given is not None, guesses=guesses)
     if reason := why_another_mode(model, options):
-        return _as_ever(model, input_ids, reason, {**options, "streamer": streamer, "tokenizer": tokenizer})
+        return _as_ever(model, input_ids, reason, asked)
     stop_strings = options.pop("stop_strings", None) or getattr(options.get("generation_config"), "stop_strings", None)
     if stop_strings is not None:
         options = _with_stop_strings(options, stop_strings, tokenizer)
-    return model.generate(input_ids, custom_generate=loop, streamer=streamer, **options)
+    try:
+        return model.generate(input_ids, custom_generate=loop, streamer=None if guesses else streamer, **options)
+    except _GuessesElsewhere as refusal:
+        return _as_ever(model, input_ids, str(refusal), asked)
 
 
 def decoding_loop(
@@ -97,8 +107,13 @@ def decoding_loop(
     return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **keywords)
 
 
-def prepare_generation(model: Any, max_length: int) -> Step:
+def prepare_generation(
+    model: Any, max_length: int, *, batch_size: int = 1, prompt_lookup_num_tokens: int | None = None
+) -> Step:
     """Compile and capture the step of a model now, for sequences of up to `max_length` tokens, so that no call waits for it.
+
+    A step is for one number of sequences, `batch_size`, 1 to 8. One step of one sequence and one of several are kept. With
+    `prompt_lookup_num_tokens` the step that verifies so many guesses is made too.
 
     Returns
     -------
@@ -113,10 +128,18 @@ def prepare_generation(model: Any, max_length: int) -> Step:
         As for `generate`.
     """
     check_module("prepare_generation", model)
+    if not 1 <= batch_size <= MOST_TOKENS:
+        raise ValueError(f"prepare_generation: batch_size must be 1 to {MOST_TOKENS}, got {batch_size}: transformers does more")
+    if prompt_lookup_num_tokens is not None and (prompt_lookup_num_tokens < 1 or batch_size > 1):
+        raise ValueError("prepare_generation: prompt_lookup_num_tokens must be at least 1, and is for one sequence")
     runner = Runner.of(model)
     try:
         with runner.turn("prepare_generation", model.device):
-            return runner.step(model, max_length)
+            most = min(prompt_lookup_num_tokens or 0, MOST_GUESSES)
+            step = runner.step(model, max_length + most, batch_size)
+            if most:
+                runner.verifier(model, step, 1 + most)
+            return step
     except CannotStep as error:
         raise ValueError(f"prepare_generation: {error}") from None
 
@@ -145,11 +168,15 @@ def _warn(reason: str) -> None:
     warnings.warn(f"generate: transformers' own loop does this call, which is slower: {reason}", stacklevel=3)
 
 
-class _Loop:
-    """What transformers calls in the place of its own loop."""
+class _GuessesElsewhere(Exception):
+    """A call with guesses that transformers must do; the message says why. Nothing has been written or streamed."""
 
-    def __init__(self, streamer: Any, tokenizer: Any, keeps_cache: bool) -> None:
-        self._streamer, self._tokenizer, self._keeps_cache = streamer, tokenizer, keeps_cache
+
+class _Loop:
+    """What transformers calls in the place of its own loop. Of a call with guesses it gets one without them."""
+
+    def __init__(self, streamer: Any, tokenizer: Any, keeps_cache: bool, guesses: Guesses | None = None) -> None:
+        self._streamer, self._tokenizer, self._keeps_cache, self._guesses = streamer, tokenizer, keeps_cache, guesses
 
     def __call__(
         self,
@@ -167,20 +194,34 @@ class _Loop:
             raise ValueError(f"decoding_loop: writes greedily or samples, this call is {mode.value}: leave custom_generate out")
         reason = why_no_call(model, input_ids, logits_processor, generation_config, synced_gpus, model_kwargs)
         own = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
-        runner = Runner.of(model)
+        runner, guesses, models = Runner.of(model), self._guesses, [model]
+        if guesses is not None:
+            reason = reason or why_no_guesses(model, guesses, input_ids, logits_processor, generation_config)
+            models += [guesses.assistant] if guesses.assistant is not None else []
         if not reason:
             keeps = self._keeps_cache or generation_config.return_dict_in_generate
             cache: Any = own if keeps or own is None else type(own)()
             try:
-                with runner.turn("generate", model.device):
+                with turns("generate", models):
                     ids = runner.write(
-                        model, input_ids, logits_processor, stopping_criteria, generation_config, self._streamer, cache, keeps
+                        model,
+                        input_ids,
+                        logits_processor,
+                        stopping_criteria,
+                        generation_config,
+                        self._streamer,
+                        cache,
+                        keeps,
+                        model_kwargs.get("attention_mask"),
+                        guesses,
                     )
             except CannotStep as error:
                 reason = str(error)
             else:
                 return _output(generation_config, ids, cache)
         runner.drop_stale(model)
+        if guesses is not None:
+            raise _GuessesElsewhere(reason)
         _warn(reason)
         keywords = {"synced_gpus": synced_gpus, "streamer": self._streamer, **model_kwargs}
         return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **keywords)

@@ -1,22 +1,22 @@
-"""Who writes: the decoding step of a model, the choice of tokens on the GPU, and the host that looks at them."""
+"""Who writes: the decoding steps of a model, who has them, and the way from a prompt to its text."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from .eligibility import LENGTHS, state_of, why_no_step
-from .step import CannotStep, Step, captured, forward
+from .choice import Choice
+from .eligibility import padding_of, positions_of, state_of, why_no_step
+from .speculation import Assistant, Guesses, PromptLookup, Speculation
+from .step import CannotStep, Step, forward
 from .steps import kept_for
 
-_AHEAD = 2  # steps that the GPU has been given when the host looks at a token: one that it does, one that waits
-_LATEST = 4  # tokens that the host can still look at
 _SMALLEST, _LARGER = 256, 1024  # tokens of a cache: a power of two between these, or a multiple of the larger
 
 
@@ -26,7 +26,10 @@ class Runner:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holder: int | None = None
-        self._step: Step | None = None
+        self._steps: dict[bool, Step] = {}
+        """The last one of one sequence, and the last one of several."""
+        self._verifiers: dict[int, Step] = {}
+        """Of the step of one sequence, by the number of tokens that they feed."""
         self._state: Any = None
         self._refused: tuple[Any, str] | None = None
         self._ended: Any = None
@@ -52,30 +55,64 @@ class Runner:
                 self._ended = torch.cuda.current_stream().record_event() if on_gpu else None
                 self._holder = None
 
-    def step(self, model: Any, length: int) -> Step:
-        """A step for sequences of `length` tokens, the last one if it serves."""
+    def step(self, model: Any, length: int, sequences: int = 1) -> Step:
+        """A step for so many sequences of `length` tokens, the last one if it serves."""
+        state = self._checked_state(model, (sequences, 1))
+        if self._state != state:
+            self._drop()
+        step = self._steps.get(sequences > 1)
+        if step is None or step.capacity < length or step.sequences != sequences:
+            self._steps.pop(sequences > 1, None)  # its memory first
+            if sequences == 1:
+                self._verifiers.clear()
+            try:
+                step = self._made(model, (sequences, 1), lambda: Step(model, _capacity_for(length), sequences))
+            except MemoryError:
+                if not self._steps:
+                    raise
+                self._drop()  # the step of another number of sequences may have what is missing
+                step = self._made(model, (sequences, 1), lambda: Step(model, _capacity_for(length), sequences))
+            self._steps[sequences > 1] = step
+        return step
+
+    def verifier(self, model: Any, step: Step, tokens: int) -> Step:
+        """A step that feeds so many tokens in a row, on the cache of the step of one sequence."""
+        self._checked_state(model, (1, tokens))
+        if tokens not in self._verifiers:
+            self._verifiers[tokens] = self._made(
+                model, (1, tokens), lambda: Step(model, step.capacity, tokens=tokens, cache_of=step)
+            )
+        return self._verifiers[tokens]
+
+    def _checked_state(self, model: Any, kind: tuple[int, int]) -> Any:
+        """The state of a model that a step of this kind, sequences and tokens of each, can be made of."""
         state = state_of(model)
-        if self._refused is not None and self._refused[0] == state:
+        if self._refused is not None and self._refused[0] == (state, kind):
             raise CannotStep(self._refused[1])
         is_new = self._state != state or torch.is_autocast_enabled(model.device.type)
         if is_new and (reason := why_no_step(model)):
             raise CannotStep(reason)
-        if self._step is None or self._state != state or self._step.capacity < length:
-            self._step = None  # its memory first
-            console = Console(stderr=True)
-            try:
-                with console.status("compiling the decoding step") if console.is_terminal else nullcontext():
-                    self._step = Step(model, _capacity_for(length))
-            except CannotStep as error:
-                self._refused = state_of(model), str(error)
-                raise
-            self._state = state_of(model)  # what the first run of a module leaves in it belongs to it
-        return self._step
+        return state
+
+    def _made(self, model: Any, kind: tuple[int, int], make: Callable[[], Step]) -> Step:
+        console = Console(stderr=True)
+        try:
+            with console.status("compiling the decoding step") if console.is_terminal else nullcontext():
+                step = make()
+        except CannotStep as error:
+            self._refused = (state_of(model), kind), str(error)
+            raise
+        self._state = state_of(model)  # what the first run of a module leaves in it belongs to it
+        return step
+
+    def _drop(self) -> None:
+        self._steps.clear()
+        self._verifiers.clear()
 
     def drop_stale(self, model: Any) -> None:
-        """Free the step of a model that has changed."""
-        if self._step is not None and self._state != state_of(model):
-            self._step = None
+        """Free the steps of a model that has changed."""
+        if self._steps and self._state != state_of(model):
+            self._drop()
 
     def write(
         self,
@@ -87,23 +124,63 @@ class Runner:
         streamer: Any,
         cache: Any,
         keeps_cache: bool,
+        mask: Tensor | None = None,
+        guesses: Guesses | None = None,
     ) -> Tensor:
-        """Prompt and new tokens."""
-        step = self.step(model, config.max_length)
-        prompt = input_ids.to(step.device)
-        length = prompt.shape[1]
+        """Prompts and new tokens; `mask` hides padding on the left of prompts."""
+        most = 0 if guesses is None else guesses.most
+        step = self.step(model, config.max_length + most, len(input_ids))
+        verifier = None if guesses is None else self.verifier(model, step, 1 + most)
+        prompt, padding = input_ids.to(step.device), padding_of(mask, input_ids) or [0] * len(input_ids)
+        length, past = prompt.shape[1], cache.get_seq_length()
+        proposer = None if guesses is None else _proposer(guesses, model, prompt, padding[0], config)
+        if guesses is not None and streamer is not None:
+            streamer.put(input_ids.cpu())  # which transformers does where there are no guesses
+        inputs: dict[str, Any] = {}
+        if mask is not None and any(padding):
+            inputs = {"attention_mask": mask.to(step.device), "position_ids": positions_of(mask)[:, past:].to(step.device)}
         with torch.no_grad():
-            step.logits.copy_(forward(model, prompt[:, cache.get_seq_length() :], cache))
-        step.take(cache, length)
+            step.logits.copy_(forward(model, prompt[:, past:], cache, **inputs))
+        step.take(cache, length, padding)
         if not keeps_cache:
             cache.layers.clear()
-        choice = Choice(step, prompt, processors, config)
-        choice.ahead = 1 if any(getattr(m, "counts", None) is not None for m in model.modules()) else _AHEAD
-        tokens = choice.tokens(config.max_length - length, criteria, streamer)
+        limit = config.max_length - length
+        if verifier is not None and proposer is not None:
+            tokens = Speculation(step, verifier, proposer, prompt, processors, padding[0]).tokens(limit, criteria, streamer)
+        else:
+            choice = Choice(step, prompt, processors, criteria, config, padding)
+            if any(getattr(m, "counts", None) is not None for m in model.modules()):
+                choice.ahead = 1
+            tokens = choice.tokens(limit, streamer)
         if keeps_cache:
-            step.give(cache, length, length + len(tokens) - 1)
-        new = torch.tensor([tokens], dtype=input_ids.dtype, device="cpu").to(input_ids.device)
-        return torch.cat([input_ids, new], dim=1)
+            step.give(cache, length, length + tokens.shape[1] - 1, padding)
+        return torch.cat([input_ids, tokens.to(input_ids.device, input_ids.dtype)], dim=1)
+
+
+def _proposer(guesses: Guesses, model: Any, prompt: Tensor, padding: int, config: Any) -> PromptLookup | Assistant:
+    """Who guesses; an assistant has read the prompt."""
+    if guesses.assistant is None:
+        return PromptLookup(guesses.most, config, prompt.shape[1])
+    from transformers import DynamicCache
+
+    try:
+        step = Runner.of(guesses.assistant).step(guesses.assistant, config.max_length + guesses.most)
+    except CannotStep as error:
+        raise CannotStep(f"the assistant has no step: {error}") from None
+    cache, shown = DynamicCache(), prompt[:, padding:]
+    with torch.no_grad():
+        forward(guesses.assistant, shown, cache)
+    step.take(cache, shown.shape[1])
+    return Assistant(step, shown.shape[1], padding)
+
+
+@contextmanager
+def turns(function: str, models: list[Any]) -> Iterator[None]:
+    """The turn of each model, in an order of theirs, so that two calls never wait for each other."""
+    with ExitStack() as stack:
+        for model in sorted(models, key=id):
+            stack.enter_context(Runner.of(model).turn(function, model.device))
+        yield
 
 
 def _capacity_for(length: int) -> int:
@@ -111,100 +188,3 @@ def _capacity_for(length: int) -> int:
     if length > _LARGER:
         return -(-length // _LARGER) * _LARGER
     return max(_SMALLEST, 1 << (length - 1).bit_length())
-
-
-class Choice:
-    """Chooses tokens, as the processors and the config say, and hands them to the host while the GPU goes on."""
-
-    def __init__(self, step: Step, prompt: Tensor, processors: Any, config: Any) -> None:
-        self._step, self._prompt, self._config = step, prompt.cpu(), config
-        length = prompt.shape[1]
-        # Behind the tokens there is one of them again and again, which counts once for those who look which tokens there are.
-        self._ids = prompt[:, :1].repeat(1, step.capacity + 1)
-        self._ids[:, :length] = prompt
-        self._processors = [self._bound(processor) for processor in processors]
-        self._graph: Any = None
-        self.ahead = _AHEAD
-        on_gpu = step.device.type == "cuda"
-        # The latest tokens, by position, on the GPU and as the host sees them.
-        self._latest = torch.zeros(_LATEST, dtype=torch.int64, device=step.device)
-        self._seen = torch.zeros(_LATEST, dtype=torch.int64, pin_memory=on_gpu, device="cpu")
-        self._events = [torch.cuda.Event() for _ in range(_LATEST)] if on_gpu else []
-
-    def _bound(self, processor: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        """A processor that can be captured: lengths are compared on the GPU."""
-        name = type(processor).__name__
-        if name not in LENGTHS:
-            return processor  # type: ignore[no-any-return]
-        is_total = name.startswith("MinLength")
-        least = processor.min_length if is_total else processor.prompt_length_to_skip + processor.min_new_tokens
-        position, is_end = self._step.position, torch.zeros_like(self._step.logits, dtype=torch.bool)
-        is_end[:, processor.eos_token_id.to(is_end.device)] = True
-
-        def at_least(_: Tensor, scores: Tensor) -> Tensor:
-            return scores.masked_fill(is_end & (position < least), -torch.inf)
-
-        return at_least
-
-    def _once(self) -> None:
-        """The next token of the step's logits, for the step and for the host."""
-        step, sampled = self._step, self._config.do_sample
-        scores = step.logits.to(torch.float32, copy=True) if self._processors or sampled else step.logits
-        for processor in self._processors:
-            scores = processor(self._ids[:, :-1], scores)
-        token = torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax(-1, keepdim=True)
-        step.token.copy_(token)
-        if self._processors:
-            self._ids.index_copy_(1, step.position, token)
-        self._latest.index_copy_(0, step.position % _LATEST, token[0])
-        self._seen.copy_(self._latest, non_blocking=True)
-
-    @torch.inference_mode()
-    def _issue(self, i: int) -> None:
-        """Have the i-th token chosen, of logits that a step makes first, except for those of the prompt."""
-        if i:
-            self._step.run()
-        elif self._events:
-            self._capture()
-        if self._graph is None:
-            self._once()
-        else:
-            self._graph.replay()
-        if self._events:
-            self._events[i % _LATEST].record()
-
-    def _capture(self) -> None:
-        """The choice as a graph, if all of it can be captured; generators are put back as they were."""
-        state = torch.cuda.get_rng_state(self._step.device)
-        try:
-            self._graph = captured(self._once, self._step.device, self._once)
-        except RuntimeError:  # what waits for the host, as some processors of some versions do
-            self._graph = None
-        torch.cuda.set_rng_state(state, self._step.device)
-
-    def _take(self, i: int) -> int:
-        if self._events:
-            self._events[i % _LATEST].synchronize()
-        return int(self._seen[(self._prompt.shape[1] + i) % _LATEST])
-
-    def tokens(self, limit: int, criteria: Any, streamer: Any) -> list[int]:
-        """Up to `limit` tokens, until a criterion says stop; the streamer gets each as it comes."""
-        written: list[int] = []
-        ids = torch.empty(1, self._prompt.shape[1] + limit, dtype=torch.int64)
-        ids[:, : self._prompt.shape[1]] = self._prompt
-        issued = 0
-        while len(written) < limit:
-            while issued < min(limit, len(written) + self.ahead):
-                self._issue(issued)
-                issued += 1
-            token = self._take(len(written))
-            written.append(token)
-            length = self._prompt.shape[1] + len(written)
-            ids[0, length - 1] = token
-            if streamer is not None:
-                streamer.put(ids[0, length - 1 : length])
-            if bool(criteria(ids[:, :length], None).all()):
-                break
-        if streamer is not None:
-            streamer.end()
-        return written

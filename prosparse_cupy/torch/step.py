@@ -1,4 +1,4 @@
-"""One decoding step of a model at fixed addresses: a token in, logits out, its small operations fused, all in a CUDA graph.
+"""One decoding step of a model at fixed addresses: tokens in, logits out, its small operations fused, all in a CUDA graph.
 
 The step is made of a twin of the model: modules of their own that share the model's parameters, so that the model itself, which
 other threads may be using, is not touched. In the twin, projections of one input are one matrix, attention is `attend` over a
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from .attention import NAME, LayerCache, register_attention
-from .dispatch import TorchWeight, dispatched, is_taken
+from .dispatch import TorchWeight, dispatched, few_tokens, is_taken
 from .eligibility import attention_of_config
 from .linears import CompressedLinear, whole_of
 from .matrices import groups_of
@@ -45,13 +45,15 @@ class CannotStep(Exception):
 class Step:
     """A model's decoding step for sequences of up to `capacity` tokens.
 
+    It feeds one token of each of `sequences`, or, on the cache of another step, several `tokens` of its sequence in a row.
+
     Attributes
     ----------
-    token : torch.Tensor, (1, 1) int64
-        The token to be fed.
-    position : torch.Tensor, (1,) int64
-        Its position; each `run` moves it on by one.
-    logits : torch.Tensor, (1, vocabulary)
+    token : torch.Tensor, (sequences, tokens) int64
+        The tokens to be fed.
+    position : torch.Tensor, (sequences,) int64
+        Where each sequence's first one is. Each `run` of one token moves it on by one; whoever feeds several does so himself.
+    logits : torch.Tensor, (sequences * tokens, vocabulary)
         What `run` leaves, in the model's dtype.
     seconds : float
         What making it took.
@@ -59,13 +61,19 @@ class Step:
         Whether torch.compile has fused the small operations.
     """
 
-    def __init__(self, model: Any, capacity: int) -> None:
+    def __init__(self, model: Any, capacity: int, sequences: int = 1, *, tokens: int = 1, cache_of: Step | None = None) -> None:
         start = time.perf_counter()
         config = model.config.get_text_config(decoder=True)
         weight = model.get_input_embeddings().weight
         self.capacity, self.device, self.dtype = capacity, weight.device, weight.dtype
+        self.sequences, self.tokens = sequences, tokens
+        attention = attention_of_config(config, self.dtype)._replace(sequences=sequences, tokens=tokens)
         with torch.inference_mode(False), torch.no_grad():  # tensors that can be written to in any mode
-            self._allocate(attention_of_config(config, self.dtype), config.num_hidden_layers)
+            if cache_of is None:
+                self._allocate(attention, config.num_hidden_layers)
+            else:
+                self._share(cache_of)
+            self._attach(attention)
         register_attention()
         self._twin = _twin(model)
         self.is_compiled = False
@@ -83,7 +91,9 @@ class Step:
         self.seconds = time.perf_counter() - start
 
     def _allocate(self, attention: Attention, layers: int) -> None:
-        shape = attention.kv_heads, self.capacity, attention.head_dim
+        shape: tuple[int, ...] = attention.kv_heads, self.capacity, attention.head_dim
+        if self.sequences > 1:
+            shape = self.sequences, *shape
         nbytes = 2 * layers * math.prod(shape) * self.dtype.itemsize
         try:
             self.keys = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
@@ -91,15 +101,30 @@ class Step:
         except torch.OutOfMemoryError as error:
             self.__dict__.pop("keys", None)
             raise MemoryError(
-                f"generate: a cache of {self.capacity} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} has not "
+                f"generate: a cache of {self._size} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} has not "
                 f"free: ask for fewer tokens ({error})"
             ) from error
         self.nbytes = nbytes
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(self.sequences, dtype=torch.int64, device=self.device)
+
+    def _share(self, other: Step) -> None:
+        self.keys, self.values, self.nbytes, self.position = other.keys, other.values, other.nbytes, other.position
+
+    @property
+    def _size(self) -> str:
+        return f"{self.sequences} times {self.capacity}" if self.sequences > 1 else str(self.capacity)
+
+    def _attach(self, attention: Attention) -> None:
+        """What feeds the tokens and lets layers find the cache."""
+        self.position.zero_()
+        self.token = torch.zeros(self.sequences, self.tokens, dtype=torch.int64, device=self.device)
         self.logits = torch.zeros(0, device=self.device)
+        self._offsets = torch.arange(self.tokens, device=self.device)
         scratch = torch.zeros(attention.scratch_words, dtype=torch.int32, device=self.device)
-        self._layers = [LayerCache(k, v, self.position, scratch) for k, v in zip(self.keys, self.values, strict=True)]
+        caches = zip(self.keys, self.values, strict=True)
+        if self.tokens > 1 and self.sequences == 1:
+            caches = zip([k[None] for k in self.keys], [v[None] for v in self.values], strict=True)
+        self._layers = [LayerCache(k, v, self.position, scratch, self.tokens) for k, v in caches]
 
     def _prepare(self) -> None:
         """Compile and capture; where torch.compile fails, capture what there is."""
@@ -142,40 +167,59 @@ class Step:
 
     def _once(self) -> None:
         self.logits.copy_(self._outputs())
-        self.position.add_(1)
+        if self.tokens == 1:
+            self.position.add_(1)
 
     def _outputs(self) -> Tensor:
         """The logits of `token` at `position`."""
         cache, keeps = self._names
-        keywords = {cache: self._cache, "logits_to_keep": 1} if keeps else {cache: self._cache}
-        position_ids = self.position[None]
+        keywords = {cache: self._cache, "logits_to_keep": self.tokens} if keeps else {cache: self._cache}
+        position_ids = self.position[:, None]
+        if self.tokens > 1:
+            position_ids = position_ids + self._offsets
         outputs = self._twin(input_ids=self.token, position_ids=position_ids, use_cache=True, return_dict=True, **keywords)
-        logits: Tensor = outputs.logits[:, -1]
-        return logits
+        return _last(outputs.logits, self.tokens)
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Feed `token` at `position`: stores its keys and values, and leaves `logits`."""
+        """Feed `token` at `position`: stores keys and values, and leaves `logits`."""
         if self._graph is None:
             self._once()
         else:
             self._graph.replay()
 
     @torch.inference_mode()
-    def take(self, cache: Any, length: int) -> None:
-        """Start from a `DynamicCache` of `length` tokens."""
+    def take(self, cache: Any, length: int, padding: Sequence[int] = ()) -> None:
+        """Start from a `DynamicCache` of `length` tokens, of which so many are padding on the left of each sequence.
+
+        Padding is left out: here every sequence begins at position 0.
+        """
+        padding = padding or [0] * self.sequences
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
             kept = layer.keys.shape[-2]  # fewer than `length` in a layer with a window
-            keys[:, length - kept : length] = layer.keys[0]
-            values[:, length - kept : length] = layer.values[0]
-        self.position.fill_(length)
+            for s, (own_keys, own_values) in enumerate(zip(self._of_each(keys), self._of_each(values), strict=True)):
+                stop = length - padding[s]
+                start = max(0, stop - kept)
+                own_keys[:, start:stop] = layer.keys[s, :, kept - (stop - start) :]
+                own_values[:, start:stop] = layer.values[s, :, kept - (stop - start) :]
+        for s, pad in enumerate(padding):
+            self.position[s : s + 1].fill_(length - pad)
+
+    def _of_each(self, cache: Tensor) -> Sequence[Tensor]:
+        """A layer's keys or values of each sequence."""
+        return (cache,) if cache.dim() == 3 else cache.unbind()
 
     @torch.inference_mode()
-    def give(self, cache: Any, start: int, stop: int) -> None:
-        """Append the tokens at positions `start` to `stop` to a `DynamicCache`."""
+    def give(self, cache: Any, start: int, stop: int, padding: Sequence[int] = ()) -> None:
+        """Append the tokens at positions `start` to `stop` to a `DynamicCache`; positions count padding on the left."""
+        padding = padding or [0] * self.sequences
         if start < stop:
-            for i, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-                cache.update(keys[None, :, start:stop].clone(), values[None, :, start:stop].clone(), i)
+            for i, both in enumerate(zip(self.keys, self.values, strict=True)):
+                keys, values = (
+                    torch.stack([own[:, start - p : stop - p] for own, p in zip(self._of_each(t), padding, strict=True)])
+                    for t in both
+                )
+                cache.update(keys, values, i)
 
     @torch.inference_mode()
     def _check(self, model: Any) -> None:
@@ -186,30 +230,34 @@ class Step:
         """
         from transformers import DynamicCache
 
-        length = min(_PROMPT, self.capacity - _CHECKED)
+        times = _CHECKED if self.tokens == 1 else 1
+        checked = times * self.tokens
+        length = min(_PROMPT, self.capacity - checked)
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.logits.shape[-1]
-        text = torch.randint(vocabulary, (1, length + _CHECKED), generator=generator, device="cpu").to(self.device)
+        size = self.sequences, length + checked
+        text = torch.randint(vocabulary, size, generator=generator, device="cpu").to(self.device)
         cache = DynamicCache()
         forward(model, text[:, :length], cache)
         self.take(cache, length)
-        farthest, noise, size = 0.0, 0.0, 0.0
-        for i in range(length, length + _CHECKED):
-            self.token.copy_(text[:, i : i + 1])
+        farthest, noise, norm = 0.0, 0.0, 0.0
+        for i in range(length, length + checked, self.tokens):
+            new, stop = text[:, i : i + self.tokens], i + self.tokens
+            self.token.copy_(new)
             self.run()
-            own, at_once = forward(model, text[:, i : i + 1], cache), forward(model, text[:, : i + 1], DynamicCache())
+            own, at_once = forward(model, new, cache, self.tokens), forward(model, text[:, :stop], DynamicCache(), self.tokens)
             own, at_once, found = (_centred(logits) for logits in (own, at_once, self.logits))
             farthest = max(farthest, (found - own).norm().item())
-            noise, size = max(noise, (at_once - own).norm().item()), max(size, own.norm().item())
-        if not farthest <= max(_NOISES * noise, _FARTHEST[self.dtype] * size):
-            share = farthest / size if size else float("inf")
+            noise, norm = max(noise, (at_once - own).norm().item()), max(norm, own.norm().item())
+        if not farthest <= max(_NOISES * noise, _FARTHEST[self.dtype] * norm):
+            share = farthest / norm if norm else float("inf")
             raise CannotStep(f"its step computes something else than the model: logits differ by {share:.2g} of their norm")
 
 
 def _centred(logits: Tensor) -> Tensor:
     """As a softmax sees them."""
     wide = logits.double()
-    return wide - wide.mean()
+    return wide - wide.mean(-1, keepdim=True)
 
 
 @contextmanager
@@ -270,13 +318,17 @@ def cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def forward(model: Any, input_ids: Tensor, cache: Any) -> Tensor:
-    """The logits behind the last of these tokens, (1, vocabulary); `cache` takes them in."""
-    keywords = {cache_name(model): cache, "use_cache": True, "return_dict": True}
+def forward(model: Any, input_ids: Tensor, cache: Any, tokens: int = 1, **inputs: Any) -> Tensor:
+    """The logits behind each of the last `tokens` of these, (sequences * tokens, vocabulary); `cache` takes them all in."""
+    keywords = {cache_name(model): cache, "use_cache": True, "return_dict": True, **inputs}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        keywords["logits_to_keep"] = 1
-    logits: Tensor = model(input_ids=input_ids, **keywords).logits[:, -1]
-    return logits
+        keywords["logits_to_keep"] = tokens
+    return _last(model(input_ids=input_ids, **keywords).logits, tokens)
+
+
+def _last(logits: Tensor, tokens: int) -> Tensor:
+    """Of each sequence's last tokens, one row each."""
+    return logits[:, -1] if tokens == 1 else logits[:, -tokens:].flatten(0, 1)
 
 
 def _twin(model: Any) -> Any:
@@ -339,17 +391,24 @@ class _Part(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared
         if shared.x is not x:
-            token = x.flatten()
-            if not is_taken(token, shared.whole):
-                raise NotImplementedError(f"ffn_1 does not take a token of {tuple(x.shape)} in {x.dtype}")
-            shared.x, shared.asked = x, 0
-            shared.result = dispatched("ffn_1", token, (shared.whole,))
+            shared.x, shared.asked, shared.result = x, 0, _times(x, shared.whole)
         result = shared.result
         assert result is not None
         shared.asked += 1
         if shared.asked == self.of:
             shared.x = shared.result = None
-        return result[self.start : self.stop].view(*x.shape[:-1], -1)
+        return result[..., self.start : self.stop].view(*x.shape[:-1], -1)
+
+
+def _times(x: Tensor, whole: TorchWeight) -> Tensor:
+    """``x @ whole.T`` of each token, a row each if they are several: by `ffn_1`, or by the dense path where that is faster."""
+    plain = isinstance(whole, Tensor)
+    tokens = few_tokens(x, "ffn_1", "plain" if plain else "bf12") if x.numel() > x.shape[-1] else x.flatten()
+    if tokens is None:
+        return nn.functional.linear(x.flatten(0, -2), whole if isinstance(whole, Tensor) else whole.weight)
+    if not is_taken(tokens, whole):
+        raise NotImplementedError(f"ffn_1 does not take tokens of {tuple(x.shape)} in {x.dtype}")
+    return dispatched("ffn_1", tokens, (whole,))
 
 
 def _parts(whole: Tensor | CompressedLinear, linears: Sequence[Any]) -> Iterator[_Part]:
