@@ -14,6 +14,9 @@
 #if defined(DTYPE_BFLOAT16) + defined(DTYPE_FLOAT16) + defined(DTYPE_FLOAT32) != 1
 #error "define exactly one of DTYPE_BFLOAT16, DTYPE_FLOAT16, DTYPE_FLOAT32"
 #endif
+#ifndef TOKENS
+#error "define TOKENS, 1 to 8"
+#endif
 #if defined(ROW_OPT) != defined(COL_OPT)
 #error "ROW_OPT and COL_OPT go together: both from the arrays' shape, or neither"
 #endif

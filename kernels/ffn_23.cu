@@ -20,9 +20,10 @@
 
 constexpr int EARLY = LOADS <= 8 ? 2 : 0;  // chunks of x that a lane fetches with the weights: registers are few
 
-// The gate of a token and a row.
-__device__ __forceinline__ float gate_of(const scalar* gate, int token, int row, int rows) {
-    return to_float(gate[(long long)token * rows + row]);
+// The element of a token and a row.
+template <class T>
+__device__ __forceinline__ T& element_of(T* vectors, int token, int row, int rows) {
+    return vectors[TOKENS == 1 ? row : (long long)token * rows + row];
 }
 
 // Writes x1 of a row from its dot products, which lie as row_dots leaves them, where lane l has the gate of token l % PLACES.
@@ -30,7 +31,7 @@ __device__ __forceinline__ void write_active(scalar* x1, float s, float dot, uns
                                              const scalar* bias) {
     const int lane = threadIdx.x % 32;
     if (lane < TOKENS && tokens >> lane & 1)
-        x1[(long long)lane * rows + row] = from_float(combine(s, biased<UP_BIAS>(dot, bias, row)));
+        element_of(x1, lane, row, rows) = from_float(combine(s, biased<UP_BIAS>(dot, bias, row)));
 }
 
 #ifndef ROWS
@@ -45,10 +46,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     if (row >= rows) return;
 
     const int token = lane % PLACES;
-    const float s = token < TOKENS ? gate_of(gate, token, row, rows) : 0.0f;
+    const float s = token < TOKENS ? to_float(element_of(gate, token, row, rows)) : 0.0f;
     const unsigned tokens = __ballot_sync(ALL_LANES, is_active(s, threshold)) & ALL_TOKENS;
     const bool writes = threadIdx.x % (32 * SHARING) < TOKENS;
-    if (tokens != ALL_TOKENS && writes && !(tokens >> lane & 1)) x1[(long long)lane * rows + row] = from_float(0.0f);
+    if (tokens != ALL_TOKENS && writes && !(tokens >> lane & 1)) element_of(x1, lane, row, rows) = from_float(0.0f);
     if (tokens == 0) return;
     const int chunks = D_MODEL(d_model) / VEC;
     const float dot = row_dots<W_UP, EARLY>({W_UP::row(w_up, row, chunks)}, chunks_of(x), chunks, tokens);
@@ -72,13 +73,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     unsigned mine = 0;  // tokens for which the lane's row is active
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-        gates[t] = in_block ? gate_of(gate, t, first + lane, rows) : 0.0f;
+        gates[t] = in_block ? to_float(element_of(gate, t, first + lane, rows)) : 0.0f;
         mine |= (unsigned)is_active(gates[t], threshold) << t;
     }
     const unsigned active = __ballot_sync(ALL_LANES, mine != 0);
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t)
-        if (in_block && !(mine >> t & 1) && warp == WARPS - 1) x1[(long long)t * rows + first + lane] = from_float(0.0f);
+        if (in_block && !(mine >> t & 1) && warp == WARPS - 1) element_of(x1, t, first + lane, rows) = from_float(0.0f);
     if (active == 0) return;
 
     unsigned in_use = mine;  // tokens for which any row is active
@@ -104,23 +105,34 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         end_fetch();
         return;
     }
-#endif
 
     // The n-th active row is that of warps 2 n and 2 n + 1, half of it each.
-    const int half = warp % 2;
+    __shared__ float even[WARPS / 2][32];
+    const unsigned own = __ballot_sync(ALL_LANES, mine != 0 && n == warp / 2);
+    const int i = own != 0 ? __ffs(own) - 1 : 0, row = first + i, half = warp % 2;
+    const float s = __shfl_sync(ALL_LANES, gates[0], i);
+    float sum[1] = {};
+    if (own != 0) half_rows<W_UP, EARLY>({W_UP::row(w_up, row, chunks)}, chunks_of(x), half, chunks, 1, sum);
+    if (half == 0) even[warp / 2][lane] = sum[0];
+    end_fetch();
+    __syncthreads();
+    if (own == 0 || half == 0) return;
+    write_active(x1, s, warp_sum(even[warp / 2][lane] + sum[0]), 1, row, rows, bias);
+#else
+    // The n-th active row is that of a pair of warps, half of it each.
 #pragma unroll 1
     for (int begin = 0; begin < __popc(active); begin += WARPS / 2) {
         const unsigned own = __ballot_sync(ALL_LANES, mine != 0 && n == begin + warp / 2);
         const int i = own != 0 ? __ffs(own) - 1 : 0, row = first + i;
-        const unsigned tokens = TOKENS == 1 ? 1 : __shfl_sync(ALL_LANES, mine, i);
-        const float s = TOKENS == 1 ? __shfl_sync(ALL_LANES, gates[0], i) : lane < TOKENS ? gate_of(gate, lane, row, rows) : 0.0f;
-        float halves[PLACES] = {};
-        if (own != 0) half_rows<W_UP, EARLY>({W_UP::row(w_up, row, chunks)}, chunks_of(x), half, chunks, tokens, halves);
+        const unsigned tokens = __shfl_sync(ALL_LANES, mine, i);
+        const float s = lane < TOKENS ? to_float(element_of(gate, lane, row, rows)) : 0.0f;
+        float sums[PLACES] = {};
+        if (own != 0) half_rows<W_UP, EARLY>({W_UP::row(w_up, row, chunks)}, chunks_of(x), warp % 2, chunks, tokens, sums);
         if (begin == 0) end_fetch();
-        add_other_half(halves);
-        if (own != 0 && half == 1) write_active(x1, s, warp_sums(halves), tokens, row, rows, bias);
-        if (TOKENS == 1) return;
+        add_other_half(sums);
+        if (own != 0 && warp % 2 == 1) write_active(x1, s, warp_sums(sums), tokens, row, rows, bias);
     }
+#endif
 }
 
 #endif

@@ -213,24 +213,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             const auto listed = [&](int n, Bits these) {
                 return list_rows(these, [&](unsigned place, unsigned bit) { lists[n][place] = row_of(bit, base); });
             };
-            if (JOINT == 1 || __all_sync(ALL_LANES, alike)) {
-                add_rows<1, JOINT>(sums, lists, {listed(0, bits[0])}, mine, is_column, x1_of, tile, rows, norm_weight);
-                continue;
-            }
+            if constexpr (JOINT > 1) {
+                if (!__all_sync(ALL_LANES, alike)) {
 #pragma unroll
-            for (int t = 0; t < JOINT; t += LISTS) {
-                const scalar* values = x1_of + (long long)t * rows;
-                const int first = listed(0, bits[t]);
-                if (t + LISTS <= JOINT) {
-                    float(&of_lists)[LISTS][VEC] = reinterpret_cast<float(&)[LISTS][VEC]>(sums[t]);
-                    int active[LISTS] = {first};
-                    if constexpr (LISTS == 2) active[LISTS - 1] = listed(1, bits[(t + 1) % JOINT]);
-                    add_rows<LISTS, 1>(of_lists, lists, active, mine, is_column, values, tile, rows, norm_weight);
-                } else {
-                    float(&one)[1][VEC] = reinterpret_cast<float(&)[1][VEC]>(sums[t]);
-                    add_rows<1, 1>(one, lists, {first}, mine, is_column, values, tile, rows, norm_weight);
+                    for (int t = 0; t < JOINT; t += LISTS) {
+                        const scalar* values = x1_of + (long long)t * rows;
+                        const int first = listed(0, bits[t]);
+                        if (t + LISTS <= JOINT) {
+                            float(&of_lists)[LISTS][VEC] = reinterpret_cast<float(&)[LISTS][VEC]>(sums[t]);
+                            int active[LISTS] = {first};
+                            if constexpr (LISTS == 2) active[LISTS - 1] = listed(1, bits[(t + 1) % JOINT]);
+                            add_rows<LISTS, 1>(of_lists, lists, active, mine, is_column, values, tile, rows, norm_weight);
+                        } else {
+                            float(&one)[1][VEC] = reinterpret_cast<float(&)[1][VEC]>(sums[t]);
+                            add_rows<1, 1>(one, lists, {first}, mine, is_column, values, tile, rows, norm_weight);
+                        }
+                    }
+                    continue;
                 }
             }
+            add_rows<1, JOINT>(sums, lists, {listed(0, bits[0])}, mine, is_column, x1_of, tile, rows, norm_weight);
         }
 
         // Over the warp's groups.

@@ -22,10 +22,10 @@ static_assert(LOADS % 2 == 0, "even loads are even in every batch");
 #endif
 #endif
 
-constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
-
-constexpr int PLACES = power_of_two_from(TOKENS);          // of a row's dot products among the lanes: lane l has that of token l % PLACES
-constexpr int MANY = TOKENS > 2 ? TOKENS / 2 + 1 : TOKENS + 1;  // tokens from which on a row is multiplied with all
+// Places of a row's dot products among the lanes: lane l has that of token l % PLACES.
+constexpr int PLACES = TOKENS <= 2 ? TOKENS : TOKENS <= 4 ? 4 : 8;
+// Tokens from which on a row is multiplied with all.
+constexpr int MANY = TOKENS > 2 ? TOKENS / 2 + 1 : TOKENS + 1;
 
 // A lane's sums of one row and token: those of even and odd elements, of even and odd loads.
 struct Sums {
@@ -167,7 +167,7 @@ template <int N>
 __device__ __forceinline__ void add_other_half(float (&halves)[N]) {
     __shared__ float halves_of[WARPS][N][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (TOKENS > 1) __syncthreads();  // what was there before is not read any more
+    __syncthreads();  // what was there before is not read any more
 #pragma unroll
     for (int i = 0; i < N; ++i) halves_of[warp][i][lane] = halves[i];
     __syncthreads();

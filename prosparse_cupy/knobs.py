@@ -197,7 +197,9 @@ class FusedRowKnobs(EarlyRowKnobs):
         # blocks.
         early = _starts_early(problem, target)
         if problem.tokens > 4:
-            return FusedRowKnobs(warps=2, min_blocks=10, loads=_half_loads(problem, most=8), early_successor=early)
+            return FusedRowKnobs(
+                warps=2, min_blocks=10 if problem.specialize else 8, loads=_half_loads(problem, most=8), early_successor=early
+            )
         if problem.tokens > 1:
             return _of_tokens(cls, problem, early_successor=early)
         if not problem.is_plain:
@@ -221,7 +223,7 @@ class SharedRowKnobs(RowKnobs):
     def rule(cls, problem: Problem, target: Target) -> SharedRowKnobs:
         if problem.tokens > 1:
             loads = _half_loads(problem, most=10)
-            is_large = problem.tokens > 4 or problem.dtype == "float32"
+            is_large = problem.tokens > 4 or problem.dtype == "float32" or not problem.specialize
             return SharedRowKnobs(warps=2, min_blocks=8 if is_large else 16 if loads <= 8 else 12, loads=loads)
         if not problem.is_plain and BF12_SLICES in problem.formats:  # their words take registers
             return SharedRowKnobs(warps=8, min_blocks=2, loads=_loads(problem, most=10), rows=8)
@@ -309,6 +311,8 @@ class ColumnKnobs(Knobs):
     def _of_tokens(cls, problem: Problem, target: Target, alone: bool) -> ColumnKnobs:
         """Twice as many warps where a multiprocessor has one block."""
         warps = order_of_ffn_4(problem).warps
+        if not problem.specialize:
+            return cls(warps, min_blocks=1, loads=3)
         if alone and 2 * warps <= _MOST_WARPS:
             few = problem.tokens == 2
             lists = 1 if few or problem.tokens > 4 else 2
@@ -331,7 +335,7 @@ class ColumnKnobs(Knobs):
     def legal(self, problem: Problem, target: Target) -> str:
         order = order_of_ffn_4(problem)
         if self.warps % order.warps or self.warps > order.warps * problem.tokens:
-            return f"{self.warps} warps would change the order of sums: it is that of {order.warps}, with several tokens of multiples"
+            return f"{self.warps} warps would change the order of sums: it is that of {order.warps}"
         if self.loads < 1:
             return f"{self.loads} loads"
         if self.lists not in (1, 2) or (self.lists == 2 and problem.tokens <= self.warps // order.warps):
