@@ -316,10 +316,12 @@ class ColumnKnobs(Knobs):
         if alone and 2 * warps <= _MOST_WARPS:
             few = problem.tokens == 2
             lists = 1 if few or problem.tokens > 4 else 2
-            twice = cls(2 * warps, min_blocks=1, loads=6 if few and problem.is_plain else 2 if lists == 2 else 4, lists=lists)
+            loads = 6 if few and problem.is_plain else 2 if lists == 2 else 4 if few or target.capability < 100 else 3
+            twice = cls(2 * warps, min_blocks=1, loads=loads, lists=lists)
             if twice.shared_bytes(problem) <= target.shared_bytes:
                 return twice
-        knobs = cls(warps, min_blocks=_MOST_WARPS // warps, loads=4 if problem.is_plain else 3)
+        loads = 4 if problem.is_plain and target.capability < 100 else 3
+        knobs = cls(warps, min_blocks=_MOST_WARPS // warps, loads=loads)
         # Of a block that takes more than half of the shared memory there is one.
         return replace(knobs, min_blocks=1) if 2 * knobs.shared_bytes(problem) > target.shared_bytes else knobs
 
