@@ -15,6 +15,7 @@
 //            UNIT: neighbouring vectors of x1 that go to one share
 //            LISTED: rows of a tile that a share has at most
 //            LISTS: tokens whose rows a warp reads side by side, 1 or 2
+//            HERE: tokens of a block; grid.y is ceil(TOKENS / HERE)
 //            SHARED_BYTES: dynamic shared memory of a block, if it needs more than it has without
 //   numerics float32 accumulation in an order that only the token's mask, d_ff, d_model and the dtype decide, one rounding at the
 //            store; bias and norm are applied before it, in float32
@@ -25,8 +26,8 @@
 #include "warp.cuh"
 #include "weights.cuh"
 
-#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED) || !defined(SHARES) || !defined(LISTS)
-#error "define LANES, LOADS, EACH, UNIT, LISTED, SHARES and LISTS"
+#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED) || !defined(SHARES) || !defined(LISTS) || !defined(HERE)
+#error "define LANES, LOADS, EACH, UNIT, LISTED, SHARES, LISTS and HERE"
 #endif
 #ifndef NORM_WEIGHT
 #error "define NORM_WEIGHT as 0 or 1"
@@ -124,17 +125,17 @@ __device__ __forceinline__ scalar finished(float total, float squares, int rows,
 }
 
 constexpr int SPLIT = WARPS / SHARES;                            // warps that divide the tokens of a share among them
-constexpr int OWN = (TOKENS + SPLIT - 1) / SPLIT;                // tokens of a warp
+constexpr int OWN = (HERE + SPLIT - 1) / SPLIT;                  // tokens of a warp
 constexpr int MOST_JOINT = W_DOWN::HAS_ESCAPES ? 2 : 4;          // registers are few
 constexpr int JOINT = OWN < MOST_JOINT ? OWN : MOST_JOINT;       // of these, looked at together
-constexpr int OUTPUTS = (TOKENS * SLICE + THREADS - 1) / THREADS;  // of a thread
+constexpr int OUTPUTS = (HERE * SLICE + THREADS - 1) / THREADS;  // of a thread
 static_assert(WARPS % SHARES == 0, "every share has as many warps");
 static_assert(LISTS == 1 || (LISTS == 2 && OWN > 1), "two lists are of two tokens");
 
 struct Shared {
     unsigned short lists[WARPS][LISTS][LISTED];
-    float partial[TOKENS][SHARES][SLICE];
-    float squares_of[TOKENS][SHARES];
+    float partial[HERE][SHARES][SLICE];
+    float squares_of[HERE][SHARES];
 };
 
 // Adds the products of the rows of N lists, so many each, with T tokens' x1 each, in the order in which a token alone adds them: its
@@ -189,12 +190,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
     const bool is_column = WHOLE_SLICES || chunk < stored<W_DOWN>(chunks);
     const W_DOWN::Column mine = W_DOWN::column(w_down_t, chunk, chunks);
+    // The block's tokens.
+    const int here = TOKENS % HERE == 0 ? HERE : min(HERE, TOKENS - (int)blockIdx.y * HERE);
+    if constexpr (HERE < TOKENS) {
+        x1 += (long long)blockIdx.y * HERE * rows;
+        y += (long long)blockIdx.y * HERE * columns;
+    }
     wait_for_predecessor();
     auto& lists = shared.lists[warp];
     const unsigned base = first_row(0, share);
 
 #pragma unroll 1
-    for (int first_token = warp / SHARES * OWN, last = min(first_token + OWN, TOKENS); first_token < last; first_token += JOINT) {
+    for (int first_token = warp / SHARES * OWN, last = min(first_token + OWN, here); first_token < last; first_token += JOINT) {
         const scalar* x1_of = x1 + (long long)first_token * rows;
         float sums[JOINT][VEC] = {}, squares[JOINT][2] = {};
         for (int tile = 0; tile < rows; tile += TILE) {
@@ -203,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 #pragma unroll
             for (int t = 0; t < JOINT; ++t) {
                 bits[t] = 0;
-                if (OWN % JOINT == 0 && TOKENS % OWN == 0 || first_token + t < last) {
+                if ((OWN % JOINT == 0 && HERE % OWN == 0 && TOKENS % HERE == 0) || first_token + t < last) {
                     const scalar* values = x1_of + (long long)t * rows + tile;
                     bits[t] = TOKENS == 1 || rows % VEC == 0 ? active_bits<true>(values, rows - tile, share, squares[t])
                                                              : active_bits<false>(values, rows - tile, share, squares[t]);
@@ -254,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 #pragma unroll
     for (int o = 0; o < OUTPUTS; ++o) {
         const int output = o * THREADS + threadIdx.x, token = output / SLICE, c = blockIdx.x * SLICE + output % SLICE;
-        if (token >= TOKENS || c >= columns) continue;
+        if (token >= here || c >= columns) continue;
         float total = 0.0f, all = 0.0f;
 #pragma unroll
         for (int i = 0; i < SHARES; ++i) total += shared.partial[token][i][output % SLICE];

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,8 +97,9 @@ class RowKnobs(Knobs):
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> RowKnobs:
-        if problem.tokens > 4:  # multiplying costs more than reading
-            return RowKnobs(warps=2, min_blocks=6, loads=2, abreast=2)
+        if problem.tokens > 4 or (problem.tokens > 2 and not problem.is_plain):  # multiplying costs more than reading
+            loads, abreast = (2, 2) if problem.is_plain else (1, 4 if problem.tokens > 4 else 2)
+            return RowKnobs(2, min_blocks=6 if problem.tokens > 4 else 8, loads=loads, abreast=abreast)
         if problem.tokens > 1:
             return _of_tokens(cls, problem)
         if not problem.is_plain:
@@ -138,8 +139,8 @@ class RowKnobs(Knobs):
 
 
 def _of_tokens(kind: type[R], problem: Problem, **more: Any) -> R:
-    """Of several tokens: the warp's half of a row at once, or of two rows in small parts where all tokens multiply it."""
-    return kind(warps=2, min_blocks=8, loads=_half_loads(problem, most=10), **more)
+    """Of several tokens: the warp's half of a row at once."""
+    return kind(warps=2, min_blocks=8 if problem.is_plain else 10, loads=_half_loads(problem, most=10), **more)
 
 
 def _half_loads(problem: Problem, most: int) -> int:
@@ -197,9 +198,8 @@ class FusedRowKnobs(EarlyRowKnobs):
         # blocks.
         early = _starts_early(problem, target)
         if problem.tokens > 4:
-            return FusedRowKnobs(
-                warps=2, min_blocks=10 if problem.specialize else 8, loads=_half_loads(problem, most=8), early_successor=early
-            )
+            loads, blocks = _half_loads(problem, most=8 if problem.is_plain else 5), 10 if problem.specialize else 8
+            return FusedRowKnobs(2, blocks, loads, early_successor=early)
         if problem.tokens > 1:
             return _of_tokens(cls, problem, early_successor=early)
         if not problem.is_plain:
@@ -283,6 +283,8 @@ class ColumnKnobs(Knobs):
     """Rows that a lane reads at once."""
     lists: int = 1
     """Tokens, one or two, whose rows a warp reads side by side."""
+    here: int = 1
+    """Tokens of a block."""
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> ColumnKnobs:
@@ -309,21 +311,19 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def _of_tokens(cls, problem: Problem, target: Target, alone: bool) -> ColumnKnobs:
-        """Twice as many warps where a multiprocessor has one block."""
-        warps = order_of_ffn_4(problem).warps
+        """Of two to four tokens all are in a block, with twice as many warps where a multiprocessor has one block."""
+        tokens, warps = problem.tokens, order_of_ffn_4(problem).warps
+        blocks, newest = _MOST_WARPS // warps, target.capability >= 100
         if not problem.specialize:
-            return cls(warps, min_blocks=1, loads=3)
+            return cls(warps, min_blocks=1, loads=3, here=tokens)
+        if tokens > 4:
+            return cls(warps, blocks, loads=3 if newest else 4, here=4) if alone else cls(warps, blocks, loads=3)
         if alone and 2 * warps <= _MOST_WARPS:
-            few = problem.tokens == 2
-            lists = 1 if few or problem.tokens > 4 else 2
-            loads = 6 if few and problem.is_plain else 2 if lists == 2 else 4 if few or target.capability < 100 else 3
-            twice = cls(2 * warps, min_blocks=1, loads=loads, lists=lists)
+            lists, loads = (1, 6 if problem.is_plain else 4) if tokens == 2 else (2, 2)
+            twice = cls(2 * warps, min_blocks=1, loads=loads, lists=lists, here=tokens)
             if twice.shared_bytes(problem) <= target.shared_bytes:
                 return twice
-        loads = 4 if problem.is_plain and target.capability < 100 else 3
-        knobs = cls(warps, min_blocks=_MOST_WARPS // warps, loads=loads)
-        # Of a block that takes more than half of the shared memory there is one.
-        return replace(knobs, min_blocks=1) if 2 * knobs.shared_bytes(problem) > target.shared_bytes else knobs
+        return cls(warps, blocks, loads=4 if problem.is_plain and not newest else 3, here=tokens)
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:
@@ -332,16 +332,19 @@ class ColumnKnobs(Knobs):
                 yield ColumnKnobs(order_of_ffn_4(problem).warps, min_blocks, loads)
 
     def shape(self, problem: Problem) -> Shape:
-        return (ceil_div(problem.vectors, order_of_ffn_4(problem).lanes), 1, 1), (WARP * self.warps, 1, 1)
+        grid = ceil_div(problem.vectors, order_of_ffn_4(problem).lanes), ceil_div(problem.tokens, self.here), 1
+        return grid, (WARP * self.warps, 1, 1)
 
     def legal(self, problem: Problem, target: Target) -> str:
         order = order_of_ffn_4(problem)
-        if self.warps % order.warps or self.warps > order.warps * problem.tokens:
+        if not 1 <= self.here <= problem.tokens:
+            return f"{self.here} tokens of a block, of {problem.tokens}"
+        if self.warps % order.warps or self.warps > order.warps * self.here:
             return f"{self.warps} warps would change the order of sums: it is that of {order.warps}"
         if self.loads < 1:
             return f"{self.loads} loads"
-        if self.lists not in (1, 2) or (self.lists == 2 and problem.tokens <= self.warps // order.warps):
-            return f"{self.lists} lists, where a warp has {ceil_div(problem.tokens, self.warps // order.warps)} tokens"
+        if self.lists not in (1, 2) or (self.lists == 2 and self.here <= self.warps // order.warps):
+            return f"{self.lists} lists, where a warp has {ceil_div(self.here, self.warps // order.warps)} tokens"
         if BF12_SLICES in problem.formats and order_of_ffn_4(problem).lanes < SLICE_UNIT:
             return f"slices are narrower than the {SLICE_UNIT} chunks that {BF12_SLICES.name} keeps together"
         return super().legal(problem, target)
@@ -353,7 +356,7 @@ class ColumnKnobs(Knobs):
         """As `Shared` in `ffn_4.cu`, where that is more than a block has without being asked."""
         order = order_of_ffn_4(problem)
         columns = order.lanes * vector_length(problem.dtype)
-        lists, sums = 2 * self.lists * self.warps * order.listed, 4 * problem.tokens * order.warps * (columns + 1)
+        lists, sums = 2 * self.lists * self.warps * order.listed, 4 * self.here * order.warps * (columns + 1)
         needed = _multiple(_multiple(lists, 4) + sums, VECTOR_BYTES)
         return needed if needed > _STATIC_BYTES else 0
 

@@ -201,7 +201,11 @@ WHOLE = (("ACTIVATION_RELU", None), ("DTYPE_FLOAT32", None), ("LOADS", 8), ("W_U
         ("ffn_4", (("DTYPE_FLOAT16", None), ("TOKENS", 1), ("ROW_OPT", 64)), "ROW_OPT and COL_OPT go together"),
         ("ffn_4", (("DTYPE_FLOAT16", None), ("TOKENS", 1), ("ROW_OPT", 64), ("COL_OPT", 12)), "multiple of 16 bytes"),
         ("ffn_4", (("DTYPE_FLOAT32", None),), "define TOKENS, 1 to 8"),
-        ("ffn_4", (("DTYPE_FLOAT32", None), ("TOKENS", 1)), "define LANES, LOADS, EACH, UNIT, LISTED, SHARES and LISTS"),
+        (
+            "ffn_4",
+            (("DTYPE_FLOAT32", None), ("TOKENS", 1)),
+            "define LANES, LOADS, EACH, UNIT, LISTED, SHARES, LISTS and HERE",
+        ),
         ("ffn_1", (("DTYPE_FLOAT32", None), ("TOKENS", 1)), "define LOADS"),
         ("ffn_1", (("DTYPE_FLOAT32", None), ("TOKENS", 1), ("LOADS", 3)), "even loads are even in every batch"),
         ("ffn_23", (*WHOLE, ("WARPS", 3), ("ROWS", 8)), "warps come in pairs"),
