@@ -4,9 +4,9 @@ The model is `decode`'s, with one thing added so that a model that has learnt no
 each of the tokens 1 to `CYCLE` its head prefers the next of them, and the first behind the last (`go_round`). All other tokens
 go on at random. Nothing else of a step depends on it: every matrix is as large, and every layer as sparse.
 
-Of a batch's prompts every second one goes round, the others are random. What goes round is known in advance, and the model is sure of
-it, so those texts must be right to the last token, which shows sequences that are mixed up. Random texts have near ties, which
-rounding may decide otherwise in a batch; their share of tokens that are those of the sequence alone is reported.
+Of a batch's prompts every second one goes round, the others are random. What goes round is known in advance, and the model is
+sure of it, so those texts must be right to the last token, which shows sequences that are mixed up. Random texts have near
+ties, which rounding may decide otherwise in a batch. The share of tokens that are those of the sequence alone is reported.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def measure_batches(
     compiled: tuple[int, ...] = BATCHES,
     context: int = CONTEXT,
 ) -> Iterator[list[BatchesRow]]:
-    """Rows of one model that goes round: of the steps that torch compiles, then of the model unpatched, patched, and in 12 bits.
+    """Rows of a model that goes round: of the steps that torch compiles, then unpatched, patched, and in 12 bits.
 
     torch compiles the whole step for the batches `compiled`, half a minute each for 7B.
     """
@@ -142,7 +142,8 @@ class _Measured:
         """The unpatched model's step, compiled as a whole by torch."""
         self._tell(f"unpatched: {COMPILED}, batch {batch}")
         replay = compiled_step(self._model, self._prompts[:batch], self._context)
-        self._add_step(COMPILED, "unpatched", batch, self._times(lambda: _again(replay), _LAST, self._repeats), self._context)
+        timed = self._times(partial(_again, replay), _LAST, self._repeats)
+        self._add_step(COMPILED, "unpatched", batch, timed, self._context)
         del replay
         self._free()
 
