@@ -166,7 +166,7 @@ class _Measured:
         step = prepare_generation(self._model, self._context, batch_size=batch)
         step.token.copy_(prompts[:, -1:])
         timed = self._times(partial(_last_positions, step, self._context), _LAST, self._repeats)
-        texts = self._written(prompts)
+        texts = self._written(prompts, _NEW_TOKENS)
         known = {
             "equal": _share([text[:_ALONE] for text in texts], self._alone[:batch]),
             "checked": all(_goes_round(texts[i], prompts[i]) for i in range(1, batch, 2)),
@@ -174,12 +174,13 @@ class _Measured:
         if batch == 1:  # the same call again
             known["checked"] = known["equal"] == 1
         self._add_step(STEP, weights, batch, timed, self._context, prepare_s=step.seconds, **known)
-        timed = self._times(partial(self._written, prompts), _NEW_TOKENS, self._rounds)
+        timed = self._times(partial(self._written, prompts, _NEW_TOKENS), _NEW_TOKENS, self._rounds)
         self._add(GENERATE, weights, batch, timed, _PROMPT + _NEW_TOKENS, **known)
 
     def _add_lookup(self, weights: str, guesses: int) -> None:
         prompt = self._prompts[1:2]
-        call = partial(self._written, prompt, prompt_lookup_num_tokens=guesses)
+        prepare_generation(self._model, self._context, prompt_lookup_num_tokens=guesses)  # whose trial is not to be counted
+        call = partial(self._written, prompt, _NEW_TOKENS, prompt_lookup_num_tokens=guesses)
         with _counted() as runs:
             [text] = call()
         single, verified = runs[1], runs[guesses + 1]
@@ -194,7 +195,7 @@ class _Measured:
         timed = self._times(call, steps, self._rounds)
         self._add(LOOKUP.format(guesses), weights, 1, timed, _PROMPT + _NEW_TOKENS, **known)
 
-    def _written(self, prompts: Tensor, new: int = _NEW_TOKENS, **options: Any) -> Tensor:
+    def _written(self, prompts: Tensor, new: int, **options: Any) -> Tensor:
         """What follows the prompts, (sequences, new)."""
         mask = torch.ones_like(prompts)
         ids = generate(self._model, prompts, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
