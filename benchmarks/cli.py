@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -37,7 +38,7 @@ from . import host as host_times
 from .first_release import first_release
 from .measure import GRAPH, WALLCLOCK, Setting, measure, portable
 from .paper import PUBLISHED
-from .results import DecodeRow, Result, Row, read_json, write_csv, write_json
+from .results import BatchesRow, DecodeRow, Result, Row, read_json, write_csv, write_json
 
 MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B, "Minitron-4B": MINITRON_4B, "AFM-4.5B": AFM_4_5B}
 _GATED = {name: model for name, model in MODELS.items() if model.gated}
@@ -240,6 +241,65 @@ def decode(
             say = lambda doing, label=label, done=done: show(f"{label}: {doing}", done)  # noqa: E731
             rows += watch.undisturbed(partial(measure, label, say), label)
     _finish(Result(conditions.head("decode", "graph", dense.name, yard, watch), tuple(rows)), json_path, csv_path)
+
+
+@main.command()
+@_json
+@_csv
+@_quick
+@click.option("--model", "names", type=click.Choice(["7B", "13B"]), multiple=True, default=["7B"], show_default=True)
+@click.option(
+    "--batch", "sizes", type=click.Choice([*map(str, BATCHES)]), multiple=True, help="Only these.  [default: 1, 2, 4, 8]"
+)
+@click.option(
+    "--compiled",
+    type=click.Choice([*map(str, BATCHES)]),
+    multiple=True,
+    default=["1", "8"],
+    show_default=True,
+    help="Batches that torch compiles the unpatched model's whole step for: half a minute each.",
+)
+def batches(
+    names: tuple[str, ...],
+    sizes: tuple[str, ...],
+    compiled: tuple[str, ...],
+    json_path: Path | None,
+    csv_path: Path | None,
+    quick: bool,
+) -> None:
+    """Tokens a second of whole models for 1 to 8 sequences at once, and of one with guesses looked up in its text.
+
+    What is there of a result is written after each format of the weights. A disturbance is noted, and nothing measured again.
+    """
+    _need_gpu()
+    try:
+        from . import batches as several
+        from . import decode as models
+    except ImportError as error:
+        raise click.ClickException(f'batches needs torch and transformers, which the extra "hf" brings: {error}') from error
+    yard, watch = conditions.prepare()
+    dense = best_dense(NUMPY_DTYPES["bfloat16"])
+    wanted = tuple(map(int, sizes)) or ((1, 8) if quick else BATCHES)
+    whole = tuple(batch for batch in map(int, compiled) if batch in wanted)
+    rows: list[BatchesRow] = []
+    start = time.perf_counter()
+
+    def result() -> Result:
+        return Result(conditions.head("batches", "host clock", dense.name, yard, watch), tuple(rows))
+
+    for label in names:
+        say = lambda doing, label=label: click.echo(f"{time.perf_counter() - start:5.0f} s  {label}: {doing}", err=True)  # noqa: E731
+        say("making the model")
+        model = models.random_model(_WHOLE[label])
+        several.go_round(model)
+        for found in several.measure_batches(model, label, 8 if quick else 24, say, wanted, whole):
+            rows += found
+            watch.look(f"{label}, {found[-1].weights}" if found else label)
+            if json_path:
+                write_json(result(), json_path)
+        del model
+        models.free_memory()
+    _finish(result(), json_path, csv_path)
 
 
 @main.command("compare")

@@ -170,7 +170,74 @@ class DecodeRow:
         return context if self.weights == "plain" else f"{context}, {self.weights}"
 
 
-_ROWS = {"decode": DecodeRow}
+@dataclass(frozen=True)
+class BatchesRow:
+    """One model writing greedily for several at once, or with guesses: µs per step, which is one run of the model."""
+
+    op: str
+    variant: str
+    """`compiled step`, `step`, `generate`, or `lookup 7`: `generate` with so many guesses looked up in the text."""
+    model: str
+    d_model: int
+    d_ff: int
+    n_layers: int
+    dtype: str
+    weights: str
+    """`unpatched`, or patched and `plain` or `bf12`."""
+    batch: int
+    """Sequences."""
+    context: int
+    """Tokens of the longest sequence; steps are timed on its last ones."""
+    sparsity: float
+    """Average over layers and the tokens of a prompt, as measured."""
+    time_us: float
+    p10_us: float
+    p90_us: float
+    dense_us: float
+    """The unpatched model's fastest step at this batch: ours, or the one that torch compiles as a whole if it was asked to."""
+    noisy: bool
+    checked: bool = True
+    """Whether texts that go round are right to the last token, and with guesses are those without."""
+    equal: float = 1.0
+    """Share of tokens that are those of the sequence alone, or of the text without guesses."""
+    tokens_per_step: float = 1.0
+    """Of each sequence; the prompt's run counts as a step."""
+    accepted: float = math.nan
+    """Guesses that were kept, of a step that verified some."""
+    prepare_s: float = math.nan
+    """To compile and capture the step."""
+    tokens_per_s: float = field(init=False)
+    """Of all sequences together."""
+    dense_tokens_per_s: float = field(init=False)
+    speedup: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        tokens = self.batch * self.tokens_per_step
+        _derive(
+            self,
+            tokens_per_s=1e6 * tokens / self.time_us,
+            dense_tokens_per_s=1e6 * self.batch / self.dense_us,
+            speedup=self.tokens_per_step * self.dense_us / self.time_us,
+        )
+
+    @property
+    def error(self) -> float:
+        """Share of tokens that differ."""
+        return 1 - self.equal
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes two rows of two results the same measurement."""
+        dims = self.d_model, self.d_ff, self.n_layers, self.dtype
+        return (self.op, self.variant, self.model, *dims, self.weights, self.batch, self.context)
+
+    @property
+    def setting(self) -> str:
+        """What else tells rows of one variant, model and sparsity apart."""
+        return f"{self.weights}, batch {self.batch}"
+
+
+_ROWS = {"decode": DecodeRow, "batches": BatchesRow}
 """What a command's rows are, where not `Row`."""
 
 
@@ -180,7 +247,7 @@ class Result:
 
     head: Head
     rows: tuple[Any, ...]
-    """`Row`, or `DecodeRow`."""
+    """`Row`, or one of `_ROWS`."""
 
     @property
     def failed(self) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from prosparse_cupy.families import KNOWN, LLAMA_LIKE
 
 from .compare import Change
 from .paper import PUBLISHED
-from .results import DecodeRow, Result, Row
+from .results import BatchesRow, DecodeRow, Result, Row
 
 RESULT_FILE = "h100-{}.json"
 _MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[\w-]+) -->)\n.*?<!-- end -->", re.DOTALL)
@@ -23,6 +23,8 @@ def terminal(result: Result) -> Table:
     head = result.head
     if head.command == "decode":
         return _decode_terminal(result)
+    if head.command == "batches":
+        return _batches_terminal(result)
     caption = (
         f"{head.gpu} · {head.method} · commit {head.commit}{'' if head.clean else ' (changed)'} · read peak "
         f"{head.read_peak_GBps / 1e3:.2f} TB/s · launch {head.launch_us:.2f} µs · dense: {head.dense}"
@@ -84,6 +86,48 @@ def _decode_cells(row: DecodeRow) -> list[str]:
 def decode(result: Result) -> str:
     """Tokens a second of whole models."""
     return markdown(list(_DECODE), [_decode_cells(row) for row in result.rows])
+
+
+def _batches_terminal(result: Result) -> Table:
+    head = result.head
+    table = Table(title=head.command, caption=f"{head.gpu} · commit {head.commit}{'' if head.clean else ' (changed)'}")
+    for name in (
+        "model",
+        "how",
+        "weights",
+        "sequences",
+        "µs a step",
+        "tokens a step",
+        "tokens/s",
+        "over dense",
+        "equal",
+        "check",
+    ):
+        table.add_column(name)
+    for row in result.rows:
+        setting = row.model, row.variant, row.weights, str(row.batch)
+        pace = f"{row.time_us:.0f}{' ~' if row.noisy else ''}", f"{row.tokens_per_step:.2f}", f"{row.tokens_per_s:.1f}"
+        check = f"{row.speedup:.2f}x", f"{row.equal:.1%}", "ok" if row.checked else "FAILED"
+        table.add_row(*setting, *pace, *check, style=None if row.checked else "red")
+    return table
+
+
+def batches(result: Result) -> str:
+    """Tokens a second of whole models by the number of sequences, and of one with guesses."""
+    sizes = sorted({r.batch for r in result.rows})
+    rows = []
+    for model, how, weights in dict.fromkeys((r.model, r.variant, r.weights) for r in result.rows):
+        found = {r.batch: r for r in result.rows if (r.model, r.variant, r.weights) == (model, how, weights)}
+        one = next(iter(found.values()))
+        kept = "" if math.isnan(one.accepted) else f"{one.accepted:.1f}"
+        equal = "" if how == "compiled step" else ", ".join(f"{found[size].equal:.0%}" for size in sizes if size in found)
+        rows.append([model, how, weights, *(_batches_cell(found.get(size)) for size in sizes), kept, equal])
+    headings = [f"{size} sequence{'s' * (size > 1)}: tokens/s, over dense" for size in sizes]
+    return markdown(["model", "how", "weights", *headings, "guesses kept", "the same tokens"], rows)
+
+
+def _batches_cell(row: BatchesRow | None) -> str:
+    return "" if row is None else f"{row.tokens_per_s:.1f}{' ~' if row.noisy else ''}, {row.speedup:.2f}x"
 
 
 def _numbers(row: Row) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ sys.path.append(str(ROOT))  # last: the installed package goes before the checko
 import prosparse_cupy as psc  # noqa: E402
 from benchmarks import cli, compare, conditions, tables  # noqa: E402
 from benchmarks.paper import PUBLISHED  # noqa: E402
-from benchmarks.results import DecodeRow, Head, Result, Row, read_json, write_csv, write_json  # noqa: E402
+from benchmarks.results import BatchesRow, DecodeRow, Head, Result, Row, read_json, write_csv, write_json  # noqa: E402
 from prosparse_cupy.testing import timing  # noqa: E402
 from prosparse_cupy.testing.dense import Dense  # noqa: E402
 
@@ -98,6 +99,28 @@ def _decode_row(**changes) -> DecodeRow:
         "peak_MiB": 14336.0,
     }
     return DecodeRow(**{**given, **changes})
+
+
+def _batches_row(**changes) -> BatchesRow:
+    given = {
+        "op": "batches",
+        "variant": "step",
+        "model": "7B",
+        "d_model": 4096,
+        "d_ff": 11008,
+        "n_layers": 32,
+        "dtype": "bfloat16",
+        "weights": "plain",
+        "batch": 1,
+        "context": 512,
+        "sparsity": 0.893,
+        "time_us": 4000.0,
+        "p10_us": 3990.0,
+        "p90_us": 4010.0,
+        "dense_us": 6000.0,
+        "noisy": False,
+    }
+    return BatchesRow(**{**given, **changes})
 
 
 # The timing loop, on a clock that is not one
@@ -308,7 +331,7 @@ def test_floors():
 # Commands without a GPU
 
 
-@pytest.mark.parametrize("command", ["paper", "sweep", "ffn", "batch", "host"])
+@pytest.mark.parametrize("command", ["paper", "sweep", "ffn", "batch", "host", "batches"])
 def test_without_a_gpu_a_command_says_so(monkeypatch, command):
     def none():
         raise cli.NoGPUError("no CUDA GPU: looked for one")
@@ -556,6 +579,71 @@ def test_the_picture_of_batches_has_a_line_for_each_way():
         assert [*lines] == ["dense", "sparse", "sparse, byte floor", "sparse, 12 bits", "sparse, 12 bits, byte floor"]
         for label, values in [("dense", [36.0] * 3), ("sparse", [7.0, 8.0, 14.0]), ("sparse, byte floor", [4.0] * 3)]:
             assert [*lines[label].get_xdata()] == [1, 2, 8] and [*lines[label].get_ydata()] == values
+
+
+def _batches_result() -> Result:
+    rows = [
+        *(_batches_row(variant="compiled step", weights="unpatched", batch=b, time_us=6000.0) for b in (1, 8)),
+        *(_batches_row(batch=b, equal=1 if b == 1 else 0.75) for b in (1, 2, 8)),
+        _batches_row(variant="lookup 7", tokens_per_step=7.68, accepted=6.96, time_us=4800.0, noisy=True),
+    ]
+    return Result(dataclasses.replace(HEAD, command="batches"), tuple(rows))
+
+
+def test_batches_rows_come_back_and_compare(tmp_path):
+    old = _batches_result()
+    write_json(old, tmp_path / "a.json")
+    write_csv(old, tmp_path / "a.csv")
+    read = read_json(tmp_path / "a.json")
+    assert read.rows[-1] == old.rows[-1] and math.isnan(read.rows[0].accepted)
+    assert (tmp_path / "a.csv").read_text().splitlines()[0].startswith("op,variant,model")
+    eight = read.find(variant="step", batch=8)
+    assert (eight.tokens_per_s, eight.speedup, eight.error, eight.setting) == (2000.0, 1.5, 0.25, "plain, batch 8")
+    assert eight.dense_tokens_per_s == pytest.approx(8e6 / 6000)
+    lookup = read.find(variant="lookup 7")
+    assert (lookup.tokens_per_s, lookup.speedup) == (pytest.approx(1600), pytest.approx(9.6))
+    new = Result(read.head, (dataclasses.replace(eight, checked=False),))
+    [change] = compare.compare(read, new, 3.0)
+    assert change.verdict is compare.Verdict.BROKEN
+
+
+def test_batches_table():
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.batches(_batches_result()).splitlines()]
+    sizes = [f"{size}: tokens/s, over dense" for size in ("1 sequence", "2 sequences", "8 sequences")]
+    assert lines[0] == ["model", "how", "weights", *sizes, "guesses kept", "the same tokens"]
+    assert lines[2:] == [
+        ["7B", "compiled step", "unpatched", "166.7, 1.00x", "", "1333.3, 1.00x", "", ""],
+        ["7B", "step", "plain", "250.0, 1.50x", "500.0, 1.50x", "2000.0, 1.50x", "", "100%, 75%, 75%"],
+        ["7B", "lookup 7", "plain", "1600.0 ~, 9.60x", "", "", "7.0", "100%"],
+    ]
+
+
+def test_batches_measures_a_small_model(monkeypatch, no_gpu_needed, tmp_path):
+    """The command on a model on the CPU, but for torch's whole step, which is made up."""
+    pytest.importorskip("transformers", reason='the extra "hf" brings it')
+    from benchmarks import batches, decode
+    from prosparse_cupy.models import Model
+
+    compiled = []
+    monkeypatch.setattr(batches, "compiled_step", lambda model, prompts, _: compiled.append(len(prompts)) or (lambda: None))
+    monkeypatch.setattr(decode, "free_memory", lambda: None)
+    monkeypatch.setattr(batches, "free_memory", lambda: None)
+    monkeypatch.setitem(cli._WHOLE, "7B", Model("small", 256, 688, 2, 0.01, 0.9))
+    monkeypatch.setattr(decode, "LlamaConfig", partial(decode.LlamaConfig, vocab_size=600))
+    for name, value in (("_NEW_TOKENS", 24), ("_ALONE", 8), ("_LAST", 2)):
+        monkeypatch.setattr(batches, name, value)
+    done = CliRunner().invoke(cli.main, ["batches", "--quick", "--json", str(tmp_path / "r.json")])
+    assert done.exit_code == 0, done.output
+    assert compiled == [1, 8] and "7B: bf12: lookup 3" in done.output
+    rows = read_json(tmp_path / "r.json").rows
+    ours = [("step", 1), ("generate", 1), ("step", 8), ("generate", 8), ("lookup 7", 1), ("lookup 3", 1)]
+    expected = [(variant, weights, batch) for weights in batches.WEIGHTS for variant, batch in ours]
+    whole = [(decode.COMPILED, "unpatched", batch) for batch in (1, 8)]
+    assert [(r.variant, r.weights, r.batch) for r in rows] == whole + expected
+    assert all(r.checked and r.time_us > 0 and r.dense_us > 0 and abs(r.sparsity - 0.9) < 0.05 for r in rows)
+    for how, verifications in (("lookup 3", 6), ("lookup 7", 3)):  # 24 tokens, of which the prompt's run gives one
+        found = [(r.tokens_per_step, r.accepted) for r in rows if r.variant == how]
+        assert found == [(24 / (1 + verifications), (23 - verifications) / verifications)] * 3
 
 
 @pytest.mark.gpu
