@@ -108,6 +108,8 @@ class Choice:
             self._step.run()
         elif self._events:
             self._graph = captured_choice(self._once, self._step.device)
+            # What was chosen while the choice was captured has not been written.
+            self._ids[:, self._prompt.shape[1] :] = self._ids[:, self._prompt.shape[1] - 1 : self._prompt.shape[1]]
             self._ended.zero_()
         if self._graph is None:
             self._once()
