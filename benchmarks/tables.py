@@ -309,6 +309,7 @@ TABLES = {
     "host": host,
     "decode": decode,
     "decode-afm": decode,
+    "batches": batches,
 }
 
 
