@@ -100,4 +100,6 @@ def attend_plan(attention: Attention, programmatic: bool) -> Launch:
         *((("PROGRAMMATIC", None),) if programmatic else ()),
     )
     grid = a.splits * a.tokens, a.blocks, a.sequences
-    return Launch("attend", grid, (WARP * _WARPS, 1, 1), defines, (*9 * ("P",), "f", "i", "i"), programmatic)
+    # With several tokens the launch waits for its predecessor's end: it was neither tested nor timed otherwise.
+    programmatic = programmatic and a.sequences * a.tokens == 1
+    return Launch("attend", grid, (WARP * _WARPS, 1, 1), defines, (*9 * ("P",), "f", "i", "i"), programmatic=programmatic)

@@ -74,8 +74,8 @@ def sparse_ffn(
     in scratch memory that is kept for the next call on the stream, or for the CUDA graph that the call is captured into.
     Threads and streams do not disturb each other. `SparseFFN` binds the weights.
 
-    A weight row that any token needs is read once. A token for which a neuron is inactive gets nothing from it, NaN weights
-    included, and has the bits that it has alone, whatever stands beside it.
+    A weight row that any token needs is read once from memory, or found in a cache. A token for which a neuron is inactive
+    gets nothing from it, NaN weights included, and has the bits that it has alone, whatever stands beside it.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -135,6 +135,8 @@ class RowKnobs(Knobs):
             return f"{self.loads} loads"
         if self.abreast < 1 or self.abreast & (self.abreast - 1) or self.abreast * places > WARP:
             return f"{self.abreast} rows abreast are no power of two, or too many for {problem.tokens} tokens"
+        if (halves := self.warps * self.abreast * places * WARP * 4) > _STATIC_BYTES:
+            return f"{halves} bytes of shared memory for the halves of rows, a kernel can declare {_STATIC_BYTES}"
         return ""
 
 
@@ -315,15 +317,23 @@ class ColumnKnobs(Knobs):
         tokens, warps = problem.tokens, order_of_ffn_4(problem).warps
         blocks, newest = _MOST_WARPS // warps, target.capability >= 100
         if not problem.specialize:
-            return cls(warps, min_blocks=1, loads=3, here=tokens)
+            return cls(warps, min_blocks=1, loads=3, here=tokens)._fitting(problem, target)
         if tokens > 4:
-            return cls(warps, blocks, loads=3 if newest else 4, here=4) if alone else cls(warps, blocks, loads=3)
+            knobs = cls(warps, blocks, loads=3 if newest else 4, here=4) if alone else cls(warps, blocks, loads=3)
+            return knobs._fitting(problem, target)
         if alone and 2 * warps <= _MOST_WARPS:
             lists, loads = (1, 6 if problem.is_plain else 4) if tokens == 2 else (2, 2)
             twice = cls(2 * warps, min_blocks=1, loads=loads, lists=lists, here=tokens)
             if twice.shared_bytes(problem) <= target.shared_bytes:
                 return twice
-        return cls(warps, blocks, loads=4 if problem.is_plain and not newest else 3, here=tokens)
+        return cls(warps, blocks, loads=4 if problem.is_plain and not newest else 3, here=tokens)._fitting(problem, target)
+
+    def _fitting(self, problem: Problem, target: Target) -> ColumnKnobs:
+        """These, with so few tokens in a block that they fit its shared memory."""
+        knobs = self
+        while knobs.here > 1 and knobs.shared_bytes(problem) > target.shared_bytes:
+            knobs = replace(knobs, here=knobs.here // 2)
+        return knobs
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:

@@ -1,6 +1,6 @@
 """The operators. Each is a straight line: check, allocate, plan, launch, return.
 
-A call has one token, (d,), or B of them as rows, (B, d), B from 1 to 8. A weight row that any token needs is read once.
+A call has one token, (d,), or B of them as rows, (B, d), B from 1 to 8.
 
 One call, followed down: `ffn_23` -> `check_call` (`arguments`: checks and addresses) -> `kernel_of` (`compiler`: the plan of
 `launch`, compiled and cached) -> the kernel's launch (`driver`).
@@ -278,8 +278,8 @@ def ffn_4(
     With `norm_weight` it is the down-projection of the normalised x1, ``norm_weight * x1 / sqrt(mean(x1**2) + norm_eps)``,
     as BitNet's ``ffn_sub_norm`` computes it: zeros stay zeros, so the same rows are left out.
 
-    Of several tokens, a row that any of them needs is read once. A token whose x1 is zero there gets nothing from it, whatever
-    the row holds, NaN included.
+    Of several tokens, a row that more than one needs is found in a cache by the later ones. A token whose x1 is zero there
+    gets nothing from it, whatever the row holds, NaN included.
 
     Parameters
     ----------

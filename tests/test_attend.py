@@ -658,6 +658,7 @@ def test_how_the_work_is_shared():
                 assert (heads // kv_heads) % a.heads_of_block == 0 and a.splits >= 1
                 assert 8 * a.heads_of_block * (head_dim + 2) * 4 < 48 * 1024, "more than a block has without asking"
                 plan = attend_plan(a, programmatic=True)
+                assert plan.programmatic and not plan.shared_bytes and not attend_plan(a, False).programmatic
                 assert plan.grid == (a.splits, a.blocks, 1) and plan.block == (256, 1, 1) and len(plan.arguments) == 12
                 assert a.scratch_words == heads * a.splits * (head_dim + 2) + a.blocks
                 for sequences, tokens in ((1, 8), (8, 1), (2, 3)):

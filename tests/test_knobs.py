@@ -18,12 +18,15 @@ from prosparse_cupy.problem import H100, KERNELS, Problem, Target
 
 targets = st.builds(Target, st.sampled_from([80, 86, 89, 90, 100, 120]), st.integers(1, 200))
 problems = st.builds(
-    lambda kernel, vectors, d_ff, dtype, specialize: Problem(kernel, vectors * vector_length(dtype), d_ff, dtype, specialize),
+    lambda kernel, vectors, d_ff, dtype, specialize, tokens: Problem(
+        kernel, vectors * vector_length(dtype), d_ff, dtype, specialize, 1 if kernel in ("pack_down", "decompress") else tokens
+    ),
     st.sampled_from(sorted(KERNELS)),
     st.integers(1, 4096),
     st.integers(1, 60000),
     st.sampled_from(sorted(ITEMSIZE)),
     st.booleans(),
+    st.integers(1, 8),
 )
 SEVEN_B = {kernel: Problem(kernel, 4096, 11008, "bfloat16") for kernel in KERNELS}
 A100 = Target(80, 108, "NVIDIA A100")
@@ -232,3 +235,20 @@ def test_the_users_folder_is_the_systems():
 
 def test_shapes_of_the_tests_default_to_an_h100():
     assert Shape(8, 1, "float32").target == H100
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "dtype", "specialize"),
+    [
+        (14336, 57344, "bfloat16", False),
+        (5376, 20480, "float16", False),
+        (10752, 20480, "bfloat16", True),
+        (21248, 20480, "bfloat16", True),
+        (21344, 28672, "float16", False),
+    ],
+)
+def test_a_block_of_few_tokens_fits_where_one_of_all_does_not(d_model, d_ff, dtype, specialize, tokens, capability):
+    problem, target = Problem("ffn_4", d_model, d_ff, dtype, specialize, tokens), Target(capability, 108)
+    assert not knobs.rule(problem, target).legal(problem, target)

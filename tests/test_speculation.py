@@ -405,6 +405,30 @@ def test_the_step_that_verifies_lives_on_the_cache_of_the_other():
             prepare_generation(model, 64, **options)
 
 
+@pytest.mark.parametrize("total", [126, 127, 128])
+def test_guesses_end_where_the_models_positions_do(total):
+    """All places of a verification are fed, and a table of positions has no more of them than the config says."""
+    config = transformers.OPTConfig(
+        hidden_size=64,
+        ffn_dim=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=128,
+        max_position_embeddings=128,
+        word_embed_proj_dim=64,
+    )
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.arange(1, 7).repeat(3)[None]
+    given = {"max_new_tokens": total - 18, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **given)
+    assert torch.equal(generate(model, ids, **given, prompt_lookup_num_tokens=7), expected)
+    assistant = copy.deepcopy(model)
+    assistant.generation_config.num_assistant_tokens = 7
+    assert torch.equal(generate(model, ids, **given, assistant_model=assistant), expected)
+
+
 @pytest.mark.gpu
 def test_steps_of_several_tokens_are_compiled_and_captured(torch_gpu):
     model = _tiny(device="cuda")

@@ -224,6 +224,9 @@ class Speculation:
         """At least one token, and as many more as were guessed."""
         position = ids.shape[1] - 1 - self._padding
         most = min(most, self._verifier.tokens - 1)
+        # All places of the verifier are fed, and there may be no positions behind the model's last one.
+        if self._verifier.positions is not None and position + self._verifier.tokens > self._verifier.positions:
+            most = 0
         guessed = self._proposer.propose(ids, most, self._verifier.token) if most else 0
         step = self._verifier if guessed else self._step
         step.position.fill_(position)

@@ -66,6 +66,7 @@ class Step:
         config = model.config.get_text_config(decoder=True)
         weight = model.get_input_embeddings().weight
         self.capacity, self.device, self.dtype = capacity, weight.device, weight.dtype
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)  # a table of them may have no more
         self.sequences, self.tokens = sequences, tokens
         attention = attention_of_config(config, self.dtype)._replace(sequences=sequences, tokens=tokens)
         with torch.inference_mode(False), torch.no_grad():  # tensors that can be written to in any mode
