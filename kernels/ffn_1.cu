@@ -22,5 +22,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const int chunks = D_MODEL(d_model) / VEC;
     const float dot = row_dots<W_GATE>(rows_from<W_GATE, ABREAST>(w_gate, first, rows, chunks).at, chunks_of(x), chunks);
     const Place place = place_of<ABREAST>(first, rows);
-    if (place.exists && threadIdx.x / 32 % SHARING == 0) gate[(long long)place.token * rows + place.row] = from_float(biased<GATE_BIAS>(dot, bias, place.row));
+    if (place.exists && threadIdx.x / 32 % SHARING == 0)
+        gate[(long long)place.token * rows + place.row] = from_float(biased<GATE_BIAS>(dot, bias, place.row));
 }

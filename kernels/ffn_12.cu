@@ -28,5 +28,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const Place place = place_of<ABREAST>(first, rows);
     const float g = to_float(from_float(biased<UP_BIAS>(dot, bias, place.row)));
     let_successor_in();
-    if (place.exists && threadIdx.x / 32 % SHARING == 0) x1[(long long)place.token * rows + place.row] = from_float(is_active(g, threshold) ? activate(g) : 0.0f);
+    if (place.exists && threadIdx.x / 32 % SHARING == 0)
+        x1[(long long)place.token * rows + place.row] = from_float(is_active(g, threshold) ? activate(g) : 0.0f);
 }

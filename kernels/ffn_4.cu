@@ -26,7 +26,8 @@
 #include "warp.cuh"
 #include "weights.cuh"
 
-#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED) || !defined(SHARES) || !defined(LISTS) || !defined(HERE)
+#if !defined(LANES) || !defined(LOADS) || !defined(EACH) || !defined(UNIT) || !defined(LISTED) || !defined(SHARES) || \
+    !defined(LISTS) || !defined(HERE)
 #error "define LANES, LOADS, EACH, UNIT, LISTED, SHARES, LISTS and HERE"
 #endif
 #ifndef NORM_WEIGHT
@@ -34,10 +35,10 @@
 #endif
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int GROUPS = 32 / LANES;              // of a warp, each reading its own row
-constexpr int SLICE = LANES * VEC;              // columns of a block
-constexpr int STEP = VEC * 32 * SHARES;         // rows between a thread's vectors of x1
-constexpr int TILE = EACH * STEP;               // rows of a tile
+constexpr int GROUPS = 32 / LANES;       // of a warp, each reading its own row
+constexpr int SLICE = LANES * VEC;       // columns of a block
+constexpr int STEP = VEC * 32 * SHARES;  // rows between a thread's vectors of x1
+constexpr int TILE = EACH * STEP;        // rows of a tile
 #ifdef COL_OPT
 constexpr bool WHOLE_SLICES = COL_OPT % SLICE == 0;
 #else
@@ -141,9 +142,9 @@ struct Shared {
 // Adds the products of the rows of N lists, so many each, with T tokens' x1 each, in the order in which a token alone adds them: its
 // n-th row by group n % GROUPS.
 template <int N, int T>
-__device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsigned short (*lists)[LISTED], const int (&active)[N],
-                                         const W_DOWN::Column& mine, bool is_column, const scalar* x1, int tile, int rows,
-                                         const scalar* norm_weight) {
+__device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsigned short (*lists)[LISTED],
+                                         const int (&active)[N], const W_DOWN::Column& mine, bool is_column, const scalar* x1,
+                                         int tile, int rows, const scalar* norm_weight) {
     const int most = N == 1 ? active[0] : max(active[0], active[N - 1]);
     for (int begin = 0; begin < most; begin += GROUPS * LOADS) {  // all lanes stay together
         const int first = begin + threadIdx.x % 32 / LANES;
@@ -227,12 +228,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
                         const scalar* values = x1_of + (long long)t * rows;
                         const int first = listed(0, bits[t]);
                         if (t + LISTS <= JOINT) {
-                            float(&of_lists)[LISTS][VEC] = reinterpret_cast<float(&)[LISTS][VEC]>(sums[t]);
+                            float (&of_lists)[LISTS][VEC] = reinterpret_cast<float (&)[LISTS][VEC]>(sums[t]);
                             int active[LISTS] = {first};
                             if constexpr (LISTS == 2) active[LISTS - 1] = listed(1, bits[(t + 1) % JOINT]);
                             add_rows<LISTS, 1>(of_lists, lists, active, mine, is_column, values, tile, rows, norm_weight);
                         } else {
-                            float(&one)[1][VEC] = reinterpret_cast<float(&)[1][VEC]>(sums[t]);
+                            float (&one)[1][VEC] = reinterpret_cast<float (&)[1][VEC]>(sums[t]);
                             add_rows<1, 1>(one, lists, {first}, mine, is_column, values, tile, rows, norm_weight);
                         }
                     }

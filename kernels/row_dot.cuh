@@ -98,7 +98,8 @@ __device__ __forceinline__ void add_batch(Sums& sums, const typename Format::Row
 // others are not looked at.
 template <class Format, int N>
 __device__ __forceinline__ void add_tokens(float (&sums)[N][TOKENS][2], const typename Format::Row (&rows)[N],
-                                           const Batch<Format, N>& batch, const uint4* x, int first, int chunks, unsigned tokens) {
+                                           const Batch<Format, N>& batch, const uint4* x, int first, int chunks,
+                                           unsigned tokens) {
     const int own = first + threadIdx.x % 32;
     x += own;
     uint4 weights[N][LOADS];
@@ -142,7 +143,8 @@ __device__ __forceinline__ void half_rows(const typename Format::Row (&rows)[N],
         static_assert(N == 1, "one row at a time, where nothing is shared");
         Sums sums = {};
 #pragma unroll 1
-        for (int first = 32 * half; first < chunks; first += 64 * LOADS) add_batch<Format, 2, EARLY>(sums, rows[0], x, first, chunks);
+        for (int first = 32 * half; first < chunks; first += 64 * LOADS)
+            add_batch<Format, 2, EARLY>(sums, rows[0], x, first, chunks);
         halves[0] = sums.even[0] + sums.even[1];
     } else {
         float sums[N][TOKENS][2] = {};
