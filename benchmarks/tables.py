@@ -249,7 +249,7 @@ def host(result: Result) -> str:
 
 
 def summary(results: dict[str, Result]) -> str:
-    """The README's four rows, of two results: whole models, and one layer's FFN."""
+    """The README's five rows, of three results: whole models, one layer's FFN, and that of four tokens at once."""
     rows = []
     for model in ("7B", "13B"):
         row = results["decode"].find(model=model, variant="generate()", weights="bf12")
@@ -259,10 +259,13 @@ def summary(results: dict[str, Result]) -> str:
         row = results["ffn"].find(model=model, op="SparseFFN", variant="prosparse", weights="plain")
         times = (f"{us:.1f} µs" for us in (row.dense_us, row.time_us))
         rows.append([f"{model}, one FFN", f"{row.sparsity:.2%}", *times, f"{row.speedup:.2f}x"])
-    decode, ffn = results["decode"].head, results["ffn"].head
+    row = results["batch"].find(model="7B", op="SparseFFN", variant="prosparse", weights="plain", batch=4, mask="hot")
+    times = (f"{us:.1f} µs" for us in (row.dense_us, row.time_us))
+    rows.append(["7B, one FFN, 4 tokens at once", f"{row.sparsity:.2%}", *times, f"{row.speedup:.2f}x"])
+    decode, ffn, batch = (results[name].head for name in ("decode", "ffn", "batch"))
     return (
-        f"{markdown(['', 'sparsity', 'dense', 'sparse', 'speed-up'], rows)}\n{decode.gpu}, commits {decode.commit} and "
-        f"{ffn.commit}, `benchmarks/results/h100-decode.json` and `h100-ffn.json`\n"
+        f"{markdown(['', 'sparsity', 'dense', 'sparse', 'speed-up'], rows)}\n{decode.gpu}, commits {decode.commit}, "
+        f"{ffn.commit} and {batch.commit}, `benchmarks/results/h100-decode.json`, `h100-ffn.json` and `h100-batch.json`\n"
     )
 
 
