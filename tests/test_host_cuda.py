@@ -16,30 +16,58 @@ from prosparse_cupy.launch import Launch
 from prosparse_cupy.problem import KERNELS
 
 BARRIER = "__syncthreads();"
+FIRST_HALVES = ("ffn_1", "ffn_12", "ffn_123")
 SANITIZER = r"AddressSanitizer|runtime error"
-KERNELS_WITH_BARRIERS = [(kernel, i) for kernel in KERNELS for i in range(source(kernel).count(BARRIER))]
+# A barrier of a kernel's source by its number, and the tokens with which it matters. Of two that surround a passing on through
+# shared memory the first matters only to kernels that pass on more than once.
+BARRIERS = [
+    ("ffn_1", 1, 2),
+    ("ffn_12", 1, 2),
+    ("ffn_123", 0, 2),
+    ("ffn_123", 1, 2),
+    ("ffn_23", 1, 2),
+    ("ffn_23", 2, 1),
+    ("ffn_4", 0, 1),
+    ("ffn_4", 0, 2),
+    ("pack_down", 0, 1),
+]
 
 
-def _inputs(kernel: str, shape: Shape) -> tuple[list, np.ndarray]:
+def _inputs(kernel: str, shape: Shape, tokens: int = 1) -> tuple[list, np.ndarray]:
     rng = np.random.default_rng(5)
-    x, h = token(shape.d_model, shape.dtype, rng), token(shape.d_ff, shape.dtype, rng)
+    x, h = (np.stack([token(d, shape.dtype, rng) for _ in range(tokens)]) for d in (shape.d_model, shape.d_ff))
     w = weights(shape.d_ff, shape.d_model, shape.dtype)
     dims = [shape.d_ff, shape.d_model]
     if kernel == "pack_down":
         return [w.reshape(shape.d_model, shape.d_ff), None, *dims], poisoned((shape.d_ff, shape.d_model), shape.dtype)
     inputs = {
         "ffn_1": [x, w, None],
+        "ffn_12": [x, w, None, 0.0],
         "ffn_123": [x, w, w, None, 0.0],
         "ffn_23": [h, x, w, None, 0.0],
         "ffn_4": [h, w, None],
     }[kernel]
-    return [*inputs, *dims], poisoned(shape.d_model if kernel == "ffn_4" else shape.d_ff, shape.dtype)
+    return [*inputs, *dims], poisoned((tokens, shape.d_model if kernel == "ffn_4" else shape.d_ff), shape.dtype)
 
 
-def _is_caught(host, kernel: str, shape: Shape, code: str) -> bool:
+def _barriers(kernel: str) -> list[tuple[int, tuple[str, int]]]:
+    """The barriers of a kernel's source: their offsets, and file and line."""
+    found = []
+    file, line = "", 0
+    offset = 0
+    for text in source(kernel).splitlines(keepends=True):
+        if directive := re.match(r'#line (\d+) "(.+)"', text):
+            file, line = directive[2], int(directive[1]) - 1
+        if BARRIER in text:
+            found.append((offset + text.index(BARRIER), (file, line)))
+        offset, line = offset + len(text), line + 1
+    return found
+
+
+def _is_caught(host, kernel: str, shape: Shape, code: str, tokens: int = 1) -> bool:
     """Whether the run ends in a report, or some seed gives another result than the shipped kernel."""
-    plan = plan_of(kernel, shape)
-    inputs, out = _inputs(kernel, shape)
+    plan = plan_of(kernel, shape, tokens=tokens)
+    inputs, out = _inputs(kernel, shape, tokens)
     good = host.run(plan, inputs, out)
     try:
         return any(not np.array_equal(bits(host.run(plan, inputs, out, seed=s, code=code)), bits(good)) for s in range(4))
@@ -47,16 +75,19 @@ def _is_caught(host, kernel: str, shape: Shape, code: str) -> bool:
         return True
 
 
-def test_kernels_have_barriers():
-    assert {kernel for kernel, _ in KERNELS_WITH_BARRIERS} == {"ffn_23", "ffn_4", "pack_down"}
+def test_every_barrier_is_taken_out_somewhere():
+    every = {place for kernel in KERNELS for _, place in _barriers(kernel)}
+    assert every == {_barriers(kernel)[which][1] for kernel, which, _ in BARRIERS}
 
 
-@pytest.mark.parametrize(("kernel", "which"), KERNELS_WITH_BARRIERS)
-def test_a_missing_barrier_is_caught(host, kernel, which):
-    shape = Shape(64, 40, "float32", specialize=False)
-    at = [m.start() for m in re.finditer(re.escape(BARRIER), source(kernel))][which]
+@pytest.mark.parametrize(("kernel", "which", "tokens"), BARRIERS)
+def test_a_missing_barrier_is_caught(host, kernel, which, tokens):
+    shape = Shape(
+        512 if kernel in (*FIRST_HALVES, "ffn_23") else 64, 40, "float32", specialize=False
+    )  # both halves of a row have loads
+    at = _barriers(kernel)[which][0]
     code = source(kernel)[:at] + source(kernel)[at:].replace(BARRIER, ";", 1)
-    assert _is_caught(host, kernel, shape, code)
+    assert _is_caught(host, kernel, shape, code, tokens)
 
 
 def test_a_missing_barrier_of_a_warp_is_caught(host):
@@ -67,27 +98,30 @@ def test_a_missing_barrier_of_a_warp_is_caught(host):
 
 
 OFF_BY_ONE = [
-    ("ffn_1", "return c < chunks;", "return c <= chunks;"),
-    ("ffn_1", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
-    ("ffn_123", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
-    ("ffn_1", "if (!exists<STEP>(own + 32 * STEP * i, chunks)) return;", ""),
-    ("ffn_23", "first + lane < D_FF(d_ff)", "first + lane <= D_FF(d_ff)"),
-    ("ffn_4", "row + VEC <= rows ?", "row <= rows ?"),
-    ("ffn_4", "row + e < rows) value", "row + e <= rows) value"),
-    ("ffn_4", "WHOLE_SLICES || chunk < stored<W_DOWN>(chunks)", "true"),
-    ("ffn_4", "c >= columns", "c > columns"),
-    ("pack_down", "j0 + threadIdx.x < rows", "j0 + threadIdx.x <= rows"),
+    ("ffn_1", 1, "return c < chunks;", "return c <= chunks;"),
+    ("ffn_1", 1, "if (exists<STEP>(own + 32 * STEP * i, chunks))\n            add_products", "add_products"),
+    ("ffn_1", 2, "if (!exists<2>(own + 64 * i, chunks)) continue;", ""),
+    ("ffn_23", 8, "if (exists<2>(own + 64 * i, chunks)) add", "add"),
+    ("ffn_1", 8, "WHOLE_GROUPS<N> || row < rows ? row : rows - 1", "row"),
+    ("ffn_12", 8, "const bool inside = WHOLE_GROUPS<N> || row < rows;", "const bool inside = row <= rows;"),
+    *((kernel, 1, "if (first >= rows) return;", "if (first > rows) return;") for kernel in FIRST_HALVES),
+    ("ffn_23", 1, "first + lane < rows", "first + lane <= rows"),
+    ("ffn_4", 1, "row + VEC <= rows ?", "row <= rows ?"),
+    *(("ffn_4", tokens, "row + e < rows) value", "row + e <= rows) value") for tokens in (1, 2)),
+    *(("ffn_4", tokens, "WHOLE_SLICES || chunk < stored<W_DOWN>(chunks)", "true") for tokens in (1, 2)),
+    *(("ffn_4", tokens, "c >= columns", "c > columns") for tokens in (1, 2)),
+    ("pack_down", 1, "j0 + threadIdx.x < rows", "j0 + threadIdx.x <= rows"),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "right", "wrong"), OFF_BY_ONE)
-def test_an_index_off_by_one_is_reported(host, kernel, right, wrong):
+@pytest.mark.parametrize(("kernel", "tokens", "right", "wrong"), OFF_BY_ONE)
+def test_an_index_off_by_one_is_reported(host, kernel, tokens, right, wrong):
     shape = Shape(264, 33, "bfloat16", specialize=False)
     code = source(kernel)
     assert right in code
-    inputs, out = _inputs(kernel, shape)
+    inputs, out = _inputs(kernel, shape, tokens)
     with pytest.raises(HostRunError, match=SANITIZER):
-        host.run(plan_of(kernel, shape), inputs, out, code=code.replace(right, wrong))
+        host.run(plan_of(kernel, shape, tokens=tokens), inputs, out, code=code.replace(right, wrong))
 
 
 ATOMIC_SUM = """
@@ -162,7 +196,7 @@ def test_a_misaligned_vector_is_reported(host):
 def test_a_kernel_that_does_not_compile_shows_the_compilers_message(host):
     shape = Shape(8, 1, "float32")
     inputs, out = _inputs("ffn_1", shape)
-    code = source("ffn_1").replace("dots[t] = warp_sum(", "dots[t] = no_such_sum(")
+    code = source("ffn_1").replace("return warp_sums(total);", "return no_such_sum(total);")
     with pytest.raises(HostRunError, match=r"row_dot\.cuh:\d+:\d+: error: .no_such_sum."):
         host.run(plan_of("ffn_1", shape), inputs, out, code=code)
 

@@ -112,7 +112,8 @@ class HostKernels:
         return self._worker
 
     def _build(self, launch: Launch, code: str) -> Path:
-        text = f'#include "host_cuda.h"\n{code}\nHOST_ENTRY({launch.kernel})\n'
+        # Shared arrays of templates have the section that is poisoned only if they belong to this file alone.
+        text = f'#include "host_cuda.h"\nnamespace {{\n{code}\n}}\nHOST_ENTRY({launch.kernel})\n'
         defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in launch.defines]
         key = hashlib.sha256("\0".join([text, *defines]).encode()).hexdigest()[:16]
         library = self._builds / f"{launch.kernel}_{key}.so"

@@ -1,7 +1,7 @@
 // Enough of CUDA to run a kernel of this project on the host: every thread of a block is a fiber, one block at a time.
 //
-// Meant to be adversarial rather than fast. Fibers and blocks run in an order drawn from a seed, a fiber runs until its next barrier or
-// warp collective, shared memory is poisoned before every block: code that leans on an order or on a barrier that is not there
+// Meant to be adversarial rather than fast. Warps, their fibers and blocks run in an order drawn from a seed, a fiber runs until its next barrier
+// or warp collective, shared memory is poisoned before every block: code that leans on an order or on a barrier that is not there
 // gives another result under another seed. Built with AddressSanitizer and UBSan, which see every index and every alignment.
 // Any violation prints a line that starts with "host_cuda:" or a sanitizer's report, and ends the process.
 
@@ -146,14 +146,24 @@ inline void run_block(std::mt19937_64& random) {
     const unsigned threads = block_size.x * block_size.y * block_size.z;
     while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
     for (unsigned i = 0; i < threads; ++i) start(*fibers[i], i);
+    const unsigned warps = (threads + WARP_LANES - 1) / WARP_LANES;
     std::vector<unsigned> ready;
-    for (unsigned left = threads; left > 0;) {
+    const auto find_ready = [&](unsigned warp) {
         ready.clear();
-        for (unsigned i = 0; i < threads; ++i)
+        for (unsigned i = warp * WARP_LANES; i < std::min(threads, (warp + 1) * WARP_LANES); ++i)
             if (fibers[i]->wait == Wait::ready) ready.push_back(i);
-        if (ready.empty()) fail("deadlock: threads wait at different barriers");
+        return !ready.empty();
+    };
+    // A warp goes on for about LEAD turns, so that it gets ahead of the others by any number of collectives.
+    constexpr unsigned LEAD = 64;
+    unsigned warp = random() % warps;
+    for (unsigned left = threads; left > 0;) {
+        if (random() % LEAD == 0 || !find_ready(warp)) {
+            warp = random() % warps;
+            for (unsigned tried = 0; !find_ready(warp); warp = (warp + 1) % warps)
+                if (++tried > warps) fail("deadlock: threads wait at different barriers");
+        }
         std::shuffle(ready.begin(), ready.end(), random);
-        // Some of the ready fibers, so that a warp may get ahead of the others by any number of collectives.
         const size_t some = 1 + random() % ready.size();
         for (size_t i = 0; i < some; ++i) {
             resume(*fibers[ready[i]]);
