@@ -3,6 +3,7 @@
 //   DTYPE_BFLOAT16 | DTYPE_FLOAT16 | DTYPE_FLOAT32   the element type, exactly one of them
 //   ROW_OPT, COL_OPT                                 d_ff and d_model as constants; without them both come with the launch
 //   TOKENS                                           tokens of a call: vectors are (TOKENS, dim), row-major
+//   PARTIAL                                          the result stays in float32: a sum, to be added to those of other GPUs
 //
 // 16-bit elements are carried as their bits, so no CUDA header is included: a header costs more to parse than these kernels
 // cost to compile. Inline PTX stands in these shared headers under #ifdef __CUDACC__ and nowhere else, each with a plain C++
@@ -33,6 +34,12 @@
 typedef float scalar;
 #else
 typedef unsigned short scalar;
+#endif
+
+#ifdef PARTIAL
+typedef float result;
+#else
+typedef scalar result;
 #endif
 
 constexpr int VEC = 16 / sizeof(scalar);             // elements in a 16-byte vector
@@ -106,6 +113,15 @@ __device__ __forceinline__ scalar from_float(float value) {
     return float_to_half(value);
 #else
     return value;
+#endif
+}
+
+// The one rounding of a result, or none.
+__device__ __forceinline__ result to_result(float value) {
+#ifdef PARTIAL
+    return value;
+#else
+    return from_float(value);
 #endif
 }
 

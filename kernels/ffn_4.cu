@@ -18,7 +18,7 @@
 //            HERE: tokens of a block; grid.y is ceil(TOKENS / HERE)
 //            SHARED_BYTES: dynamic shared memory of a block, if it needs more than it has without
 //   numerics float32 accumulation in an order that only the token's mask, d_ff, d_model and the dtype decide, one rounding at the
-//            store; bias and norm are applied before it, in float32
+//            store, or none if PARTIAL; bias and norm are applied before it, in float32
 
 #include "bias.cuh"
 #include "elements.cuh"
@@ -119,10 +119,10 @@ __device__ __forceinline__ int list_rows(Bits bits, Write write) {
 __device__ __forceinline__ unsigned row_of(unsigned bit, unsigned base) { return base + bit / VEC * STEP + bit % VEC; }
 
 // What is left to do with a column's sum: the norm, the bias, the rounding.
-__device__ __forceinline__ scalar finished(float total, float squares, int rows, float norm_eps, const scalar* bias, int c) {
+__device__ __forceinline__ result finished(float total, float squares, int rows, float norm_eps, const scalar* bias, int c) {
     if constexpr (NORM_WEIGHT)
         if (total != 0.0f) total *= 1.0f / sqrtf(squares / rows + norm_eps);  // where nothing is active r may be infinite
-    return from_float(biased<DOWN_BIAS>(total, bias, c));
+    return to_result(biased<DOWN_BIAS>(total, bias, c));
 }
 
 constexpr int SPLIT = WARPS / SHARES;                            // warps that divide the tokens of a share among them
@@ -177,7 +177,7 @@ __device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsign
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-    ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, scalar* __restrict__ y, int d_ff, int d_model, const scalar* bias,
+    ffn_4(const scalar* x1, W_DOWN::Matrix w_down_t, result* __restrict__ y, int d_ff, int d_model, const scalar* bias,
           const scalar* norm_weight, float norm_eps) {
 #if defined(SHARED_BYTES)
     static_assert(sizeof(Shared) <= SHARED_BYTES, "what a block keeps must fit its dynamic shared memory");

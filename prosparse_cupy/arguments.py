@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, Generic, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from .compressed import CompressedWeight, plain
@@ -44,6 +45,8 @@ class Operand(NamedTuple):
     """Of a weight that may be compressed: the define that says its format."""
     extra: str = ""
     """Of an array that a call may have or not: what kernels call it, one of `OPTIONAL`."""
+    may_be_partial: bool = False
+    """Of a result: whether it may stay in float32, to be added to those of other GPUs."""
 
     @property
     def is_vector(self) -> bool:
@@ -57,6 +60,11 @@ class Operand(NamedTuple):
 def vector(name: str, dim: str) -> Operand:
     """A (dim,) or (B, dim) argument."""
     return Operand(name, (dim,), aligned=True)
+
+
+def total(name: str, dim: str) -> Operand:
+    """A (dim,) or (B, dim) result, which may be left in float32."""
+    return vector(name, dim)._replace(may_be_partial=True)
 
 
 def weight(name: str) -> Operand:
@@ -150,6 +158,8 @@ class Checked:
     tokens: int
     scratch_bytes: int
     """What an FFN takes of `workspace`."""
+    partial: bool
+    """Whether the result is a float32 sum that is not rounded to the dtype."""
 
 
 class Call(Generic[A]):
@@ -192,6 +202,8 @@ class Call(Generic[A]):
         **keywords: Any,
     ) -> A:
         """The result of a `reference` function of the caller's arrays, or of these."""
+        if self.checked.partial:
+            keywords["dtype"] = np.float32
         given = self.arrays if arrays is None else arrays
         required = given[: len(given) - len(self.extras)] if arrays is None else given
         return self.result(operator(*map(plain, required), *scalars, **keywords))
@@ -453,7 +465,8 @@ def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None, parts
     """
     operator, operands, output = signature.operator, signature.inputs, signature.output
     given = [*zip(operands, metas, strict=True)] + ([] if out is None else [(output._replace(name="out"), out)])
-    _check_dtypes(operator, given)
+    partial = output.may_be_partial and out is not None and out.dtype == "float32" != metas[0].dtype
+    _check_dtypes(operator, given[:-1] if partial else given)
     _check_devices(operator, given)
 
     dims: dict[str, int] = {}
@@ -474,15 +487,15 @@ def check(signature: Signature, metas: tuple[Meta, ...], out: Meta | None, parts
         for o, part in _with_parts(operands, parts)
         for n in _bytes_of(o, part, tokens, dims, dtype)
     ]
-    names, nbytes, aligned = zip(*at, ("out", output.nbytes(tokens, dims, dtype), output.aligned), strict=True)
+    out_bytes = output.nbytes(tokens, dims, "float32" if partial else dtype)
+    names, nbytes, aligned = zip(*at, ("out", out_bytes, output.aligned), strict=True)
     formats = tuple((o.define, PLAIN if part is None else part[0]) for o, part in _with_parts(operands, parts) if o.define)
     extras = tuple(o.extra for o in operands if o.extra)
     extra_names = {o.name for o in operands if o.extra}
     places = tuple(i for i, name in enumerate(names) if name in extra_names)
     facts = dims["d_model"], dims["d_ff"], dtype, metas[0].device
-    return Checked(
-        *facts, out_shape, names, nbytes, aligned, formats, extras, places, names.count("w_down_t"), number, scratch_bytes
-    )
+    pointers = names.count("w_down_t")
+    return Checked(*facts, out_shape, names, nbytes, aligned, formats, extras, places, pointers, number, scratch_bytes, partial)
 
 
 def _with_parts(operands: tuple[Operand, ...], parts: tuple[Part | None, ...]) -> list[tuple[Operand, Part | None]]:

@@ -116,6 +116,8 @@ class Dims(Protocol):
     def formats(self) -> tuple[tuple[str, Format], ...]: ...
     @property
     def extras(self) -> tuple[str, ...]: ...
+    @property
+    def partial(self) -> bool: ...
 
 
 @lru_cache(maxsize=4096)
@@ -126,7 +128,8 @@ def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU) -
     extras = tuple(p for p in interface.optional if p in dims.extras)
     activation = activation if interface.has_activation else RELU
     shape = dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens
-    return load(Problem(name, *shape, formats, activation, extras), dims.device)
+    partial = dims.partial and interface.may_be_partial
+    return load(Problem(name, *shape, formats, activation, extras, partial), dims.device)
 
 
 @cache

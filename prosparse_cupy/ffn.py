@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 import numpy as np
 
 from . import driver, reference
-from .arguments import MOST_TOKENS, BoundWeights, Call, Extras, Signature, check_call, extra, vector, weight, with_bound_extras
+from .arguments import (
+    MOST_TOKENS,
+    BoundWeights,
+    Call,
+    Extras,
+    Signature,
+    check_call,
+    extra,
+    total,
+    vector,
+    weight,
+    with_bound_extras,
+)
 from .compiler import kernel_of, load
 from .compressed import Weight
 from .device import current_device, gpu
@@ -41,7 +53,7 @@ def _signature(operator: str, gated: bool, bound: bool) -> Signature:
     weights = tuple(weight(name) for name in ("w_gate", "w_up", "w_down_t")[not gated :])
     token, optional = (vector("x", "d_model"),), _EXTRAS[not gated :]
     inputs = weights + token if bound else token + weights
-    return Signature(operator, inputs, vector("y", "d_model"), has_threshold=True, optional=optional)
+    return Signature(operator, inputs, total("y", "d_model"), has_threshold=True, optional=optional)
 
 
 _OF_TOKENS = frozenset(KERNELS) - {"pack_down", "decompress"}
@@ -97,7 +109,8 @@ def sparse_ffn(
     norm_eps : float, default 0.0
         As for `ffn_4`.
     out : array, (d_model,) or (B, d_model), optional
-        Takes the result. It must not share memory with an input.
+        Takes the result. It must not share memory with an input. Of float32 it takes y as it is before its last rounding, as
+        for `ffn_4`: some of the neurons' part of y, to be added to that of the others.
     specialize : bool, default True
         As for `ffn_1`.
 

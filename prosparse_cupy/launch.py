@@ -58,7 +58,9 @@ def _defines(problem: Problem) -> tuple[Define, ...]:
     formats = ((weight, f.struct) for weight, f in zip(interface.weights, problem.formats, strict=True))
     activation = ((f"ACTIVATION_{problem.activation.upper()}", None),) if interface.has_activation else ()
     extras = ((name.upper(), int(name in problem.extras)) for name in interface.optional)
-    return ((f"DTYPE_{problem.dtype.upper()}", None), *dims, ("TOKENS", problem.tokens), *formats, *activation, *extras)
+    partial = (("PARTIAL", None),) if problem.partial else ()
+    dtype = f"DTYPE_{problem.dtype.upper()}", None
+    return (dtype, *dims, ("TOKENS", problem.tokens), *formats, *activation, *extras, *partial)
 
 
 def _arguments(problem: Problem) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import reference
-from .arguments import Call, Operand, Signature, check_call, extra, vector, weight
+from .arguments import Call, Operand, Signature, check_call, extra, total, vector, weight
 from .compiler import kernel_of
 from .compressed import Weight
 from .driver import overlaps
@@ -23,7 +23,7 @@ _BIAS = "bias", "d_ff"
 FFN_1 = Signature(
     "ffn_1",
     (vector("x", "d_model"), weight("w_gate")),
-    vector("gate", "d_ff"),
+    total("gate", "d_ff"),
     optional=(extra(*_BIAS, "gate_bias"),),
 )
 FFN_12 = Signature(
@@ -50,7 +50,7 @@ FFN_23 = Signature(
 FFN_4 = Signature(
     "ffn_4",
     (vector("x1", "d_ff"), weight("w_down_t")),
-    vector("y", "d_model"),
+    total("y", "d_model"),
     optional=(extra("bias", "d_model", "down_bias"), extra("norm_weight", "d_ff", "norm_weight")),
 )
 PACK_DOWN = Signature(
@@ -75,7 +75,8 @@ def ffn_1(x: A, w_gate: Weight[A], *, bias: A | None = None, out: A | None = Non
     bias : array, (d_ff,), optional
         ``gate_proj.bias``, one for all tokens; added in float32, before the gate is rounded.
     out : array, (d_ff,) or (B, d_ff), optional
-        Takes the result; with it nothing is allocated.
+        Takes the result; with it nothing is allocated. Of float32 it takes the sums as they are, not rounded to the dtype: for
+        a part of a sum whose other parts are on other GPUs.
     specialize : bool, default True
         Compile `d_ff` and `d_model` into the kernel (ROW_OPT, COL_OPT), once per shape. False: one kernel for all shapes, or of
         `ffn_4` for those whose sums have one order. The bits are the same. Each number of tokens has kernels of its own.
@@ -295,7 +296,8 @@ def ffn_4(
     norm_eps : float, default 0.0
         What the norm adds to the mean of the squares; without `norm_weight` it must be 0.
     out : array, (d_model,) or (B, d_model), optional
-        Takes the result. It must not share memory with an input.
+        Takes the result. It must not share memory with an input. Of float32 it takes the sums as they are, not rounded to the
+        dtype: a shard's part of y, to be added to those of other GPUs.
     specialize : bool, default True
         As for `ffn_1`.
 

@@ -24,6 +24,8 @@ class Interface:
     may have or not (`OPTIONAL`), of which the define in capitals tells which."""
     is_programmatic: bool = True
     """Whether it may start while its predecessor on the stream ends, where the GPU can do that."""
+    may_be_partial: bool = False
+    """Whether it can leave its result in float32."""
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -43,11 +45,11 @@ OPTIONAL = ("gate_bias", "up_bias", "down_bias", "norm_weight")
 _DIMS = ("d_ff", "d_model")
 KERNELS: Mapping[str, Interface] = MappingProxyType(
     {
-        "ffn_1": Interface(("x", "W_GATE", "gate", *_DIMS, "gate_bias")),
+        "ffn_1": Interface(("x", "W_GATE", "gate", *_DIMS, "gate_bias"), may_be_partial=True),
         "ffn_12": Interface(("x", "W_UP", "x1", "threshold", *_DIMS, "up_bias")),
         "ffn_123": Interface(("x", "W_GATE", "W_UP", "x1", "threshold", *_DIMS, "gate_bias", "up_bias")),
         "ffn_23": Interface(("gate", "x", "W_UP", "x1", "threshold", *_DIMS, "up_bias")),
-        "ffn_4": Interface(("x1", "W_DOWN", "y", *_DIMS, "down_bias", "norm_weight", "norm_eps")),
+        "ffn_4": Interface(("x1", "W_DOWN", "y", *_DIMS, "down_bias", "norm_weight", "norm_eps"), may_be_partial=True),
         "pack_down": Interface(("w_down", "w_down_t", *_DIMS), is_programmatic=False),
         "decompress": Interface(("W_PACKED", "w", *_DIMS), is_programmatic=False),
     }
@@ -96,6 +98,8 @@ class Problem:
     """The part of the formula that kernels are compiled for; a threshold comes with the launch."""
     extras: tuple[str, ...] = ()
     """Which of the kernel's `OPTIONAL` arguments a call has."""
+    partial: bool = False
+    """Whether the result stays in float32, to be added to those of other GPUs, where the dtype is another."""
 
     def __post_init__(self) -> None:
         weights = len(KERNELS[self.kernel].weights)
@@ -110,8 +114,9 @@ class Problem:
 
     @property
     def measured(self) -> Problem:
-        """The problem whose knobs serve this one too: activation, biases and norm cost next to nothing."""
-        return self if self.activation == RELU and not self.extras else replace(self, activation=RELU, extras=())
+        """The problem whose knobs serve this one too: activation, biases, norm and a result in float32 cost next to nothing."""
+        is_own = self.activation == RELU and not self.extras and not self.partial
+        return self if is_own else replace(self, activation=RELU, extras=(), partial=False)
 
     @property
     def is_plain(self) -> bool:

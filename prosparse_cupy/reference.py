@@ -30,11 +30,11 @@ def fatrelu(gate: npt.NDArray[Any], threshold: float = 0.0) -> npt.NDArray[Any]:
     return Formula(threshold).activate(gate)
 
 
-def ffn_1(x: Array, w_gate: Array, *, bias: Array | None = None) -> Array:
-    """Formula 1: `x @ w_gate.T + bias`."""
+def ffn_1(x: Array, w_gate: Array, *, bias: Array | None = None, dtype: npt.DTypeLike | None = None) -> Array:
+    """Formula 1: `x @ w_gate.T + bias`, rounded to `dtype`, that of `x` if it is None."""
     if x.ndim > 1:
-        return np.stack([ffn_1(token, w_gate, bias=bias) for token in x])
-    return _biased(rows_dot(x, w_gate, np.arange(len(w_gate))), bias).astype(x.dtype)
+        return np.stack([ffn_1(token, w_gate, bias=bias, dtype=dtype) for token in x])
+    return _biased(rows_dot(x, w_gate, np.arange(len(w_gate))), bias).astype(dtype or x.dtype)
 
 
 def ffn_12(x: Array, w_up: Array, threshold: float = 0.0, *, activation: str = RELU, bias: Array | None = None) -> Array:
@@ -73,11 +73,18 @@ def ffn_123(
 
 
 def ffn_4(
-    x1: Array, w_down_t: Array, *, bias: Array | None = None, norm_weight: Array | None = None, norm_eps: float = 0.0
+    x1: Array,
+    w_down_t: Array,
+    *,
+    bias: Array | None = None,
+    norm_weight: Array | None = None,
+    norm_eps: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
 ) -> Array:
     """Formula 4: `x1 @ w_down_t + bias`, over the rows of `w_down_t` where `x1` is not zero.
 
-    With `norm_weight` x1 is first divided by its root mean square over all neurons and multiplied by the weight.
+    With `norm_weight` x1 is first divided by its root mean square over all neurons and multiplied by the weight. The result is
+    rounded to `dtype`, that of `x1` if it is None.
     """
     rows = x1.reshape(-1, x1.shape[-1]).astype(np.float64)
     y = np.zeros((len(rows), w_down_t.shape[1]), np.float64)
@@ -88,7 +95,7 @@ def ffn_4(
                 scale = 1 / np.sqrt(np.mean(np.square(values)) + norm_eps)
                 values[used] *= norm_weight[used].astype(np.float64) * scale
             token += rows_sum(values, w_down_t, used)
-        return _biased(y, bias).reshape(*x1.shape[:-1], -1).astype(x1.dtype)
+        return _biased(y, bias).reshape(*x1.shape[:-1], -1).astype(dtype or x1.dtype)
 
 
 def sparse_ffn(
@@ -104,13 +111,14 @@ def sparse_ffn(
     down_bias: Array | None = None,
     norm_weight: Array | None = None,
     norm_eps: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
 ) -> Array:
-    """Formulas 1 to 4; without `w_gate`, of a block that has none."""
+    """Formulas 1 to 4; without `w_gate`, of a block that has none. Only y is rounded to `dtype`, if it is given."""
     if w_gate is None:
         x1 = ffn_12(x, w_up, threshold, activation=activation, bias=up_bias)
     else:
         x1 = ffn_123(x, w_gate, w_up, threshold, activation=activation, gate_bias=gate_bias, up_bias=up_bias)
-    return ffn_4(x1, w_down_t, bias=down_bias, norm_weight=norm_weight, norm_eps=norm_eps)
+    return ffn_4(x1, w_down_t, bias=down_bias, norm_weight=norm_weight, norm_eps=norm_eps, dtype=dtype)
 
 
 def pack_down(w_down: npt.NDArray[Any]) -> npt.NDArray[Any]:

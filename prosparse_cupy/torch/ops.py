@@ -3,8 +3,9 @@
 `ffn_1`, `ffn_12`, `ffn_123`, `ffn_23`, `ffn_4` and `sparse_ffn` take what the functions of the same name in `prosparse_cupy`
 take, one token or up to 8, and each has an overload `.out` that writes to `out` and returns nothing, and an overload `.parts`
 whose weights may be compressed: the dispatcher takes tensors and numbers alone, so each weight is a list of tensors
-(`parts_of`), and `facts` the numbers of all (`facts_of`). `decompress` makes such a weight plain. CUDA tensors go to the
-kernels, CPU tensors to the reference. Inference only: a tensor that requires grad is refused while gradients are recorded.
+(`parts_of`), and `facts` the numbers of all (`facts_of`). With `partial`, `ffn_1`, `ffn_4` and `sparse_ffn` leave their result
+in float32, to be added to those of other GPUs. `decompress` makes a weight plain. CUDA tensors go to the kernels, CPU tensors
+to the reference. Inference only: a tensor that requires grad is refused while gradients are recorded.
 """
 
 from __future__ import annotations
@@ -26,21 +27,23 @@ from .compressed import checked_packed_of, on_host, weight_of
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_12, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_PARTIAL = ", bool partial=False"
 _LIBRARY = torch.library.Library("prosparse", "DEF")
 
 
 def _register(name: str) -> None:
     """Both overloads of an operator: schema, CUDA, CPU and fake implementation."""
-    inputs = ", ".join(f"{_kind(name, operand)} {operand.name}" for operand in _SIGNATURES[name].inputs)
-    more = _more(_SIGNATURES[name])
-    _LIBRARY.define(f"{name}({inputs}{more}) -> Tensor", tags=_TAGS)
+    signature = _SIGNATURES[name]
+    inputs = ", ".join(f"{_kind(name, operand)} {operand.name}" for operand in signature.inputs)
+    more = _more(signature)
+    _LIBRARY.define(f"{name}({inputs}{more}{_PARTIAL * signature.output.may_be_partial}) -> Tensor", tags=_TAGS)
     _LIBRARY.define(f"{name}.out({inputs}{more}, Tensor(a!) out) -> ()", tags=_TAGS)
     operator = getattr(ffn if name == "sparse_ffn" else ops, name)
     for key, run in (("CUDA", operator), ("CPU", _on_host(operator))):
-        call = _refusing_grad(name, run)
+        call = _refusing_grad(name, _perhaps_partial(signature, run))
         _LIBRARY.impl(name, call, key)
         _LIBRARY.impl(f"{name}.out", _returning_nothing(call), key)
-    call = _refusing_grad(name, _fake(_SIGNATURES[name]))
+    call = _refusing_grad(name, _fake(signature))
     torch.library.register_fake(f"prosparse::{name}", call, lib=_LIBRARY)
     torch.library.register_fake(f"prosparse::{name}.out", _returning_nothing(call), lib=_LIBRARY)
 
@@ -61,10 +64,11 @@ def _register_parts(name: str) -> None:
     """The overload for weights in parts."""
     signature = _SIGNATURES[name]
     inputs = ", ".join(f"Tensor{'[]' if operand.define else ''} {operand.name}" for operand in signature.inputs)
-    _LIBRARY.define(f"{name}.parts({inputs}, int[] facts{_more(signature)}) -> Tensor", tags=_TAGS)
+    more = _more(signature) + _PARTIAL * signature.output.may_be_partial
+    _LIBRARY.define(f"{name}.parts({inputs}, int[] facts{more}) -> Tensor", tags=_TAGS)
     operator = getattr(ffn if name == "sparse_ffn" else ops, name)
     for key, run in (("CUDA", operator), ("CPU", _on_host(operator))):
-        _LIBRARY.impl(f"{name}.parts", _refusing_grad(name, _of_parts(signature, run)), key)
+        _LIBRARY.impl(f"{name}.parts", _refusing_grad(name, _of_parts(signature, _perhaps_partial(signature, run))), key)
     fake = _refusing_grad(name, _fake_of_parts(signature))
     torch.library.register_fake(f"prosparse::{name}.parts", fake, lib=_LIBRARY)
 
@@ -84,12 +88,12 @@ def _of_parts(signature: Signature, run: Callable[..., Tensor]) -> Callable[...,
 
 def _fake_of_parts(signature: Signature) -> Callable[..., Tensor]:
     """As `_fake`, of a plain weight's shape or of what its facts say."""
-    axis = ("d_ff", "d_model").index(signature.output.dims[0])
+    axis = _axis(signature)
 
-    def call(*arguments: Any, out: Tensor | None, **keywords: Any) -> Tensor:
+    def call(*arguments: Any, out: Tensor | None, partial: bool = False, **keywords: Any) -> Tensor:
         first, weight, facts = arguments[0], arguments[len(signature.inputs) - 1], arguments[len(signature.inputs)]
         size = weight[0].shape[axis] if facts[-3] < 0 else facts[-2 + axis]
-        result: Tensor = first.new_empty((*first.shape[:-1], size))
+        result: Tensor = first.new_empty((*first.shape[:-1], size), dtype=_dtype_of(first, partial))
         return result
 
     return call
@@ -126,6 +130,28 @@ def _returning_nothing(call: Callable[..., Tensor]) -> Callable[..., None]:
     return call_out
 
 
+def _perhaps_partial(signature: Signature, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator that can be asked to leave its result in float32."""
+    axis = _axis(signature)
+
+    def call(*arguments: Any, out: Tensor | None, partial: bool = False, **keywords: Any) -> Tensor:
+        if partial and out is None:
+            first, weight = arguments[0], arguments[len(signature.inputs) - 1]
+            out = first.new_empty((*first.shape[:-1], weight.shape[axis]), dtype=torch.float32)
+        return run(*arguments, out=out, **keywords)
+
+    return call
+
+
+def _axis(signature: Signature) -> int:
+    """Which dim of a weight the result has."""
+    return ("d_ff", "d_model").index(signature.output.dims[0])
+
+
+def _dtype_of(first: Tensor, partial: bool) -> torch.dtype:
+    return torch.float32 if partial else first.dtype
+
+
 def _on_host(operator: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
     def seen(argument: Any) -> Any:
         return on_host(argument, as_numpy) if isinstance(argument, (Tensor, CompressedWeight)) else argument
@@ -139,9 +165,9 @@ def _on_host(operator: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
 
 def _fake(signature: Signature) -> Callable[..., Tensor]:
     """The shape, dtype and device of a result: the first input's leading dims, then d_model or d_ff as the weights have it."""
-    axis = ("d_ff", "d_model").index(signature.output.dims[0])
+    axis = _axis(signature)
 
-    def call(*arguments: Any, out: Tensor | None, **keywords: Any) -> Tensor:
+    def call(*arguments: Any, out: Tensor | None, partial: bool = False, **keywords: Any) -> Tensor:
         first, weights = arguments[0], arguments[len(signature.inputs) - 1]
         # Also runs if one of them is on the meta device: a result on another device would be memory that nobody wrote.
         names = (*(o.name for o in signature.inputs), "out", *keywords)
@@ -152,7 +178,7 @@ def _fake(signature: Signature) -> Callable[..., Tensor]:
                     f"{signature.operator}: {name} must be on the device of {signature.inputs[0].name}, {first.device}, got "
                     f"{tensor.device}: move it there"
                 )
-        result: Tensor = first.new_empty((*first.shape[:-1], weights.shape[axis]))
+        result: Tensor = first.new_empty((*first.shape[:-1], weights.shape[axis]), dtype=_dtype_of(first, partial))
         return result
 
     return call
