@@ -90,6 +90,8 @@ class Choice:
         for processor in self._processors:
             scores = processor(self._ids[:, :-1], scores)
         token: Tensor = torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax(-1, keepdim=True)
+        if sampled and step.parallel is not None:
+            step.parallel.share(token)  # whose generators may be in other states
         if self._padded:
             token = torch.where(self._ended, self._pad, token)
             for ends in self._ends:

@@ -85,22 +85,24 @@ def _pays(tokens: int, most: int) -> bool:
     return tokens <= MOST_TOKENS_OF_ANY
 
 
-def decoded(tokens: Tensor, weight: TorchWeight, bias: Tensor | None = None) -> Tensor | None:
+def decoded(tokens: Tensor, weight: TorchWeight, bias: Tensor | None = None, *, partial: bool = False) -> Tensor | None:
     """``tokens @ weight.T + bias`` by `ffn_1`, or None where only torch does what is asked.
 
-    `tokens` is (d,), or (B, d) with as many as the operator takes.
+    `tokens` is (d,), or (B, d) with as many as the operator takes. If `partial`, the result stays in float32.
     """
     if not forward_is_torchs() or is_cast(tokens) or is_recorded(tokens, (weight, bias)):
         return None
     if tokens.is_cuda and not is_watched():
         try:
-            y: Tensor = ffn_1(tokens, plain_or_packed(weight), bias=bias)
+            out = tokens.new_empty((*tokens.shape[:-1], weight.shape[0]), dtype=torch.float32) if partial else None
+            y: Tensor = ffn_1(tokens, plain_or_packed(weight), bias=bias, out=out)
             return y
         except (TypeError, ValueError):  # what the operator refuses, torch does, or refuses as it always did
             return None
     if not is_taken(tokens, weight, extras=() if bias is None else (bias,)):
         return None
-    return dispatched("ffn_1", tokens, (weight,), bias=bias)
+    more = {"partial": True} if partial else {}
+    return dispatched("ffn_1", tokens, (weight,), bias=bias, **more)
 
 
 def plain_or_packed(weight: TorchWeight) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..arguments import MOST_TOKENS
 from ..attention import Attention
 from .dispatch import DTYPES, does_more, forward_is_torchs
+from .parallel import forward_is_parallel, local_of, parallel_of
 
 _PURE = {
     "EpsilonLogitsWarper",
@@ -169,7 +170,7 @@ def why_no_step(model: Any) -> str:
         return f"its parameters are on several devices: {', '.join(sorted(devices))}"
     if weight.dtype not in DTYPES:
         return f"its dtype is {weight.dtype}"
-    if misfit := attention_of_config(config, weight.dtype).misfit:
+    if misfit := attention_of(model, config, weight.dtype).misfit:
         return misfit
     if len(layers) != config.num_hidden_layers:
         return f"it has {len(layers)} layers, its config says {config.num_hidden_layers}"
@@ -179,9 +180,22 @@ def why_no_step(model: Any) -> str:
     if _has_windows(config) and not all(_knows_windows(layer) for layer in layers):
         return "its attention has a window that it does not say"
     for name, module in model.named_modules():
-        if does_more(module) or module._backward_hooks:
+        if (does_more(module) and not forward_is_parallel(module)) or module._backward_hooks:
             return f"{name or 'the model'} has hooks, or a forward of its own, which a graph would not call"
     return ""
+
+
+def attention_of(model: Any, config: Any, dtype: torch.dtype) -> Attention:
+    """The attention of a model's layers: of one that is split over processes, this one's heads."""
+    found = attention_of_config(config, dtype)
+    parallel = parallel_of(model)
+    if parallel is None:
+        return found
+    keys = [module for name, module in model.named_modules() if name.endswith(".k_proj")]
+    rows = {len(local_of(m.weight)) if isinstance(m, nn.Linear) else m.out_features for m in keys}
+    if rows != {found.kv_heads // parallel.size * found.head_dim}:
+        return found  # every process has all heads, or they are split in another way, which the step's check would see
+    return found._replace(heads=found.heads // parallel.size, kv_heads=found.kv_heads // parallel.size)
 
 
 def attention_of_config(config: Any, dtype: torch.dtype) -> Attention:
@@ -234,6 +248,7 @@ def _state(value: Any, depth: int = 3) -> Any:
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
         return value
     if isinstance(value, Tensor):
+        value = local_of(value)
         return value.data_ptr(), value.shape, value.dtype, value.stride()
     if isinstance(value, nn.Module):
         return "module", id(value)

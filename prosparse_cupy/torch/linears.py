@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..compressed import CompressedWeight, compress
 from .compressed import facts_of, numbers_of, packed_of
 from .dispatch import decoded, few_tokens
+from .parallel import Sharding, Split, local_of, set_local, sharding_of
 
 
 class DecodingLinear(nn.Linear):
@@ -27,12 +28,15 @@ class DecodingLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self._replaced: tuple[nn.Module, ...] = ()  # what `patch_model` put it in the place of; no submodule
+        self._sharding: Sharding | None = None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> DecodingLinear:
-        """Of an `nn.Linear` without bias, whose parameter it shares."""
-        decoding = cls(linear.in_features, linear.out_features, device="meta")
+        """Of an `nn.Linear` without bias, whose parameter it shares; of one that transformers has split, a part."""
+        rows, columns = local_of(linear.weight).shape
+        decoding = cls(columns, rows, device="meta")
         decoding.weight = linear.weight
+        decoding._sharding = known_sharding(linear)
         return decoding.train(linear.training)
 
     def linear(self) -> nn.Linear:
@@ -43,6 +47,8 @@ class DecodingLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T``, (..., in_features) to (..., out_features)."""
+        if self._sharding is not None:
+            return self._of_shard(input, self._sharding)
         if input.numel() == self.in_features == (shape := input.shape)[-1]:
             if self.bias is None and (y := decoded(input.flatten(), self.weight)) is not None:
                 return y.view(*shape[:-1], -1)
@@ -53,6 +59,17 @@ class DecodingLinear(nn.Linear):
         ):
             return y.view(*input.shape[:-1], -1)
         return nn.functional.linear(input, self.weight, self.bias)
+
+    def _of_shard(self, input: Tensor, sharding: Sharding) -> Tensor:
+        """What the projection that transformers has split returns; of many tokens, or with gradients, by calling it."""
+        weight = local_of(self.weight)
+        if not (torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad)):
+            if (y := sharding.decoded(input, weight)) is not None:
+                return y
+            if not self._replaced:
+                return sharding.whole(nn.functional.linear(input, weight), input.dtype)
+        whole: Tensor = self._replaced[0](input)
+        return whole
 
 
 class CompressedLinear(nn.Module):
@@ -79,6 +96,8 @@ class CompressedLinear(nn.Module):
         self.transposed = transposed
         self.register_parameter("bias", bias)
         self._replaced: tuple[nn.Module, ...] = ()  # what `patch_model` put it in the place of; no submodule
+        self._split: Split | None = None  # how its weight was spread over processes, of which it has this one's part
+        self._sharding: Sharding | None = None
         self._requires_grad = weight.requires_grad
         self._take(weight)
 
@@ -89,6 +108,7 @@ class CompressedLinear(nn.Module):
         nn.Module.__init__(linear)
         linear.register_parameter("bias", None)
         linear.transposed, linear._requires_grad, linear._replaced = transposed, True, ()
+        linear._split, linear._sharding = None, None
         linear.out_features, linear.in_features = packed.shape[::-1] if transposed else packed.shape
         linear._hold(packed)
         return linear
@@ -129,7 +149,18 @@ class CompressedLinear(nn.Module):
         """Remember what `unpatch_model` puts back, without its weight."""
         self.train(linear.training)
         self._replaced = (linear,)
-        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=linear.weight.requires_grad)
+        self._split, self._sharding = Split.of(linear.weight), known_sharding(linear)
+        empty = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
+        linear.weight = nn.Parameter(empty, requires_grad=linear.weight.requires_grad)
+
+    def put_back(self) -> nn.Linear:
+        """The `nn.Linear` whose place this one took, or a new one, with the same bits."""
+        linear = self.linear()
+        if self._split is None:
+            return linear
+        before: Any = self._replaced[0]
+        before.weight = nn.Parameter(self._split.of_local(linear.weight.detach()), requires_grad=self._requires_grad)
+        return before.train(self.training)  # type: ignore[no-any-return]
 
     def show_one_escape(self) -> None:
         """Have `parts` show but one of the escapes; the others lie behind it in memory, where `packed_of` finds them.
@@ -160,23 +191,30 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, (..., in_features) to (..., out_features)."""
+        if self._sharding is not None and not self.transposed and self.bias is None:
+            y = self._sharding.decoded(x, self)
+            return self._sharding.whole(nn.functional.linear(x, self.weight), x.dtype) if y is None else y
+        bias = self.bias if self._split is None or self.bias is None else local_of(self.bias)
         if x.numel() == self.in_features == (shape := x.shape)[-1]:
-            if not self.transposed and (y := decoded(x.flatten(), self, self.bias)) is not None:
+            if not self.transposed and (y := decoded(x.flatten(), self, bias)) is not None:
                 return y.view(*shape[:-1], -1)
         elif (
             not self.transposed
             and (tokens := few_tokens(x, "ffn_1", "bf12")) is not None
-            and (y := decoded(tokens, self, self.bias)) is not None
+            and (y := decoded(tokens, self, bias)) is not None
         ):
             return y.view(*x.shape[:-1], -1)
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.weight, bias)
 
     def extra_repr(self) -> str:
         dims, bias = f"in_features={self.in_features}, out_features={self.out_features}", self.bias is not None
         return f"{dims}, bias={bias}, ratio={self.packed.ratio:.4f}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight.detach().to("cpu").contiguous()
+        plain = self.weight.detach()
+        # What is spread over processes is gathered where it is.
+        plain = plain.to("cpu").contiguous() if self._split is None else self._split.of_local(plain.contiguous())
+        destination[f"{prefix}weight"] = plain
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -244,22 +282,32 @@ class CompressedLinear(nn.Module):
 
 def place_together(linears: Sequence[nn.Linear]) -> None:
     """Move the weights of projections of one input into one buffer, row after row: the same parameters with the same values."""
-    whole = torch.cat([linear.weight.data for linear in linears])
-    for linear, rows in zip(linears, whole.split([linear.out_features for linear in linears]), strict=True):
-        linear.weight.data = rows
+    weights = [local_of(linear.weight).detach() for linear in linears]
+    whole = torch.cat(weights)
+    for linear, rows in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
+        set_local(linear.weight, rows)
 
 
 def place_apart(linear: nn.Linear) -> None:
     """The inverse of `place_together`, for one of them: memory of its own."""
-    data = linear.weight.data
+    data = local_of(linear.weight).detach()
     if data.untyped_storage().nbytes() > data.nbytes:
-        linear.weight.data = data.clone()
+        set_local(linear.weight, data.clone())
+
+
+def known_sharding(linear: Any) -> Sharding | None:
+    """How transformers has split a projection, where that is a way that is known."""
+    found = sharding_of(linear)
+    return found if isinstance(found, Sharding) else None
 
 
 def whole_of(linears: Sequence[nn.Module]) -> Tensor | CompressedLinear | None:
     """Projections of one input as one, if they lie one after the other in memory; None if they do not."""
+    shardings: list[Sharding | None] = [getattr(linear, "_sharding", None) for linear in linears]
+    if any(sharding is not None and sharding.style != "colwise" for sharding in shardings):
+        return None
     if all(type(linear) is DecodingLinear and linear.bias is None for linear in linears):
-        return _adjacent([linear.weight.detach() for linear in linears])  # type: ignore[operator]
+        return _adjacent([local_of(linear.weight).detach() for linear in linears])  # type: ignore[arg-type]
     compressed = [x for x in linears if type(x) is CompressedLinear and not x.transposed and x.bias is None]
     if len(compressed) < len(linears):
         return None

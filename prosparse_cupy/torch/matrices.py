@@ -19,6 +19,7 @@ from ..formats import VECTOR_BYTES
 from .dispatch import DTYPES, decoded, does_more
 from .linears import CompressedLinear, DecodingLinear, place_apart, place_together
 from .mlp import SparseMLP
+from .parallel import local_of, sharding_of
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
@@ -124,15 +125,17 @@ def _replace_group(
 
 def _fit(linears: Sequence[nn.Linear], to_compress: bool) -> bool:
     """Whether projections can be one matrix, each with its rows at a multiple of 16 bytes."""
-    words = max(1, linears[0].in_features // CHUNK) * 4  # of a row, the smallest part of a compressed one
-    unaligned = to_compress and any(linear.out_features * words % VECTOR_BYTES for linear in linears[:-1])
-    return len({(x.in_features, x.weight.dtype, x.weight.device) for x in linears}) == 1 and not unaligned
+    weights = [local_of(linear.weight) for linear in linears]
+    words = max(1, weights[0].shape[1] // CHUNK) * 4  # of a row, the smallest part of a compressed one
+    unaligned = to_compress and any(len(weight) * words % VECTOR_BYTES for weight in weights[:-1])
+    alike = {(weight.shape[1], weight.dtype, weight.device, sharding_of(x)) for weight, x in zip(weights, linears, strict=True)}
+    return len(alike) == 1 and not unaligned
 
 
 def _tried(linear: DecodingLinear | CompressedLinear) -> Tensor | None:
     """The operator's result of some token; this compiles its kernel."""
-    weight = linear if isinstance(linear, CompressedLinear) else linear.weight
-    example = linear.parts[0] if isinstance(linear, CompressedLinear) else linear.weight
+    weight = linear if isinstance(linear, CompressedLinear) else local_of(linear.weight)
+    example = linear.parts[0] if isinstance(linear, CompressedLinear) else local_of(linear.weight)
     dtype = torch.bfloat16 if isinstance(linear, CompressedLinear) else linear.weight.dtype
     with torch.autocast(example.device.type, enabled=False):
         return decoded(torch.ones(linear.in_features, dtype=dtype, device=example.device), weight)
@@ -144,15 +147,16 @@ def _compressed(model: nn.Module, linears: Sequence[nn.Linear]) -> tuple[list[An
     for other in model.modules():
         if not any(other is linear for linear in linears) and any(p is w for p in other._parameters.values() for w in weights):
             return [], 1.0, f"plain, shared with a {type(other).__name__}"
-    whole = compress(torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach())
+    parts = [local_of(w).detach() for w in weights]
+    whole = compress(torch.cat(parts) if len(parts) > 1 else parts[0])
     if whole.ratio > LARGEST_RATIO:
         return [], 1.0, f"plain, {whole.ratio:.0%} of its size compressed"
     made, start = [], 0
-    for linear in linears:
-        packed = whole if len(linears) == 1 else whole.rows(start, start + linear.out_features)
+    for part in parts:
+        packed = whole if len(linears) == 1 else whole.rows(start, start + len(part))
         made.append(CompressedLinear.of_packed(packed, transposed=False))
-        start += linear.out_features
-        if not torch.equal(made[-1].weight.view(torch.int16), linear.weight.view(torch.int16)):
+        start += len(part)
+        if not torch.equal(made[-1].weight.view(torch.int16), part.view(torch.int16)):
             raise RuntimeError("patch_model: a matrix did not come back to the bit: a defect, please report it")
     return made, whole.ratio, ""
 
@@ -181,7 +185,7 @@ def put_back_matrices(model: nn.Module) -> None:
         if not isinstance(module, (DecodingLinear, CompressedLinear)) or not module._replaced:
             continue
         before: Any = module._replaced[0]
-        before.weight = module.linear().weight if isinstance(module, CompressedLinear) else module.weight
+        before.weight = module.put_back().weight if isinstance(module, CompressedLinear) else module.weight
         if isinstance(module, DecodingLinear):
             place_apart(before)
         model.set_submodule(name, before.train(module.training))
@@ -193,10 +197,12 @@ def why_not(linear: Any) -> str:
         return f"a {type(linear).__module__}.{type(linear).__qualname__}, not a torch.nn.Linear itself"
     if linear.bias is not None:
         return "has a bias"
-    weight = linear.weight
+    if isinstance(sharding := sharding_of(linear), str):
+        return sharding
+    weight = local_of(linear.weight)
     if type(weight.data) is not Tensor or weight.dtype not in DTYPES:
         return f"{weight.dtype} in a {type(weight.data).__name__}: bfloat16, float16 or float32 needed"
-    if hasattr(linear, "_hf_hook") or does_more(linear):
+    if hasattr(linear, "_hf_hook") or (sharding is None and does_more(linear)):
         return "has hooks, or a forward of its own (offloading, or a user's)"
     if weight.is_meta:
         return "on the meta device: load it first"

@@ -27,6 +27,15 @@ from .dispatch import (
     plain_or_packed,
 )
 from .linears import CompressedLinear
+from .parallel import (
+    TensorParallel,
+    forward_is_parallel,
+    is_split,
+    local_of,
+    parallel_of_group,
+    rows_of,
+    set_local,
+)
 
 PROJECTIONS = LLAMA_LIKE.projections
 
@@ -81,6 +90,11 @@ class SparseMLP(nn.Module):
         Says what the submodules are called.
     formula : Formula
         What the block computes.
+
+    Attributes
+    ----------
+    parallel : TensorParallel or None
+        Whose processes hold the other neurons, where this is a shard: what transformers has split, or what `shard` made.
     """
 
     def __init__(self, family: MLPFamily, formula: Formula) -> None:
@@ -92,6 +106,7 @@ class SparseMLP(nn.Module):
         self.counts: Tensor | None = None
         """Active neurons and all neurons so far, (2,) int64, where a `SparsityMeter` counts them."""
         self._replaced: tuple[nn.Module, ...] = ()
+        self.parallel: TensorParallel | None = None
         self._bound: tuple[Any, SparseFFN[Tensor]] | None = None
         """Weights as they were at the last call; they are kept, so no other has the id of one."""
         self._halves: tuple[CompressedLinear, ...] = ()
@@ -99,14 +114,88 @@ class SparseMLP(nn.Module):
         self.register_load_state_dict_post_hook(_pack_what_was_loaded)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def of(cls, mlp: nn.Module, family: MLPFamily, formula: Formula) -> SparseMLP:
+    def of(cls, mlp: nn.Module, family: MLPFamily, formula: Formula, parallel: TensorParallel | None = None) -> SparseMLP:
         """Of an MLP of a family that computes a formula. Its projections and its norm are shared, not copied.
 
-        The down-projection's weight changes its layout in memory, not its values.
+        The down-projection's weight changes its layout in memory, not its values. `parallel` says whose shards these are.
         """
         sparse = cls(family, formula)
         sparse._take_parts(mlp, formula)
+        sparse.parallel = parallel
         return sparse
+
+    def shard(self, group: Any) -> SparseMLP:
+        """This process's part of the neurons, as a module whose output is that of the whole, for tensor parallelism.
+
+        Every process of the group calls it on the same module, and then the shard on the same input. Of `d_ff` neurons each
+        process gets as many, or one more in the first ones. The parts of y are added in float32, and y is rounded once.
+        Compressed projections are compressed again. For inference: gradients are refused.
+
+        Parameters
+        ----------
+        group : torch.distributed.ProcessGroup
+            NCCL's for a module on a GPU; ``torch.distributed.group.WORLD`` is that of all processes.
+
+        Returns
+        -------
+        SparseMLP
+            With copies of its rows of the weights; biases that all processes need are shared. Its state dict holds this
+            process's part.
+
+        Raises
+        ------
+        ValueError
+            More processes than neurons, a norm over all neurons, a shard already, a group that cannot add what is on this
+            device, or modules that are not the same in all processes.
+        """
+        parallel = parallel_of_group(group)
+        formats = {name: type(getattr(self, name)).__name__ for name in self.family.projections}
+        weights = [getattr(self, name).weight for name in (self.family.up, self.family.down) if hasattr(self, name)]
+        facts = {"d_model": self.d_model, "d_ff": self.d_ff, "formula": str(self.formula), "formats": formats}
+        if reason := parallel.agreed(self._why_no_shard(parallel, weights[-1].device)):
+            raise ValueError(f"shard: {reason}")
+        parallel.refuse_others("shard", {**facts, "dtype": str(weights[-1].dtype)})
+        with parallel.together(), torch.no_grad():
+            return self._rows(rows_of(parallel.rank, parallel.size, self.d_ff), parallel)
+
+    def _why_no_shard(self, parallel: TensorParallel, device: torch.device) -> str:
+        if self.parallel is not None:
+            return "this is a shard already"
+        if self.family.norm is not None or self.family.fused is not None:
+            return "its norm looks at all neurons" if self.family.norm is not None else "gate and up are one matrix"
+        if parallel.size > self.d_ff:
+            return f"{parallel.size} processes are more than its {self.d_ff} neurons: use a smaller group"
+        return parallel.why_not_on(device)
+
+    def _rows(self, rows: slice, parallel: TensorParallel) -> SparseMLP:
+        """A module of some of the neurons."""
+        formula = self.formula
+        if formula is None:
+            raise ValueError("shard: its activation is none that is known")
+        part = nn.Module()
+        for name in self.family.projections:
+            linear: Any = getattr(self, name)
+            is_down = name == self.family.down
+            if not isinstance(linear, (nn.Linear, CompressedLinear)):
+                raise ValueError(f"shard: {name} is a {type(linear).__name__}, whose parts are not known")
+            weight = linear.weight.detach()
+            kept = weight[:, rows].t().contiguous().t() if is_down else weight[rows].clone()
+            bias = linear.bias if is_down or linear.bias is None else nn.Parameter(linear.bias.detach()[rows].clone(), False)
+            made: Any
+            if isinstance(linear, CompressedLinear):
+                made = CompressedLinear(kept, transposed=is_down, bias=bias)
+            else:
+                made = nn.Linear(kept.shape[1], kept.shape[0], bias=False, device="meta")
+                made.weight = nn.Parameter(kept, requires_grad=False)
+                made.register_parameter("bias", bias)
+            setattr(part, name, made)
+        shard = type(self)._of_parts(part, self.family, formula)
+        shard._replaced, shard.parallel = (), parallel
+        return shard.train(self.training)
+
+    @classmethod
+    def _of_parts(cls, part: nn.Module, family: MLPFamily, formula: Formula) -> SparseMLP:
+        return cls.of(part, family, formula)
 
     def _take_parts(self, mlp: nn.Module, formula: Formula) -> None:
         for name in self.family.projections:
@@ -137,7 +226,9 @@ class SparseMLP(nn.Module):
 
     @property
     def d_ff(self) -> int:
-        features: int = self.down.in_features
+        """The number of neurons, of a shard its own."""
+        weight = self.down._parameters.get("weight")
+        features: int = local_of(weight).shape[1] if is_split(weight) else self.down.in_features
         return features
 
     @property
@@ -175,7 +266,24 @@ class SparseMLP(nn.Module):
         if self.counts is not None:
             count_active(self.counts, x1)
         *_, down, _, norm = self._names
+        if self.parallel is not None and not forward_is_parallel(self.down):
+            bias = self.down.bias
+            return self._sum_of(self._part_of(x1), None if bias is None else local_of(bias), x.dtype)
         return getattr(self, down)(x1 if norm is None else getattr(self, norm)(x1))
+
+    def _part_of(self, x1: Tensor) -> Tensor:
+        """This shard's part of the down-projection by the dense path, without a bias."""
+        down = self.down
+        part: Tensor = down(x1) if down.bias is None else nn.functional.linear(x1, down.weight)
+        if part.requires_grad:
+            raise RuntimeError(f"{type(self).__name__}: a shard is for inference: call it under torch.no_grad()")
+        return part.float()
+
+    def _sum_of(self, part: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """y of the parts of all shards: their sum in float32, the bias, and one rounding."""
+        assert self.parallel is not None
+        total = self.parallel.sum(part)
+        return (total if bias is None else total + bias.float()).to(dtype)
 
     def _as_before(self, x: Any, *others: Any, **keywords: Any) -> Any:
         """A call of the module that this one is in the place of, with the parts of now."""
@@ -212,27 +320,46 @@ class SparseMLP(nn.Module):
         tensors = found[:3] if not found.extras else (*found[:3], *found.extras.values())
         if is_recorded(tokens, tensors):
             return None
+        if self.parallel is None:
+            return self._run(tokens, found)
+        bias = found.extras.pop("down_bias", None)
+        part = self._run(tokens, found, partial=True)
+        return None if part is None else self._sum_of(part, bias, tokens.dtype)
+
+    def partial(self, tokens: Tensor) -> Tensor | None:
+        """What of y the neurons of this shard give, in float32 and without `down`'s bias; None where `forward` is dense."""
+        found = self.operands()
+        if found is None:
+            return None
+        found.extras.pop("down_bias", None)
+        return self._run(tokens, found, partial=True)
+
+    def _run(self, tokens: Tensor, found: Operands, partial: bool = False) -> Tensor | None:
+        """The operators, by the shortest way; None where they refuse what they are given."""
         if self.counts is None and tokens.is_cuda and not is_watched():
             try:
-                return self._called(tokens, found)  # the dispatcher costs 8 µs
+                return self._called(tokens, found, partial)  # the dispatcher costs 8 µs
             except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
                 return None
         if not is_taken(tokens, *(w for w in found.weights if w is not None), extras=found.extras.values()):
             return None
+        more = {"partial": True} if partial else {}
         if self.counts is None:
-            return dispatched("sparse_ffn", tokens, found.weights, found.threshold, **found.keywords())
+            return dispatched("sparse_ffn", tokens, found.weights, found.threshold, **found.keywords(), **more)
         half, first, second = found.of_halves()
         weights = found.weights[:2] if found.gate is not None else (found.up,)
         x1 = dispatched(half, tokens, weights, found.threshold, **first)
         count_active(self.counts, x1)
-        return dispatched("ffn_4", x1, (found.down,), **second)
+        return dispatched("ffn_4", x1, (found.down,), **second, **more)
 
-    def _called(self, tokens: Tensor, found: Operands) -> Tensor:
+    def _called(self, tokens: Tensor, found: Operands, partial: bool) -> Tensor:
         """The operators themselves. What costs time to look at is bound, so that one call and not each pays for it."""
+        out = tokens.new_empty((*tokens.shape[:-1], self.d_model), dtype=torch.float32) if partial else None
         w_gate, w_up, w_down_t = found[:3]
         is_plain = isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor) and (w_gate is None or isinstance(w_gate, Tensor))
         if is_plain and not found.extras:
-            plain: Tensor = sparse_ffn(tokens, w_gate, w_up, w_down_t, found.threshold, activation=found.activation)  # type: ignore[arg-type]
+            how: Any = {"activation": found.activation, "out": out}
+            plain: Tensor = sparse_ffn(tokens, w_gate, w_up, w_down_t, found.threshold, **how)
             return plain
         gate: Any = None if w_gate is None else plain_or_packed(w_gate)
         up, down = plain_or_packed(w_up), plain_or_packed(w_down_t)
@@ -251,7 +378,7 @@ class SparseMLP(nn.Module):
                 gate, up, down, found.threshold, activation=found.activation, norm_eps=found.norm_eps, **more
             )
             bound = self._bound = key, ffn
-        return bound[1](tokens)
+        return bound[1](tokens, out=out)
 
     def operands(self) -> Operands | None:
         """What the operators take, if calling the modules does what it did when this one was made."""
@@ -297,18 +424,24 @@ class SparseMLP(nn.Module):
                 return None
         elif kind is not nn.Linear and not is_plain_linear(linear, self.family):
             return None
-        if does_more(linear):
+        if does_more(linear) and (self.parallel is None or not forward_is_parallel(linear)):
             return None
         parameters = linear._parameters
         bias = parameters.get("bias")
         if bias is not None:
             if not bias_name:
                 return None
-            extras[bias_name] = bias
+            extras[bias_name] = bias if self.parallel is None else local_of(bias)
         if is_compressed:
             return linear  # type: ignore[no-any-return]
         weight: Tensor | None = parameters.get("weight")
-        return None if weight is None else weight.mT if is_down else weight
+        if weight is None:
+            return None
+        if self.parallel is not None:
+            if torch.is_grad_enabled() and weight.requires_grad:
+                return None
+            weight = local_of(weight)
+        return weight.mT if is_down else weight
 
     def _halves_of(self, whole: TorchWeight) -> tuple[TorchWeight, TorchWeight]:
         """Gate and up of a matrix that holds both: rows of it, not copies."""
@@ -369,6 +502,10 @@ class SparseGatedMLP(SparseMLP):
         sparse._take_parts(mlp, Formula(threshold))
         return sparse
 
+    @classmethod
+    def _of_parts(cls, part: nn.Module, family: MLPFamily, formula: Formula) -> SparseMLP:
+        return cls.from_mlp(part, formula.threshold)
+
 
 def is_plain_linear(linear: Any, family: MLPFamily) -> bool:
     """Whether a module is a `torch.nn.Linear` itself, or what the family has in its place."""
@@ -399,15 +536,15 @@ def _pack_what_was_loaded(module: SparseMLP, incompatible_keys: Any) -> None:
 def pack(down_proj: nn.Module) -> None:
     """Lay the weight out so that its transpose is contiguous: the same parameter, shape and values."""
     weight = down_proj._parameters.get("weight") if isinstance(down_proj, nn.Module) else None
-    if isinstance(weight, Tensor) and not weight.t().is_contiguous():
-        weight.data = weight.data.t().contiguous().t()
+    if isinstance(weight, Tensor) and not (local := local_of(weight)).t().is_contiguous():
+        set_local(weight, local.detach().t().contiguous().t())
 
 
 def unpack(down_proj: nn.Module) -> None:
     """The inverse of `pack`: `nn.Linear`'s own layout."""
     weight = down_proj._parameters.get("weight")
-    if isinstance(weight, Tensor) and not weight.is_contiguous():
-        weight.data = weight.data.contiguous()
+    if isinstance(weight, Tensor) and not (local := local_of(weight)).is_contiguous():
+        set_local(weight, local.detach().contiguous())
 
 
 def count_active(counts: Tensor, x1: Tensor) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, held_twice, put_back_matrices, replace_matrices, rows_of_report
 from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, rounds_twice, unpack
+from .parallel import Style, TensorParallel, is_split, local_of, parallel_of, sharding_of_all, with_all
 from .steps import release_generation
 
 
@@ -123,6 +125,10 @@ def patch_model(
     Patch before `torch.compile` and before a CUDA graph is captured: both keep what they saw. On the CPU few tokens go through
     the NumPy reference: right, and slow.
 
+    A model that transformers has loaded with ``tp_plan="auto"`` under ``torchrun`` is patched in every process, by the same
+    call: each then computes its own neurons' part of y, in float32, and y is rounded once when the parts are added. A layer is
+    patched in all processes or in none.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -154,10 +160,58 @@ def patch_model(
         `model` is no module.
     ValueError
         Nothing to patch, an activation without zeros (with ``linears=False``, or with a `threshold`), a `fatrelu` config
-        without its threshold, a model that is patched already, or one to be compressed whose weights are not bfloat16. Nothing
-        has been changed.
+        without its threshold, a model that is patched already, one to be compressed whose weights are not bfloat16, or, of a
+        model in several processes, calls that differ and a group without NCCL on GPUs. Nothing has been changed.
+    RuntimeError
+        Another process of a model that is in several has failed; the message is its.
     """
     check_module("patch_model", model)
+    parallel = parallel_of(model)
+    plan = with_all(parallel, lambda: _planned(model, threshold, compress, linears))
+    if parallel is not None:
+        _check_together(parallel, model, plan, compress, linears, example)
+        plan = _agreed(parallel, plan)
+    hidden = {} if example is None else _hidden_states(model, plan.found, example)
+    release_generation(model)
+    layers, matrices = [LayerPatch(name, False, 0.0, "a mixture of experts") for name in plan.mixed], list[MatrixPatch]()
+    try:
+        for (name, mlp, family), was in zip(plan.found, plan.own, strict=True):
+            if isinstance(was, str):
+                layers.append(LayerPatch(name, False, 0.0, was))
+                continue
+            formula, note = was
+            becomes = formula if plan.threshold is None else replace(formula, threshold=plan.threshold)
+            reason = _replace(model, name, mlp, family, formula, becomes, hidden.get(name), parallel)
+            layers.append(LayerPatch(name, not reason, becomes.threshold, reason, None if reason else becomes, note))
+        if compress:
+            uncompressed = layers
+            layers = with_all(parallel, lambda: _compress_all(model, uncompressed))
+        if linears:
+            matrices = with_all(parallel, lambda: replace_matrices(model, compress))
+    except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
+        unpatch_model(model)
+        raise
+    finally:
+        forget_tensors()
+    return PatchReport(tuple(layers), tuple(matrices))
+
+
+_OURS = (SparseMLP, DecodingLinear, CompressedLinear, SparseUp, SparseDown)
+
+
+class _Plan(NamedTuple):
+    """What is known of a model before anything is changed."""
+
+    found: list[tuple[str, Any, MLPFamily]]
+    mixed: list[str]
+    """Mixtures of experts."""
+    own: list[tuple[Formula, str] | str]
+    """Of each MLP found: its formula and a note, or why it stays dense."""
+    threshold: float | None
+
+
+def _planned(model: nn.Module, threshold: float | None, compress: bool, linears: bool) -> _Plan:
+    """What `patch_model` is to do; ValueError where that cannot be done."""
     found = list(mlps(model))
     mixed = list(mixtures(model))
     if not found and not (linears and any(groups_of(model))):
@@ -173,35 +227,34 @@ def patch_model(
     given = None if threshold is None else check_threshold("patch_model", threshold)
     if compress:
         _check_compressible(model, found, linears)
-    own = [_own_or_dense(model, name, mlp, family, given, linears) for name, mlp, family in found]
     shared = held_twice(model)
-    hidden = {} if example is None else _hidden_states(model, found, example)
-    release_generation(model)
-    layers, matrices = [LayerPatch(name, False, 0.0, "a mixture of experts") for name in mixed], list[MatrixPatch]()
-    try:
-        for (name, mlp, family), was in zip(found, own, strict=True):
-            if id(mlp) in shared:
-                was = "the same module in two places"
-            if isinstance(was, str):
-                layers.append(LayerPatch(name, False, 0.0, was))
-                continue
-            formula, note = was
-            becomes = formula if given is None else replace(formula, threshold=given)
-            reason = _replace(model, name, mlp, family, formula, becomes, hidden.get(name))
-            layers.append(LayerPatch(name, not reason, becomes.threshold, reason, None if reason else becomes, note))
-        if compress:
-            layers = _compress_all(model, layers)
-        if linears:
-            matrices = replace_matrices(model, compress)
-    except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
-        unpatch_model(model)
-        raise
-    finally:
-        forget_tensors()
-    return PatchReport(tuple(layers), tuple(matrices))
+    own = [
+        "the same module in two places" if id(mlp) in shared else _own_or_dense(model, name, mlp, family, given, linears)
+        for name, mlp, family in found
+    ]
+    return _Plan(found, mixed, own, given)
 
 
-_OURS = (SparseMLP, DecodingLinear, CompressedLinear, SparseUp, SparseDown)
+def _check_together(
+    parallel: TensorParallel, model: nn.Module, plan: _Plan, compress: bool, linears: bool, example: Tensor | None
+) -> None:
+    """ValueError in all processes where their calls differ, or their group cannot serve."""
+    facts = {"threshold": plan.threshold, "compress": compress, "linears": linears, "example": example is not None}
+    layers = [name for name, *_ in plan.found]
+    parallel.refuse_others("patch_model", {**facts, "the list of layers": layers})
+    device = next(local_of(p).device for p in model.parameters())
+    if reason := parallel.agreed(parallel.why_not_on(device)):
+        raise ValueError(f"patch_model: {reason}")
+
+
+def _agreed(parallel: TensorParallel, plan: _Plan) -> _Plan:
+    """A plan in which a layer that stays dense in one process stays dense in all."""
+    said = parallel.told([own if isinstance(own, str) else "" for own in plan.own])
+    own = [
+        next((f"{reason} (rank {rank} of {parallel.size})" for rank, reason in enumerate(reasons) if reason), mine)
+        for mine, reasons in zip(plan.own, zip(*said, strict=True), strict=True)
+    ]
+    return plan._replace(own=own)
 
 
 def _own_or_dense(
@@ -280,7 +333,7 @@ def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
     left = list[str]()
     for name in sparse.family.projections:
         linear = getattr(sparse, name)
-        weight, transposed = linear.weight, name == sparse.family.down
+        weight, transposed = local_of(linear.weight), name == sparse.family.down
         before += weight.numel()
         if name == sparse.family.fused and sparse.d_ff * (sparse.d_model // CHUNK) * 4 % VECTOR_BYTES:
             left.append(f"{name}: compressed, its lower half does not start at a multiple of {VECTOR_BYTES} bytes")
@@ -304,6 +357,8 @@ def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
             raise RuntimeError(f"patch_model: {layer.name}.{name} did not come back to the bit: a defect, please report it")
         plain += ratio * weight.numel()
         packed.train(linear.training)
+        if is_split(linear.weight):
+            packed.take_place_of(linear)
         for holder in (sparse, sparse.replaced):
             setattr(holder, name, packed)
         del linear, weight
@@ -353,6 +408,7 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
     The formula that its config names is believed for now if it is a known one. If it is not, the code is tried for all that are
     known. `given` is the threshold of a config that does not say it. ValueError if the activation leaves no zeros.
     """
+    mlp = _tried_in_place_of(mlp, family)
     config: Any = getattr(mlp, "config", None) or getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     key, activation, parameter = family.said(config)
@@ -404,6 +460,9 @@ def _tried(mlp: Any, family: MLPFamily, but: Formula | None) -> Formula | None:
 
 def _why_dense(mlp: Any, family: MLPFamily) -> str:
     """Why an MLP cannot be patched, or nothing."""
+    if isinstance(parallel := _parallel_of_mlp(mlp, family), str):
+        return parallel
+    mlp = _tried_in_place_of(mlp, family)
     names = family.projections
     linears = [getattr(mlp, p) for p in names]
     for name, linear in zip(names, linears, strict=True):
@@ -455,31 +514,103 @@ def _other_parameters(mlp: nn.Module, family: MLPFamily) -> list[str]:
 
 @torch.no_grad()
 def _replace(
-    model: nn.Module, name: str, mlp: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None
+    model: nn.Module,
+    name: str,
+    mlp: Any,
+    family: MLPFamily,
+    was: Formula,
+    becomes: Formula,
+    hidden: Tensor | None,
+    parallel: TensorParallel | None,
 ) -> str:
-    """Have an MLP decode sparsely, or say why that is not what it computes and leave it as it is."""
+    """Have an MLP decode sparsely, or say why that is not what it computes and leave it as it is.
+
+    `parallel` is whose processes hold parts of the model: all replace an MLP, or none.
+    """
+    if parallel is None:
+        return _why_not_replaced(mlp, mlp, family, was, becomes, hidden, model, name)
+    # No part of a layer is run by several processes while one may fail.
+    with parallel.together():
+        reason = _why_not_replaced(_tried_in_place_of(mlp, family), mlp, family, was, becomes, hidden)
+    reason = parallel.agreed(reason)
+    if family.is_inside:
+        if reason:
+            _put_back_halves(mlp)
+            put_back_matrices(mlp)
+    elif not reason:
+        is_shard = isinstance(_parallel_of_mlp(mlp, family), TensorParallel)
+        model.set_submodule(name, made_sparse(mlp, family, becomes, parallel if is_shard else None))
+    return reason
+
+
+def _why_not_replaced(
+    tried: Any,
+    mlp: Any,
+    family: MLPFamily,
+    was: Formula,
+    becomes: Formula,
+    hidden: Tensor | None,
+    model: nn.Module | None = None,
+    name: str = "",
+) -> str:
+    """Why the sparse module does not compute what `tried` does, or nothing. It then is in the place of `name` in a model.
+
+    `tried` is `mlp`, or of one that is split this process's part.
+    """
     if reason := _why_dense(mlp, family):
         return reason
-    with torch.autocast(getattr(mlp, family.up if family.fused is None else family.fused).weight.device.type, enabled=False):
-        if reason := why_another_formula(mlp, family, was):
+    with torch.autocast(getattr(tried, family.up if family.fused is None else family.fused).weight.device.type, enabled=False):
+        if reason := why_another_formula(tried, family, was):
             return reason
         if not family.is_inside and (more := _other_parameters(mlp, family)):
             return f"it has parameters of its own: {', '.join(more)}"
         if family.is_inside:
             return _replace_halves(mlp, family, was, becomes, hidden)
-        sparse = made_sparse(mlp, family, becomes)
-        model.set_submodule(name, sparse)
-        reason = why_outside_the_contract(mlp, family, was, sparse, becomes, hidden)
-    if reason:
+        sparse = made_sparse(tried, family, becomes)
+        if model is not None:
+            model.set_submodule(name, sparse)
+        reason = why_outside_the_contract(tried, family, was, sparse, becomes, hidden)
+    if reason and model is not None:
         _put_back(model, name, sparse)
     return reason
 
 
-def made_sparse(mlp: nn.Module, family: MLPFamily, formula: Formula) -> SparseMLP:
+_STYLES: dict[bool, Style] = {False: "colwise", True: "rowwise"}
+
+
+def _parallel_of_mlp(mlp: Any, family: MLPFamily) -> TensorParallel | str | None:
+    """Whose shard an MLP is, None if it is whole, or why such a shard stays dense."""
+    styles = [_STYLES[name == family.down] for name in family.projections]
+    found = sharding_of_all([getattr(mlp, name) for name in family.projections], styles)
+    if isinstance(found, TensorParallel) and (family.norm is not None or family.is_inside or family.fused is not None):
+        return "split over several processes, and its norm needs all neurons" if family.norm else "split inside a layer"
+    return found
+
+
+def _tried_in_place_of(mlp: Any, family: MLPFamily) -> Any:
+    """An MLP itself, or of one that is split a copy that computes this process's part alone, without `down`'s bias."""
+    if not isinstance(_parallel_of_mlp(mlp, family), TensorParallel):
+        return mlp
+    other = copy.copy(mlp)
+    other._modules = dict(mlp._modules)
+    for name in family.projections:
+        linear = getattr(mlp, name)
+        weight = local_of(linear.weight).detach()
+        new = type(linear)(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        if linear.bias is not None and name != family.down:
+            new.bias = nn.Parameter(local_of(linear.bias).detach(), requires_grad=False)
+        other._modules[name] = new
+    return other
+
+
+def made_sparse(mlp: nn.Module, family: MLPFamily, formula: Formula, parallel: TensorParallel | None = None) -> SparseMLP:
     """The module that takes an MLP's place."""
     if family == LLAMA_LIKE and formula == Formula(formula.threshold):
-        return SparseGatedMLP.from_mlp(mlp, formula.threshold)
-    return SparseMLP.of(mlp, family, formula)
+        sparse: SparseMLP = SparseGatedMLP.from_mlp(mlp, formula.threshold)
+        sparse.parallel = parallel
+        return sparse
+    return SparseMLP.of(mlp, family, formula, parallel)
 
 
 def _put_back(model: nn.Module, name: str, sparse: SparseMLP) -> None:
@@ -488,7 +619,7 @@ def _put_back(model: nn.Module, name: str, sparse: SparseMLP) -> None:
     for projection in sparse.family.projections:
         linear = getattr(sparse, projection)
         if isinstance(linear, CompressedLinear):
-            linear = linear.linear()
+            linear = linear.put_back()
             setattr(sparse, projection, linear)
         setattr(before, projection, linear)
     if sparse.family.norm is not None:

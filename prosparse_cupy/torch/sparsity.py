@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._text import table
 from .linears import CompressedLinear
 from .mlp import SparseMLP, count_active
+from .parallel import is_split, local_of, parallel_of
 from .patch import check_module, mlps
 
 
@@ -29,6 +30,8 @@ class LayerSparsity:
     gated: bool = True
     neurons: int = 1
     """d_ff"""
+    ranks: tuple[float, ...] = ()
+    """The share of active neurons among those of each process, where the layer is split over several."""
 
     @property
     def sparsity(self) -> float:
@@ -58,8 +61,13 @@ class SparsityReport:
 
     def __str__(self) -> str:
         title = f"average sparsity {self.sparsity:.2%}: decoding reads {self.weights_read:.0%} of the FFN's weights"
-        rows = [(x.name, f"{x.active:.2%}", f"{x.sparsity:.2%}", "█" * round(30 * x.active)) for x in self.layers if x.tokens]
-        return table(title, ("layer", "active", "sparsity", ""), rows)
+        counted = [x for x in self.layers if x.tokens]
+        rows = [(x.name, f"{x.active:.2%}", f"{x.sparsity:.2%}", "█" * round(30 * x.active)) for x in counted]
+        heads: tuple[str, ...] = ("layer", "active", "sparsity", "")
+        if not any(x.ranks for x in counted):
+            return table(title, heads, rows)
+        by_rank = [" ".join(f"{share:.1%}" for share in x.ranks) for x in counted]
+        return table(title, (*heads, "active by rank"), [(*row, more) for row, more in zip(rows, by_rank, strict=True)])
 
     def save_figure(self, path: str | Path) -> None:
         """Active share by layer, as a picture in the suffix's format (SVG, PNG, ...). Needs matplotlib, extra ``bench``."""
@@ -79,6 +87,9 @@ class SparsityMeter:
 
     Counting costs a few small kernels a layer, and works in CUDA graphs captured while the meter is on. It ends with `remove`,
     or at the end of a ``with`` block.
+
+    Of a model that is split over several processes each counts its own neurons, and `report` is called in all of them: it
+    adds the counts, and tells the share of each process, of which the one with the most active neurons sets the pace.
 
     Parameters
     ----------
@@ -106,15 +117,19 @@ class SparsityMeter:
             raise ValueError(f"SparsityMeter: {type(model).__name__} has no MLP of a family that is known")
         if any(getattr(mlp, "counts", None) is not None for _, mlp, _ in found):
             raise ValueError("SparsityMeter: another meter counts this model already: remove() it first")
+        self._parallel = parallel_of(model)
         self._counts: dict[str, Tensor] = {}
         self._neurons: dict[str, int] = {}
         self._gated: dict[str, bool] = {}
+        self._is_split: dict[str, bool] = {}
         self._undo: list[Callable[[], object]] = []
         for name, mlp, family in found:
             down = getattr(mlp, family.down)
             counts = torch.zeros(2, dtype=torch.int64, device=_device_of(down))
-            self._counts[name], self._neurons[name] = counts, down.in_features
+            own = local_of(down.weight).shape[1] if isinstance(down, nn.Linear) else down.in_features
+            self._counts[name], self._neurons[name] = counts, own
             self._gated[name] = family.gated
+            self._is_split[name] = getattr(mlp, "parallel", None) is not None or is_split(getattr(down, "weight", None))
             mlp.counts = counts
             if isinstance(mlp, SparseMLP):
                 self._undo.append(partial(setattr, mlp, "counts", None))
@@ -123,13 +138,16 @@ class SparsityMeter:
                 self._undo += [handle.remove, partial(delattr, mlp, "counts")]
 
     def report(self) -> SparsityReport:
-        """What was counted so far; waits for the GPU."""
+        """What was counted so far; waits for the GPU, and for the other processes of a model that is split."""
+        own = {name: (*counts.tolist(), self._neurons[name]) for name, counts in self._counts.items()}
+        told = [own] if self._parallel is None else self._parallel.told(own)
         layers = []
-        for name, counts in self._counts.items():
-            active, neurons = counts.tolist()
-            tokens = neurons / self._neurons[name]
-            share = active / neurons if neurons else float("nan")
-            layers.append(LayerSparsity(name, share, tokens, self._gated[name], self._neurons[name]))
+        for name in own:
+            of_each = [of[name] for of in told] if self._is_split[name] else [own[name]]
+            active, counted, neurons = map(sum, zip(*of_each, strict=True))
+            ranks = tuple(_share(*numbers[:2]) for numbers in of_each) if len(of_each) > 1 else ()
+            tokens = counted / neurons
+            layers.append(LayerSparsity(name, _share(active, counted), tokens, self._gated[name], neurons, ranks))
         return SparsityReport(tuple(layers))
 
     def reset(self) -> None:
@@ -147,6 +165,10 @@ class SparsityMeter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
+
+
+def _share(active: int, neurons: int) -> float:
+    return active / neurons if neurons else float("nan")
 
 
 def _device_of(linear: Any) -> Any:

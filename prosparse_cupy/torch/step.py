@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from ..attention import Attention
 from .attention import NAME, LayerCache, register_attention
 from .dispatch import TorchWeight, dispatched, few_tokens, is_taken
-from .eligibility import attention_of_config
-from .linears import CompressedLinear, whole_of
+from .eligibility import attention_of
+from .linears import CompressedLinear, DecodingLinear, whole_of
 from .matrices import groups_of
 from .mlp import SparseMLP
+from .parallel import forward_is_parallel, hold_parts, local_of, parallel_of, stay_split
 
 _PROMPT, _CHECKED = 48, 3  # tokens behind which a step is compared with the model, and on which
 _REFUSALS = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, AttributeError, LookupError, OSError)
@@ -68,15 +69,17 @@ class Step:
         self.capacity, self.device, self.dtype = capacity, weight.device, weight.dtype
         self.positions: int | None = getattr(config, "max_position_embeddings", None)  # a table of them may have no more
         self.sequences, self.tokens = sequences, tokens
-        attention = attention_of_config(config, self.dtype)._replace(sequences=sequences, tokens=tokens)
-        with torch.inference_mode(False), torch.no_grad():  # tensors that can be written to in any mode
+        self.parallel = parallel_of(model)
+        attention = attention_of(model, config, self.dtype)._replace(sequences=sequences, tokens=tokens)
+        register_attention()
+        together = nullcontext() if self.parallel is None else self.parallel.together()
+        with torch.inference_mode(False), torch.no_grad(), together:  # tensors that can be written to in any mode
             if cache_of is None:
                 self._allocate(attention, config.num_hidden_layers)
             else:
                 self._share(cache_of)
             self._attach(attention)
-        register_attention()
-        self._twin = _twin(model)
+            self._twin = _twin(model)
         self.is_compiled = False
         self._cache = _StepCache()
         self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -333,10 +336,19 @@ def _last(logits: Tensor, tokens: int) -> Tensor:
 
 
 def _twin(model: Any) -> Any:
-    """Modules of their own on the same parameters, whose attention is `attend` and whose projections are together."""
+    """Modules of their own on the same parameters, whose attention is `attend` and whose projections are together.
+
+    Where a model is split over processes, those that the operators serve have this one's part of their parameters.
+    """
     configs: dict[int, Any] = {}
     modules: dict[int, nn.Module] = {}
     twin: Any = _copied(model, modules, configs)
+    for module in twin.modules():
+        if isinstance(module, DecodingLinear):
+            hold_parts(module)
+        elif isinstance(module, SparseMLP) and module.parallel is not None:
+            for name in module.family.projections:
+                hold_parts(getattr(module, name))
     for holder, group in groups_of(twin):
         if len(group) > 1:
             module = twin.get_submodule(holder)
@@ -358,7 +370,10 @@ def _copied(module: nn.Module, modules: dict[int, nn.Module], configs: dict[int,
     if id(module) in modules:
         return modules[id(module)]
     new = modules[id(module)] = copy.copy(module)
-    new.__dict__.pop("forward", None)  # the class's, but bound to `module`, where accelerate has left one behind
+    if forward_is_parallel(module):
+        stay_split(module, new)
+    else:
+        new.__dict__.pop("forward", None)  # the class's, but bound to `module`, where accelerate has left one behind
     new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
     new._modules = {name: None if m is None else _copied(m, modules, configs) for name, m in module._modules.items()}
     if "_layer" in new.__dict__:  # of a half of an FFN, whose layer was copied before
@@ -415,8 +430,9 @@ def _times(x: Tensor, whole: TorchWeight) -> Tensor:
 def _parts(whole: Tensor | CompressedLinear, linears: Sequence[Any]) -> Iterator[_Part]:
     shared, start = _Shared(whole), 0
     for linear in linears:
-        yield _Part(shared, start, start + linear.out_features, len(linears))
-        start += linear.out_features
+        rows = len(local_of(linear.weight)) if isinstance(linear, nn.Linear) else linear.out_features
+        yield _Part(shared, start, start + rows, len(linears))
+        start += rows
 
 
 def _let_layers_run(layers: Any, caches: Sequence[LayerCache], step_cache: _StepCache, run: Callable[..., Any]) -> None:

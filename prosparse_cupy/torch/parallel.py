@@ -1,0 +1,321 @@
+"""Tensor parallelism: processes that hold a shard each of a layer's neurons, and what they have to do together.
+
+An FFN is split by its neurons: gate and up by rows, down by the same rows of its transpose. Each process computes its neurons'
+part of y in float32; the parts are added, and y is rounded once. transformers splits models so when it loads them with
+``tp_plan="auto"``: its projections then hold a `DTensor`, of which a process has its own part, and a `forward` that does what
+the parts need.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .dispatch import TorchWeight, decoded, few_tokens, is_watched
+
+Style = Literal["colwise", "rowwise", "gathered"]
+"""What of a projection a process holds: some of its outputs; some of its inputs, so that results are added; or some of its
+outputs, which all processes then get from each other. The first two have transformers' names."""
+
+_TRANSFORMERS = "transformers.distributed.tensor_parallel"
+T = TypeVar("T")
+
+
+class TensorParallel:
+    """The processes of a group, as those that hold the shards of a module.
+
+    Every process makes the same calls in the same order, as with all of torch.distributed.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup
+        NCCL's for modules on GPUs.
+    """
+
+    def __init__(self, group: Any) -> None:
+        import torch.distributed as dist
+
+        self.group = group
+        self.name: str = group.group_name
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def why_not_on(self, device: torch.device) -> str:
+        """Why the group cannot add what lies on a device, or nothing."""
+        import torch.distributed as dist
+
+        backend = dist.get_backend_config(self.group) if hasattr(dist, "get_backend_config") else dist.get_backend(self.group)
+        if device.type == "cuda" and "nccl" not in str(backend):
+            return f"its process group has the backend {backend}: GPUs need NCCL"
+        return ""
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum of all processes' tensors, which may take the place of this one's."""
+        if is_watched():
+            functional = torch.ops._c10d_functional
+            partial = functional.wait_tensor(functional.all_reduce(partial, "sum", self.name))
+            return partial
+        import torch.distributed as dist
+
+        dist.all_reduce(partial, group=self.group)
+        return partial
+
+    def gather(self, part: Tensor) -> Tensor:
+        """All processes' tensors of one shape, side by side along the last dim."""
+        flat = part.reshape(1, -1, part.shape[-1])
+        if is_watched():
+            functional = torch.ops._c10d_functional
+            parts: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(flat, self.size, self.name))
+        else:
+            import torch.distributed as dist
+
+            parts = flat.new_empty((self.size, *flat.shape[1:]))
+            dist.all_gather_into_tensor(parts, flat.contiguous(), group=self.group)
+        return parts.transpose(0, 1).reshape(*part.shape[:-1], -1)
+
+    def share(self, tensor: Tensor) -> None:
+        """Have a tensor hold what it holds in the first process."""
+        import torch.distributed as dist
+
+        dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
+
+    def told(self, what: T) -> list[T]:
+        """What each process says, in the order of their ranks; waits for all."""
+        import torch.distributed as dist
+
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, what, group=self.group)
+        return said
+
+    def agreed(self, reason: str) -> str:
+        """The first reason that any process has not to do something, and whose it is, or nothing."""
+        said = self.told(reason)
+        return next((f"{text} (rank {rank} of {self.size})" for rank, text in enumerate(said) if text), "")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process fails in, all fail in, with its message, and none waits for ever.
+
+        Only for code without communication of its own.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.told(f"{type(error).__name__}: {error}")
+            raise
+        for rank, text in enumerate(self.told("")):
+            if text:
+                raise RuntimeError(f"rank {rank} of {self.size} failed, so all stop: {text}")
+
+    def refuse_others(self, function: str, facts: dict[str, Any]) -> None:
+        """ValueError in every process if what must be the same in all of them is not."""
+        said = self.told(facts)
+        for name in facts:
+            values = [str(other.get(name)) for other in said]
+            if len({*values}) > 1:
+                each = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+                raise ValueError(f"{function}: {name} must be the same in all processes of the group, got {each}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorParallel:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a shard belongs to the process group of this process and cannot be pickled: save its state_dict(), or call "
+            "unpatch_model(model) first"
+        )
+
+    def __repr__(self) -> str:
+        return f"TensorParallel(rank={self.rank}, size={self.size})"
+
+
+class Sharding(NamedTuple):
+    """How transformers has split a projection."""
+
+    parallel: TensorParallel
+    style: Style
+
+    def whole(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the projection's `forward` returns of this process's result."""
+        if self.style == "rowwise":
+            return self.parallel.sum(y).to(dtype)
+        return self.parallel.gather(y) if self.style == "gathered" else y
+
+    def decoded(self, x: Tensor, weight: TorchWeight) -> Tensor | None:
+        """The projection of few tokens by `ffn_1`, of which `weight` is this process's part; None of what is for torch."""
+        compressed = not isinstance(weight, Tensor)
+        tokens = x.flatten() if x.numel() == x.shape[-1] else few_tokens(x, "ffn_1", "bf12" if compressed else "plain")
+        if tokens is None or (y := decoded(tokens, weight, partial=self.style == "rowwise")) is None:
+            return None
+        return self.whole(y, x.dtype).view(*x.shape[:-1], -1)
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether a tensor is one of torch's that are spread over processes."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # no tensor is one before that has been imported
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: of one that is not spread, all of it."""
+    local: Tensor = tensor._local_tensor if is_split(tensor) else tensor  # type: ignore[attr-defined]
+    return local
+
+
+def set_local(parameter: Tensor, data: Tensor) -> None:
+    """Give a parameter other memory for what this process holds of it; the values are the same."""
+    if is_split(parameter):
+        parameter._local_tensor = data  # type: ignore[attr-defined]
+    else:
+        parameter.data = data
+
+
+class Split(NamedTuple):
+    """How a parameter is spread over processes, without what it holds."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, parameter: Any) -> Split | None:
+        """That of a parameter, None if it is whole."""
+        return cls(parameter.device_mesh, parameter.placements, parameter.shape) if is_split(parameter) else None
+
+    def of_local(self, local: Tensor) -> Tensor:
+        """A tensor that is spread so, of which `local` is this process's part."""
+        from torch.distributed.tensor import DTensor
+
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
+
+
+def stay_split(module: nn.Module, copied: nn.Module) -> None:
+    """Have the copy of a module that transformers has split do what its parts need, too."""
+    own: Any = module.__dict__["forward"]
+    copied.__dict__.pop("forward", None)
+    kept = _kept(own)
+    kept["self"].install_forward(copied, kept["mesh"])
+
+
+def hold_parts(module: nn.Module) -> None:
+    """Give a copy of a module what this process holds of its parameters, as plain ones."""
+    split = {name: p for name, p in module._parameters.items() if is_split(p)}
+    parts = {name: nn.Parameter(local_of(p).detach(), requires_grad=False) for name, p in split.items() if p is not None}
+    module._parameters = {**module._parameters, **parts}
+    module.__dict__.pop("forward", None)
+
+
+def forward_is_parallel(module: nn.Module) -> bool:
+    """Whether all that calling a module does more than its class says is what transformers adds to a split projection."""
+    own = module.__dict__.get("forward")
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return own is not None and not hooked and getattr(own, "__module__", "") == _TRANSFORMERS
+
+
+_groups: dict[str, TensorParallel] = {}
+
+
+def parallel_of_group(group: Any) -> TensorParallel:
+    """The one `TensorParallel` of a group."""
+    if (found := _groups.get(group.group_name)) is None or found.group is not group:
+        found = _groups[group.group_name] = TensorParallel(group)
+    return found
+
+
+def sharding_of(linear: Any) -> Sharding | str | None:
+    """How a projection is split, None if it is not, or why that is no way that is known here."""
+    weight: Any = linear._parameters.get("weight") if isinstance(linear, nn.Module) else None
+    if not is_split(weight):
+        return None
+    if not forward_is_parallel(linear):
+        return "a DTensor that transformers has not split"
+    if weight.device_mesh.ndim != 1:
+        return f"split over a mesh of {weight.device_mesh.ndim} dims"
+    style = _style_of(linear)
+    if style is None:
+        return f"split as {_placed(weight)}, by a {type(_layer_of(linear)).__name__}"
+    return Sharding(parallel_of_group(weight.device_mesh.get_group()), style)
+
+
+def _style_of(linear: Any) -> Style | None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    layer, placements = _layer_of(linear), tuple(linear.weight.placements)
+    name, local = type(layer).__name__, getattr(layer, "use_local_output", False)
+    if not local or linear.weight.dim() != 2:
+        return None
+    reads, writes = layer.input_layouts, layer.output_layouts
+    if name == "ColwiseParallel" and placements == (Shard(0),) and reads == Replicate():
+        if writes == Shard(-1):
+            return "colwise"
+        evenly = linear.weight.shape[0] % linear.weight.device_mesh.size() == 0
+        return "gathered" if writes == Replicate() and evenly else None
+    if name == "RowwiseParallel" and placements == (Shard(1),) and reads == Shard(-1) and writes == Replicate():
+        return "rowwise"
+    return None
+
+
+def _layer_of(linear: Any) -> Any:
+    """The object of transformers that has split a module, which its forward keeps."""
+    return _kept(linear.__dict__["forward"]).get("self")
+
+
+def _kept(function: Any) -> dict[str, Any]:
+    """What a function keeps of where it was made."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    return {name: cell.cell_contents for name, cell in cells}
+
+
+def _placed(tensor: Any) -> str:
+    return ", ".join(map(str, tensor.placements))
+
+
+def sharding_of_all(linears: Sequence[Any], styles: Sequence[Style]) -> TensorParallel | str | None:
+    """Whose shards projections are that belong together, None if they are whole, or why they do not fit each other."""
+    found = [sharding_of(linear) for linear in linears]
+    if all(s is None for s in found):
+        return None
+    for s in found:
+        if isinstance(s, str):
+            return s
+    shardings = [s for s in found if isinstance(s, Sharding)]
+    got = [s.style for s in shardings]
+    if len(shardings) < len(found) or got != list(styles) or len({id(s.parallel) for s in shardings}) > 1:
+        said = ", ".join("whole" if s is None else s.style for s in found if not isinstance(s, str))
+        return f"its projections are split as {said}, where {', '.join(styles)} is needed"
+    return shardings[0].parallel
+
+
+def rows_of(rank: int, size: int, number: int) -> slice:
+    """The neurons of a process: as many in each, or one more in the first ones."""
+    least, more = divmod(number, size)
+    start = rank * least + min(rank, more)
+    return slice(start, start + least + (rank < more))
+
+
+def parallel_of(model: nn.Module) -> TensorParallel | None:
+    """The group whose processes hold parts of a model, or None."""
+    for module in model.modules():
+        if isinstance(own := module.__dict__.get("parallel"), TensorParallel):
+            return own
+        if isinstance(sharding := module.__dict__.get("_sharding"), Sharding):
+            return sharding.parallel
+        weight: Any = module._parameters.get("weight")
+        if is_split(weight) and weight.device_mesh.ndim == 1 and forward_is_parallel(module):
+            return parallel_of_group(weight.device_mesh.get_group())
+    return None
+
+
+def with_all(parallel: TensorParallel | None, do: Callable[[], T]) -> T:
+    """What a function without communication returns; if it fails in one process, all of a group fail."""
+    if parallel is None:
+        return do()
+    with parallel.together():
+        return do()

@@ -1,0 +1,205 @@
+"""What each process of a group does in `test_parallel.py`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import prosparse_cupy.torch as psct
+from prosparse_cupy.families import MLPFamily
+from prosparse_cupy.formula import Formula
+from prosparse_cupy.torch import parallel as of_parallel
+from prosparse_cupy.torch import patch
+from prosparse_cupy.torch.mlp import SparseGatedMLP, SparseMLP
+from prosparse_cupy.torch.sparsity import SparsityMeter
+
+
+def _loaded(path: str, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of `tp_plan`, which newer versions take in a config
+        return AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", dtype=getattr(torch, dtype)).eval()
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Whole tensors, of which every process must ask at once."""
+    state = model.state_dict()
+    return {name: (v.full_tensor() if of_parallel.is_split(v) else v).cpu().clone() for name, v in state.items()}
+
+
+def _is_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+def patched(path: str, dtype: str, ids: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+    """A model that transformers has split: patched, asked, and unpatched."""
+    model, text = _loaded(path, dtype), torch.tensor(ids)
+    layers = [layer.mlp for layer in model.model.layers]
+    projections = [getattr(mlp, name) for mlp in layers for name in ("gate_proj", "up_proj", "down_proj")]
+    forwards = [p.__dict__["forward"] for p in projections]
+    before, state = model(text).logits, _state(model)
+    report = psct.patch_model(model, **options)
+    found: dict[str, Any] = {
+        "sparse": [layer.sparse for layer in report.layers],
+        "reasons": [layer.reason for layer in report.layers],
+        "decoding": [matrix.decoding for matrix in report.matrices],
+        "parallel": all(isinstance(layer.mlp, SparseMLP) and layer.mlp.parallel is not None for layer in model.model.layers),
+        "one token": model(text[:1, :1]).logits,
+        "eight": model(text[:1, :8]).logits,
+        "many": model(text).logits,
+        "state is kept": _is_same(_state(model), state),
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found["text"] = psct.generate(model, text[:1, :8], max_new_tokens=20, do_sample=False).tolist()
+        found["two texts"] = psct.generate(model, text[:, :8], max_new_tokens=12, do_sample=False).tolist()
+        torch.manual_seed(dist.get_rank())
+        found["sampled"] = psct.generate(model, text[:1, :8], max_new_tokens=12, do_sample=True).tolist()
+        found["guessed"] = psct.generate(
+            model, text[:1, :8], max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3
+        ).tolist()
+    found["warnings"] = [str(w.message) for w in caught if str(w.message).startswith("generate:")]
+    psct.unpatch_model(model)
+    found["unpatched"] = torch.equal(model(text).logits, before) and _is_same(_state(model), state)
+    found["modules"] = all(layer.mlp is mlp for layer, mlp in zip(model.model.layers, layers, strict=True)) and all(
+        getattr(mlp, name) is p
+        for mlp, group in zip(layers, zip(*[iter(projections)] * 3, strict=True), strict=True)
+        for name, p in zip(("gate_proj", "up_proj", "down_proj"), group, strict=True)
+    )
+    found["forwards"] = all(p.__dict__["forward"] is f for p, f in zip(projections, forwards, strict=True))
+    found["contiguous"] = all(of_parallel.local_of(p.weight).is_contiguous() for p in projections)
+    return found
+
+
+def patched_otherwise(path: str, options: dict[str, Any]) -> None:
+    psct.patch_model(_loaded(path, "bfloat16"), **options)
+
+
+def patched_but_one_fails(path: str) -> list[bool]:
+    """The second layer of the last process raises; whether anything has been left changed."""
+    model, before = _loaded(path, "float32"), patch._why_not_replaced
+    calls = []
+
+    def failing(*arguments: Any) -> str:
+        calls.append(1)
+        if len(calls) == 2 and dist.get_rank() == dist.get_world_size() - 1:
+            raise torch.OutOfMemoryError("no memory, says the test")
+        return before(*arguments)
+
+    patch._why_not_replaced = failing
+    try:
+        psct.patch_model(model)
+    except Exception as error:
+        assert not any(isinstance(m, SparseMLP) for m in model.modules())
+        raise error
+    finally:
+        patch._why_not_replaced = before
+    return []
+
+
+def patched_but_one_refuses(path: str) -> tuple[list[bool], list[str]]:
+    """The first layer of the last process has a hook."""
+    model = _loaded(path, "float32")
+    if dist.get_rank() == dist.get_world_size() - 1:
+        model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
+    report = psct.patch_model(model, linears=False)
+    return [layer.sparse for layer in report.layers], [layer.reason for layer in report.layers]
+
+
+@torch.no_grad()
+def measured(path: str, ids: list[list[int]], patches: bool) -> tuple[list[float], list[tuple[float, ...]], list[int], str]:
+    model = _loaded(path, "float32")
+    if patches:
+        psct.patch_model(model)
+    with SparsityMeter(model) as meter:
+        for token in ids[0]:
+            model(torch.tensor([[token]]))
+        model(torch.tensor(ids))
+    report = meter.report()
+    return [x.active for x in report.layers], [x.ranks for x in report.layers], [x.neurons for x in report.layers], str(report)
+
+
+def _whole(d_model: int, d_ff: int, dtype: str, kind: str) -> SparseMLP:
+    torch.manual_seed(0)
+    if kind in ("gated", "compressed"):
+        mlp = SparseGatedMLP(d_model, d_ff, 0.05, dtype=getattr(torch, dtype))
+        if kind == "compressed":
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                weight = getattr(mlp, name).weight
+                setattr(mlp, name, psct.CompressedLinear(weight, transposed=name == "down_proj"))
+        return mlp
+    module = nn.Module()
+    module.up_proj, module.down_proj = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
+    return SparseMLP.of(module.to(getattr(torch, dtype)), MLPFamily("two matrices"), Formula(0.0, "relu2", gated=False))
+
+
+def patched_where_mlps_are_whole(path: str, ids: list[list[int]]) -> tuple[list[bool], bool, bool, Tensor]:
+    """Only attention is split."""
+    from transformers import LlamaConfig
+
+    before = LlamaConfig.base_model_tp_plan
+    LlamaConfig.base_model_tp_plan = {name: style for name, style in before.items() if "mlp" not in name}
+    try:
+        model = _loaded(path, "float32")
+    finally:
+        LlamaConfig.base_model_tp_plan = before
+    report = psct.patch_model(model)
+    mlps = [layer.mlp for layer in model.model.layers]
+    text = psct.generate(model, torch.tensor(ids[:1])[:, :8], max_new_tokens=8, do_sample=False)
+    whole = all(isinstance(mlp, SparseMLP) and mlp.parallel is None for mlp in mlps)
+    return [layer.sparse for layer in report.layers], whole, of_parallel.parallel_of(model) is not None, text
+
+
+@torch.no_grad()
+def sharded(d_model: int, d_ff: int, dtype: str, kind: str, tokens: list[int]) -> dict[str, Any]:
+    """A whole module, and its shards over all processes, of the same inputs."""
+    whole = _whole(d_model, d_ff, dtype, kind)
+    before = copy.deepcopy(whole.state_dict())
+    shard = whole.shard(dist.group.WORLD)
+    assert all(torch.equal(v, before[n]) for n, v in whole.state_dict().items()) and whole.parallel is None
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, Any] = {"d_ff": shard.d_ff, "type": type(shard).__name__, "whole": [], "shards": [], "exact": []}
+    for n in tokens:
+        x = torch.randn(1, n, d_model, generator=generator).to(getattr(torch, dtype))
+        found["whole"].append(whole(x).float())
+        found["shards"].append(shard(x).float())
+        found["exact"].append(whole.double()(x.double()) if kind == "gated" else found["whole"][-1].double())
+        whole.to(getattr(torch, dtype)) if kind == "gated" else None
+    part = shard.partial(x.reshape(-1, d_model)[:1].flatten())
+    assert part is not None and part.dtype == torch.float32
+    found["sum"] = shard.parallel.sum(part.clone())
+    found["one"] = shard(x.reshape(-1, d_model)[:1].flatten()).float()
+    found["copied"] = torch.equal(copy.deepcopy(shard)(x), shard(x))
+    return found
+
+
+def shard_of(d_ff: int, ranks: int | None = None, again: bool = False, others: int = 0) -> None:
+    group = dist.group.WORLD if ranks is None else dist.new_group(list(range(ranks)))
+    mlp = _whole(8, d_ff + others * dist.get_rank(), "float32", "gated")
+    shard = mlp.shard(group)
+    if again:
+        shard.shard(group)
+
+
+def shard_is_pickled() -> None:
+    pickle.dumps(_whole(8, 9, "float32", "gated").shard(dist.group.WORLD))
+
+
+def shard_with_gradients() -> None:
+    _whole(8, 9, "float32", "gated").shard(dist.group.WORLD)(torch.randn(20, 8, requires_grad=True))
+
+
+def compiled() -> bool:
+    """A shard in a program that torch compiles."""
+    with torch.no_grad():
+        shard, x = _whole(64, 45, "bfloat16", "gated").shard(dist.group.WORLD), torch.randn(1, 64).bfloat16()
+        own = torch.compile(shard, fullgraph=True, backend="aot_eager")(x)
+        return torch.equal(own, shard(x))

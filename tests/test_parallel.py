@@ -1,0 +1,240 @@
+"""Tensor parallelism on the CPU: processes over gloo, each with a shard, against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+transformers = pytest.importorskip("transformers", reason='the extra "hf" brings it')
+import ranks_parallel  # noqa: E402
+from ranks import RankError, Ranks, ranks  # noqa: E402
+
+from prosparse_cupy.torch import generate, measure_sparsity, patch_model  # noqa: E402
+from prosparse_cupy.torch.parallel import rows_of  # noqa: E402
+
+FOLDER = str(Path(__file__).parent / "data" / "relu-lm")
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 156,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "max_position_embeddings": 128,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "hidden_act": "relu",
+}
+IDS = [[(7 * i * i + 3 * i + s) % 200 for i in range(24)] for s in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with ranks(2) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A function that saves a random model, and where it did."""
+    made: dict[str, str] = {}
+
+    def save(dtype: str, kind: str = "Llama", **changes: Any) -> str:
+        key = f"{kind}-{dtype}-{sorted(changes.items())}"
+        if key not in made:
+            torch.manual_seed(0)
+            config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        parameter.mul_(3)
+            made[key] = str(tmp_path_factory.mktemp("model"))
+            model.save_pretrained(made[key])
+        return made[key]
+
+    yield save
+
+
+def _one_process(path: str, dtype: str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+
+
+def _close(found: Any, expected: Any, dtype: str) -> None:
+    tolerance = {"float32": 2e-5, "bfloat16": 3e-2}[dtype]
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("float32", {}),
+        ("float32", {"linears": False}),
+        ("bfloat16", {}),
+        ("bfloat16", {"compress": True}),
+        ("bfloat16", {"compress": True, "linears": False}),
+    ],
+)
+def test_a_model_that_transformers_has_split(two, folder, dtype, options):
+    path = folder(dtype)
+    model = _one_process(path, dtype)
+    ids = torch.tensor(IDS)
+    with torch.no_grad():
+        expected = {"one token": model(ids[:1, :1]).logits, "eight": model(ids[:1, :8]).logits, "many": model(ids).logits}
+    found = two.run(ranks_parallel.patched, path, dtype, IDS, options)
+    for of_rank in found:
+        assert of_rank["sparse"] == [True, True] and of_rank["parallel"], of_rank["reasons"]
+        assert of_rank["decoding"] == [True] * (9 if options.get("linears", True) else 0)
+        for name, logits in expected.items():
+            _close(of_rank[name], logits, dtype)
+        for fact in ("state is kept", "unpatched", "modules", "forwards", "contiguous"):
+            assert of_rank[fact], fact
+        assert not of_rank["warnings"]
+    for name in ("text", "two texts", "sampled", "guessed", "one token", "many"):
+        assert _equal(found[0][name], found[1][name]), name
+    assert found[0]["guessed"] == found[0]["text"]
+    if dtype == "float32":
+        own = model.generate(ids[:1, :8], max_new_tokens=20, do_sample=False)
+        assert found[0]["text"] == own.tolist()
+        assert found[0]["two texts"] == model.generate(ids[:, :8], max_new_tokens=12, do_sample=False).tolist()
+    if not options.get("linears", True) and dtype == "bfloat16":
+        return
+    assert found[0]["sampled"][0][:8] == IDS[0][:8] and len(found[0]["sampled"][0]) == 20
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_the_small_model_writes_the_same_text(two):
+    """Greedy tokens of one process, dense and patched, and of two."""
+    model = _one_process(FOLDER, "float32")
+    ids = [list(b"def parse_args("), list(b"class Shape(Nam")]
+    vocabulary = model.config.vocab_size
+    ids = [[token % vocabulary for token in text] for text in ids]
+    dense = model.generate(torch.tensor(ids[:1])[:, :8], max_new_tokens=20, do_sample=False).tolist()
+    patch_model(model)
+    assert generate(model, torch.tensor(ids[:1])[:, :8], max_new_tokens=20, do_sample=False).tolist() == dense
+    for of_rank in two.run(ranks_parallel.patched, FOLDER, "float32", ids, {}):
+        assert all(of_rank["sparse"]) and of_rank["text"] == dense and not of_rank["warnings"]
+
+
+def test_families_without_a_gate(two, folder):
+    path = folder("float32", "Nemotron", hidden_act="relu2", intermediate_size=160)
+    model, ids = _one_process(path, "float32"), torch.tensor(IDS)
+    if not getattr(model, "tp_plan", None):
+        pytest.skip("this transformers does not split Nemotron")
+    with torch.no_grad():
+        expected = model(ids).logits
+    for of_rank in two.run(ranks_parallel.measured, path, IDS, True):
+        assert 0 < of_rank[0][0] < 1 and len(of_rank[1][0]) == 2
+    assert expected.isfinite().all()
+
+
+def test_whole_mlps_of_a_model_that_is_split_elsewhere(two, folder):
+    path = folder("float32")
+    own = _one_process(path, "float32").generate(torch.tensor(IDS[:1])[:, :8], max_new_tokens=8, do_sample=False)
+    for sparse, whole, split, text in two.run(ranks_parallel.patched_where_mlps_are_whole, path, IDS):
+        assert sparse == [True, True]
+        assert whole
+        assert split
+        assert text.tolist() == own.tolist()
+
+
+def test_what_one_process_refuses_all_leave_dense(two, folder):
+    for sparse, reasons in two.run(ranks_parallel.patched_but_one_refuses, folder("float32")):
+        assert sparse == [False, True]
+        assert "(rank 1 of 2)" in reasons[0] and not reasons[1]
+
+
+def test_what_one_process_fails_in_all_fail_in(two, folder):
+    with pytest.raises(RankError) as raised:
+        two.run(ranks_parallel.patched_but_one_fails, folder("float32"))
+    first, last = raised.value.errors
+    assert first.startswith("RuntimeError: rank 1 of 2 failed, so all stop: OutOfMemoryError: no memory, says the test")
+    assert last == "OutOfMemoryError: no memory, says the test"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"), [({"compress": True}, {}, "compress"), ({"threshold": 0.1}, {}, "threshold")]
+)
+def test_calls_that_differ_are_refused(two, folder, one, other, name):
+    with pytest.raises(RankError) as raised:
+        two.run(ranks_parallel.patched_otherwise, folder("bfloat16"), each=[(one,), (other,)])
+    for error in raised.value.errors:
+        assert error.startswith(f"ValueError: patch_model: {name} must be the same in all processes of the group, got rank 0: ")
+
+
+def test_a_wrong_argument_of_one_process_is_told_to_all(two, folder):
+    with pytest.raises(RankError) as raised:
+        two.run(ranks_parallel.patched_otherwise, folder("bfloat16"), each=[({"threshold": -1.0},), ({},)])
+    assert "threshold" in raised.value.errors[0] and "rank 0 of 2 failed" in raised.value.errors[1]
+
+
+@pytest.mark.parametrize("patches", [True, False])
+def test_the_meter_tells_the_share_of_each_process(two, folder, patches):
+    path = folder("float32")
+    model = _one_process(path, "float32")
+    found = two.run(ranks_parallel.measured, path, IDS, patches)
+    assert found[0] == found[1]
+    active, by_rank, neurons, text = found[0]
+    assert neurons == [156, 156] and "active by rank" in text
+    expected = measure_sparsity(model, torch.tensor(IDS))
+    for share, (a, b), layer in zip(active, by_rank, expected.layers, strict=True):
+        assert share == pytest.approx((a + b) / 2) and a != b
+        assert share == pytest.approx(layer.active, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gated", "not gated", "compressed"])
+def test_shards_of_a_module(two, kind, dtype):
+    if kind == "compressed" and dtype == "float32":
+        pytest.skip("compressed weights are bfloat16")
+    found = two.run(ranks_parallel.sharded, 64, 45, dtype, kind, [1, 3, 8, 20])
+    assert [of_rank["d_ff"] for of_rank in found] == [23, 22]
+    for of_rank in found:
+        assert of_rank["copied"] and of_rank["type"] == ("SparseMLP" if kind == "not gated" else "SparseGatedMLP")
+        for whole, shards, exact in zip(of_rank["whole"], of_rank["shards"], of_rank["exact"], strict=True):
+            _close(shards, whole, dtype)
+            error, own = (shards.double() - exact).norm(), (whole.double() - exact).norm()
+            assert error <= 2 * own + torch.finfo(getattr(torch, dtype)).eps * exact.norm()
+        if kind != "not gated":  # which has a bias
+            assert torch.equal(of_rank["sum"].to(getattr(torch, dtype)).float(), of_rank["one"])
+    assert all(torch.equal(a, b) for a, b in zip(found[0]["shards"], found[1]["shards"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1,), "shard: 2 processes are more than its 1 neurons: use a smaller group (rank 0 of 2)"),
+        ((9, None, True), "shard: this is a shard already (rank 0 of 2)"),
+        ((9, None, False, 1), "shard: d_ff must be the same in all processes of the group, got rank 0: 9, rank 1: 10"),
+    ],
+)
+def test_what_cannot_be_a_shard(two, arguments, message):
+    with pytest.raises(RankError) as raised:
+        two.run(ranks_parallel.shard_of, *arguments)
+    assert raised.value.errors == [f"ValueError: {message}"] * 2
+
+
+def test_a_shard_belongs_to_its_process(two):
+    with pytest.raises(RankError, match="a shard belongs to the process group of this process"):
+        two.run(ranks_parallel.shard_is_pickled)
+    with pytest.raises(RankError, match="a shard is for inference"):
+        two.run(ranks_parallel.shard_with_gradients)
+
+
+def test_a_shard_in_a_compiled_program(two):
+    assert two.run(ranks_parallel.compiled) == [True, True]
+
+
+@pytest.mark.parametrize(("size", "number"), [(1, 7), (2, 7), (3, 10), (8, 8), (5, 11008)])
+def test_rows_cover_all_neurons_once(size, number):
+    parts = [rows_of(rank, size, number) for rank in range(size)]
+    assert [n for part in parts for n in range(number)[part]] == list(range(number))
+    lengths = [part.stop - part.start for part in parts]
+    assert max(lengths) - min(lengths) <= 1
