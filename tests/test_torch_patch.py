@@ -630,3 +630,73 @@ def test_offloading_after_patching(device):
     accelerate.cpu_offload(model, execution_device=torch.device(device))
     with torch.inference_mode():
         assert torch.equal(model.generate(_ids(device), max_new_tokens=20, do_sample=False), before)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_hooks_that_only_move_inputs_leave_layers_sparse(device, compress):
+    """As ``device_map="auto"`` leaves them: all weights stay where they are, so an FFN computes what it would without."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate brings hooks")
+    model = _model(device=device, dtype=torch.bfloat16 if compress else torch.float32)
+    before = _text(model)
+    accelerate.hooks.attach_execution_device_hook(model, torch.device(device))
+    hooked = [m for m in model.modules() if hasattr(m, "_hf_hook")]
+    projections = [layer.mlp.up_proj for layer in model.model.layers]
+    assert all(p in hooked for p in projections), "accelerate hooks other modules: try something else here"
+    report = patch_model(model, compress=compress)
+    assert all(x.sparse for x in report.layers) and all(m.decoding for m in report.matrices), str(report)
+    assert torch.equal(_text(model), before)
+    unpatch_model(model)
+    assert _unchanged(model) and [m for m in model.modules() if hasattr(m, "_hf_hook")] == hooked
+    assert torch.equal(_text(model), before)
+
+
+def test_hooks_that_fetch_weights_leave_layers_dense():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate brings hooks")
+    model = _model()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    report = patch_model(model)
+    assert not report.sparse and all("meta" in x.reason or "hooks" in x.reason for x in report.layers)
+
+
+@pytest.mark.gpu
+def test_a_model_on_two_gpus():
+    """Layers on both, activations moved by accelerate: sparse on each, the text of one GPU."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate brings device maps")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    model = _model(device="cuda:0")
+    before = _text(model)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    places |= {f"model.layers.{i}": 1 for i in (1, 2)} | {"model.norm": 1, "lm_head": 1}
+    spread = accelerate.dispatch_model(model, places)
+    report = patch_model(spread)
+    assert all(x.sparse for x in report.layers), str(report)
+    assert {layer.mlp.down_proj.weight.device.index for layer in spread.model.layers} == {0, 1}
+    taken, real = [], SparseGatedMLP._sparse
+
+    def noting(self, x):
+        y = real(self, x)
+        taken.append(y is not None)
+        return y
+
+    SparseGatedMLP._sparse = noting
+    try:
+        assert torch.equal(_text(spread), before)
+    finally:
+        SparseGatedMLP._sparse = real
+    assert len(taken) >= 3 * 19 and all(taken)
+
+
+def test_parameters_that_were_one_are_one_again():
+    model = _model(dtype=torch.bfloat16)
+    first, *others = [layer.mlp for layer in model.model.layers]
+    for mlp in others:
+        mlp.up_proj.weight = first.up_proj.weight
+    before, modules = _text(model), [layer.mlp.up_proj for layer in model.model.layers]
+    patch_model(model, compress=True)
+    unpatch_model(model)
+    assert [layer.mlp.up_proj for layer in model.model.layers] == modules
+    assert len({id(layer.mlp.up_proj.weight) for layer in model.model.layers}) == 1
+    assert len({id(layer.mlp.gate_proj.weight) for layer in model.model.layers}) == 3
+    assert torch.equal(_text(model), before)

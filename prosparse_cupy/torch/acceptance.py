@@ -187,6 +187,7 @@ def _with_tensors(mlp: Any, family: MLPFamily, tensors: Tensors, formula: Formul
     linear(family.down, tensors.down, tensors.down_bias)
     if family.norm is not None and tensors.norm_weight is not None:
         norm = copy.copy(getattr(mlp, family.norm))
+        norm.__dict__.pop("forward", None)
         norm._parameters = {**norm._parameters, "weight": nn.Parameter(tensors.norm_weight, requires_grad=False)}
         if hasattr(norm, "normalized_shape"):
             norm.normalized_shape, norm.eps = tuple(tensors.norm_weight.shape), tensors.norm_eps

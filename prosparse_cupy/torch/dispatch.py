@@ -38,7 +38,27 @@ def does_more(module: nn.Module) -> bool:
     if module._forward_hooks or module._forward_pre_hooks:
         return True
     own = module.__dict__.get("forward")  # accelerate leaves the class's behind, bound, when its hooks are removed
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    if own is None or getattr(own, "__func__", None) is type(module).forward:
+        return False
+    return not _only_moves(module, own)
+
+
+def _only_moves(module: nn.Module, forward: Any) -> bool:
+    """Whether a module's own `forward` is accelerate's, which moves inputs to the device that its weights stay on.
+
+    So a model is spread over several GPUs by ``device_map``. What the operators get is on the weights' device already, or they
+    refuse it and the module is called.
+    """
+    hook: Any = module.__dict__.get("_hf_hook")
+    before = module.__dict__.get("_old_forward")
+    if type(hook).__name__ != "AlignDevicesHook" or not type(hook).__module__.startswith("accelerate."):
+        return False
+    is_its = getattr(getattr(forward, "func", None), "__module__", None) == type(hook).__module__
+    device = hook.execution_device
+    if not is_its or hook.offload or device is None or getattr(before, "__func__", None) is not type(module).forward:
+        return False
+    stays = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return all(p is None or p.device == stays for p in module._parameters.values())
 
 
 def is_watched() -> bool:

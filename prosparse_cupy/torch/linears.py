@@ -98,6 +98,8 @@ class CompressedLinear(nn.Module):
         self._replaced: tuple[nn.Module, ...] = ()  # what `patch_model` put it in the place of; no submodule
         self._split: Split | None = None  # how its weight was spread over processes, of which it has this one's part
         self._sharding: Sharding | None = None
+        self.tie: object | None = None
+        """The same object in all whose weights were one parameter."""
         self._requires_grad = weight.requires_grad
         self._take(weight)
 
@@ -108,7 +110,7 @@ class CompressedLinear(nn.Module):
         nn.Module.__init__(linear)
         linear.register_parameter("bias", None)
         linear.transposed, linear._requires_grad, linear._replaced = transposed, True, ()
-        linear._split, linear._sharding = None, None
+        linear._split, linear._sharding, linear.tie = None, None, None
         linear.out_features, linear.in_features = packed.shape[::-1] if transposed else packed.shape
         linear._hold(packed)
         return linear
@@ -156,10 +158,12 @@ class CompressedLinear(nn.Module):
     def put_back(self) -> nn.Linear:
         """The `nn.Linear` whose place this one took, or a new one, with the same bits."""
         linear = self.linear()
-        if self._split is None:
+        if not self._replaced:
             return linear
         before: Any = self._replaced[0]
-        before.weight = nn.Parameter(self._split.of_local(linear.weight.detach()), requires_grad=self._requires_grad)
+        before.weight = linear.weight
+        if self._split is not None:
+            before.weight = nn.Parameter(self._split.of_local(linear.weight.detach()), requires_grad=self._requires_grad)
         return before.train(self.training)  # type: ignore[no-any-return]
 
     def show_one_escape(self) -> None:

@@ -202,7 +202,7 @@ def why_not(linear: Any) -> str:
     weight = local_of(linear.weight)
     if type(weight.data) is not Tensor or weight.dtype not in DTYPES:
         return f"{weight.dtype} in a {type(weight.data).__name__}: bfloat16, float16 or float32 needed"
-    if hasattr(linear, "_hf_hook") or (sharding is None and does_more(linear)):
+    if sharding is None and does_more(linear):
         return "has hooks, or a forward of its own (offloading, or a user's)"
     if weight.is_meta:
         return "on the meta device: load it first"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, held_twice, put_back_matrices, replace_matrices, rows_of_report
 from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, rounds_twice, unpack
-from .parallel import Style, TensorParallel, is_split, local_of, parallel_of, sharding_of_all, with_all
+from .parallel import Style, TensorParallel, local_of, parallel_of, sharding_of_all, with_all
 from .steps import release_generation
 
 
@@ -318,14 +319,21 @@ def _compress_all(model: nn.Module, layers: list[LayerPatch]) -> list[LayerPatch
     """Compress the weights of the layers that decode sparsely, with a bar on a terminal."""
     console = Console(stderr=True)
     bar = track(layers, "compressing", console=console, transient=True, disable=not console.is_terminal)
-    done = [_compressed(model.get_submodule(layer.name), layer) if layer.sparse else layer for layer in bar]
+    ties = _ties(model)
+    done = [_compressed(model.get_submodule(layer.name), layer, ties) if layer.sparse else layer for layer in bar]
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # the plain weights' memory goes back to the GPU
     return done
 
 
+def _ties(model: nn.Module) -> dict[int, object]:
+    """Of each parameter that several modules have, by its id, what the compressed ones in its place have in common."""
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter: object() for parameter, count in held.items() if count > 1}
+
+
 @torch.no_grad()
-def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
+def _compressed(sparse: Any, layer: LayerPatch, ties: dict[int, object]) -> LayerPatch:
     """A layer whose weights have been compressed, one after the other, where that pays."""
     if not isinstance(sparse, SparseMLP):
         return replace(layer, plain="inside a layer")
@@ -356,9 +364,8 @@ def _compressed(sparse: Any, layer: LayerPatch) -> LayerPatch:
         if not torch.equal(packed.weight.view(torch.int16), weight.view(torch.int16)):
             raise RuntimeError(f"patch_model: {layer.name}.{name} did not come back to the bit: a defect, please report it")
         plain += ratio * weight.numel()
-        packed.train(linear.training)
-        if is_split(linear.weight):
-            packed.take_place_of(linear)
+        packed.tie = ties.get(id(linear.weight))
+        packed.take_place_of(linear)
         for holder in (sparse, sparse.replaced):
             setattr(holder, name, packed)
         del linear, weight
@@ -375,9 +382,10 @@ def unpatch_model(model: nn.Module) -> None:
     """
     check_module("unpatch_model", model)
     release_generation(model)
+    tied: dict[object, Any] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseMLP) and module.replaced is not None:
-            _put_back(model, name, module)
+            _put_back(model, name, module, tied)
     _put_back_halves(model)
     put_back_matrices(model)
 
@@ -478,7 +486,7 @@ def _why_dense(mlp: Any, family: MLPFamily) -> str:
         return f"{family.norm} has no weight"
     weights = [linear.weight for linear in linears]
     watched = linears if family.is_inside else list(mlp.modules())
-    if any(hasattr(m, "_hf_hook") or does_more(m) for m in watched):
+    if any(does_more(m) for m in watched):
         return "it has hooks, or a forward of its own (offloading, or a user's)"
     if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in watched):
         return "it has dropout"
@@ -613,13 +621,16 @@ def made_sparse(mlp: nn.Module, family: MLPFamily, formula: Formula, parallel: T
     return SparseMLP.of(mlp, family, formula, parallel)
 
 
-def _put_back(model: nn.Module, name: str, sparse: SparseMLP) -> None:
+def _put_back(model: nn.Module, name: str, sparse: SparseMLP, tied: dict[object, Any] | None = None) -> None:
+    """The MLP of before; `tied` has the parameters that were one with others, as far as these have been put back."""
     unpack(sparse.down)
     before: Any = sparse.replaced
     for projection in sparse.family.projections:
         linear = getattr(sparse, projection)
         if isinstance(linear, CompressedLinear):
-            linear = linear.put_back()
+            tie, linear = linear.tie, linear.put_back()
+            if tie is not None and tied is not None:
+                linear.weight = tied.setdefault(tie, linear.weight)
             setattr(sparse, projection, linear)
         setattr(before, projection, linear)
     if sparse.family.norm is not None:
