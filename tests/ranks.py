@@ -1,4 +1,4 @@
-"""Processes of one group over gloo, which run what a test asks for: each test's functions are in `ranks_*.py`."""
+"""Processes of one group, over gloo or NCCL, which run what a test asks for: each test's functions are in `ranks_*.py`."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """`size` processes."""
+    """`size` processes, each with a GPU of its own or none."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        if backend == "gloo":
+            common["CUDA_VISIBLE_DEVICES"] = ""
         self._processes = [
             subprocess.Popen(
-                [sys.executable, str(_HERE / "ranks.py")],
+                [sys.executable, str(_HERE / "ranks.py"), backend],
                 env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -70,8 +72,8 @@ class Ranks:
 
 
 @contextmanager
-def ranks(size: int) -> Iterator[Ranks]:
-    group = Ranks(size)
+def ranks(size: int, backend: str = "gloo") -> Iterator[Ranks]:
+    group = Ranks(size, backend)
     try:
         yield group
     finally:
@@ -85,9 +87,13 @@ def _work() -> None:
     sys.path.insert(0, str(_HERE))
     import importlib
 
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    backend = sys.argv[1]
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
     while True:
         try:
             module, name, arguments = pickle.load(sys.stdin.buffer)

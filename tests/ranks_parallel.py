@@ -41,7 +41,8 @@ def _is_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @torch.no_grad()
 def patched(path: str, dtype: str, ids: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
     """A model that transformers has split: patched, asked, and unpatched."""
-    model, text = _loaded(path, dtype), torch.tensor(ids)
+    model = _loaded(path, dtype)
+    text = torch.tensor(ids, device=model.device)
     layers = [layer.mlp for layer in model.model.layers]
     projections = [getattr(mlp, name) for mlp in layers for name in ("gate_proj", "up_proj", "down_proj")]
     forwards = [p.__dict__["forward"] for p in projections]
@@ -52,9 +53,9 @@ def patched(path: str, dtype: str, ids: list[list[int]], options: dict[str, Any]
         "reasons": [layer.reason for layer in report.layers],
         "decoding": [matrix.decoding for matrix in report.matrices],
         "parallel": all(isinstance(layer.mlp, SparseMLP) and layer.mlp.parallel is not None for layer in model.model.layers),
-        "one token": model(text[:1, :1]).logits,
-        "eight": model(text[:1, :8]).logits,
-        "many": model(text).logits,
+        "one token": model(text[:1, :1]).logits.cpu(),
+        "eight": model(text[:1, :8]).logits.cpu(),
+        "many": model(text).logits.cpu(),
         "state is kept": _is_same(_state(model), state),
     }
     with warnings.catch_warnings(record=True) as caught:
@@ -121,14 +122,26 @@ def measured(path: str, ids: list[list[int]], patches: bool) -> tuple[list[float
         psct.patch_model(model)
     with SparsityMeter(model) as meter:
         for token in ids[0]:
-            model(torch.tensor([[token]]))
-        model(torch.tensor(ids))
+            model(torch.tensor([[token]], device=model.device))
+        model(torch.tensor(ids, device=model.device))
     report = meter.report()
     return [x.active for x in report.layers], [x.ranks for x in report.layers], [x.neurons for x in report.layers], str(report)
 
 
 def _whole(d_model: int, d_ff: int, dtype: str, kind: str) -> SparseMLP:
     torch.manual_seed(0)
+    torch.set_default_device(_device())
+    try:
+        return _made(d_model, d_ff, dtype, kind)
+    finally:
+        torch.set_default_device("cpu")
+
+
+def _device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _made(d_model: int, d_ff: int, dtype: str, kind: str) -> SparseMLP:
     if kind in ("gated", "compressed"):
         mlp = SparseGatedMLP(d_model, d_ff, 0.05, dtype=getattr(torch, dtype))
         if kind == "compressed":
@@ -153,7 +166,7 @@ def patched_where_mlps_are_whole(path: str, ids: list[list[int]]) -> tuple[list[
         LlamaConfig.base_model_tp_plan = before
     report = psct.patch_model(model)
     mlps = [layer.mlp for layer in model.model.layers]
-    text = psct.generate(model, torch.tensor(ids[:1])[:, :8], max_new_tokens=8, do_sample=False)
+    text = psct.generate(model, torch.tensor(ids[:1], device=model.device)[:, :8], max_new_tokens=8, do_sample=False).cpu()
     whole = all(isinstance(mlp, SparseMLP) and mlp.parallel is None for mlp in mlps)
     return [layer.sparse for layer in report.layers], whole, of_parallel.parallel_of(model) is not None, text
 
@@ -168,15 +181,15 @@ def sharded(d_model: int, d_ff: int, dtype: str, kind: str, tokens: list[int]) -
     generator = torch.Generator().manual_seed(1)
     found: dict[str, Any] = {"d_ff": shard.d_ff, "type": type(shard).__name__, "whole": [], "shards": [], "exact": []}
     for n in tokens:
-        x = torch.randn(1, n, d_model, generator=generator).to(getattr(torch, dtype))
-        found["whole"].append(whole(x).float())
-        found["shards"].append(shard(x).float())
-        found["exact"].append(whole.double()(x.double()) if kind == "gated" else found["whole"][-1].double())
+        x = torch.randn(1, n, d_model, generator=generator).to(_device(), getattr(torch, dtype))
+        found["whole"].append(whole(x).float().cpu())
+        found["shards"].append(shard(x).float().cpu())
+        found["exact"].append(whole.double()(x.double()).cpu() if kind == "gated" else found["whole"][-1].double())
         whole.to(getattr(torch, dtype)) if kind == "gated" else None
     part = shard.partial(x.reshape(-1, d_model)[:1].flatten())
     assert part is not None and part.dtype == torch.float32
-    found["sum"] = shard.parallel.sum(part.clone())
-    found["one"] = shard(x.reshape(-1, d_model)[:1].flatten()).float()
+    found["sum"] = shard.parallel.sum(part.clone()).cpu()
+    found["one"] = shard(x.reshape(-1, d_model)[:1].flatten()).float().cpu()
     found["copied"] = torch.equal(copy.deepcopy(shard)(x), shard(x))
     return found
 
@@ -194,12 +207,12 @@ def shard_is_pickled() -> None:
 
 
 def shard_with_gradients() -> None:
-    _whole(8, 9, "float32", "gated").shard(dist.group.WORLD)(torch.randn(20, 8, requires_grad=True))
+    _whole(8, 9, "float32", "gated").shard(dist.group.WORLD)(torch.randn(20, 8, requires_grad=True, device=_device()))
 
 
 def compiled() -> bool:
     """A shard in a program that torch compiles."""
     with torch.no_grad():
-        shard, x = _whole(64, 45, "bfloat16", "gated").shard(dist.group.WORLD), torch.randn(1, 64).bfloat16()
+        shard, x = _whole(64, 45, "bfloat16", "gated").shard(dist.group.WORLD), torch.randn(1, 64, device=_device()).bfloat16()
         own = torch.compile(shard, fullgraph=True, backend="aot_eager")(x)
         return torch.equal(own, shard(x))

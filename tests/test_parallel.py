@@ -1,4 +1,4 @@
-"""Tensor parallelism on the CPU: processes over gloo, each with a shard, against one process."""
+"""Tensor parallelism: two processes, each with a shard, against one; on the CPU over gloo, on two GPUs over NCCL."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
 transformers = pytest.importorskip("transformers", reason='the extra "hf" brings it')
+pytest.importorskip("transformers.distributed.tensor_parallel", reason="this transformers splits models in another way")
 import ranks_parallel  # noqa: E402
 from ranks import RankError, Ranks, ranks  # noqa: E402
 
@@ -32,9 +33,11 @@ SIZES: dict[str, Any] = {
 IDS = [[(7 * i * i + 3 * i + s) % 200 for i in range(24)] for s in (1, 2)]
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with ranks(2) as group:
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def two(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two GPUs")
+    with ranks(2, request.param) as group:
         yield group
 
 
