@@ -11,7 +11,6 @@ ties, which rounding may decide otherwise in a batch. The share of tokens that a
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from prosparse_cupy.testing.timing import Times, summarise
+from prosparse_cupy.testing.timing import Times
 from prosparse_cupy.torch import (
     generate,
     measure_sparsity,
@@ -34,7 +33,7 @@ from prosparse_cupy.torch import (
 )
 from prosparse_cupy.torch.step import Step
 
-from .decode import COMPILED, CONTEXT, STEP, compiled_step, free_memory
+from .decode import COMPILED, CONTEXT, STEP, compiled_step, free_memory, times_on_the_host
 from .results import BatchesRow
 
 GENERATE, LOOKUP = "generate", "lookup {}"
@@ -165,7 +164,7 @@ class _Measured:
         prompts = self._prompts[:batch]
         step = prepare_generation(self._model, self._context, batch_size=batch)
         step.token.copy_(prompts[:, -1:])
-        timed = self._times(partial(_last_positions, step, self._context), _LAST, self._repeats)
+        timed = self._times(partial(last_positions, step, self._context), _LAST, self._repeats)
         texts = self._written(prompts, _NEW_TOKENS)
         known = {
             "equal": _share([text[:_ALONE] for text in texts], self._alone[:batch]),
@@ -202,20 +201,7 @@ class _Measured:
         return ids[:, prompts.shape[1] :]
 
     def _times(self, call: Callable[[], Any], steps: int, repeats: int) -> Times:
-        """Microseconds a step of a call that runs so many; the first call warms up."""
-        samples = []
-        for turn in range(repeats + 1):
-            self._wait()
-            start = time.perf_counter()
-            call()
-            self._wait()
-            if turn:
-                samples.append((time.perf_counter() - start) * 1e6 / steps)
-        return summarise(samples)
-
-    def _wait(self) -> None:
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+        return times_on_the_host(call, steps, repeats, self._model.device)
 
     def _free(self) -> None:
         if self._model.device.type == "cuda":
@@ -255,7 +241,7 @@ def _again(replay: Callable[[], None]) -> None:
         replay()
 
 
-def _last_positions(step: Step, context: int) -> None:
+def last_positions(step: Step, context: int) -> None:
     """A step on the last positions of the context, where it takes longest."""
     step.position.fill_(context - _LAST)
     for _ in range(_LAST):

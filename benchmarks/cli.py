@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -27,6 +29,7 @@ from prosparse_cupy.models import (
     MINITRON_4B,
     NEMOTRON_H_8B,
     OPT_6_7B,
+    RELU_LLAMA_70B,
     TURBOSPARSE_MISTRAL,
     Model,
 )
@@ -300,6 +303,60 @@ def batches(
         del model
         models.free_memory()
     _finish(result(), json_path, csv_path)
+
+
+@main.command()
+@_json
+@_quick
+@click.option("--model", "names", type=click.Choice(["7B", "13B", "70B"]), multiple=True, default=["13B"], show_default=True)
+def parallel(names: tuple[str, ...], json_path: Path | None, quick: bool) -> None:
+    """Tokens a second of whole models that transformers has split over the GPUs of this host.
+
+    Run it in every process: ``torchrun --nproc-per-node 2 -m benchmarks parallel --model 13B``. The first process measures each
+    model on one GPU first, but for 70B, which does not fit, and writes what was found after each model.
+    """
+    _need_gpu()
+    try:
+        import torch
+        import torch.distributed as dist
+
+        from . import parallel as models
+    except ImportError as error:
+        raise click.ClickException(f'parallel needs torch and transformers, which the extra "hf" brings: {error}') from error
+    if "WORLD_SIZE" not in os.environ:
+        raise click.ClickException("parallel: run it by torchrun --nproc-per-node GPUS -m benchmarks parallel")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    mesh = dist.init_device_mesh("cuda", (dist.get_world_size(),))
+    is_first, repeats, start = dist.get_rank() == 0, 8 if quick else 32, time.perf_counter()
+    yard, watch = conditions.prepare()
+    rows: list[DecodeRow] = []
+
+    def say(label: str, doing: str) -> None:
+        if is_first:
+            click.echo(f"{time.perf_counter() - start:5.0f} s  {label}: {doing}", err=True)
+
+    def result() -> Result:
+        return Result(conditions.head("parallel", "host clock", "our step, unpatched", yard, watch), tuple(rows))
+
+    def measure(label: str, make: Callable[[], Any], gpus: int) -> None:
+        say(label, f"making the model for {gpus} GPUs")
+        model = make()
+        rows.extend(models.measure_parallel(model, label, gpus, repeats, partial(say, label)))
+        del model
+        models.free_memory()
+
+    for label in names:
+        record = _WHOLE.get(label, RELU_LLAMA_70B)
+        if is_first and label not in models.KV_HEADS:
+            measure(label, partial(models.random_model, record), 1)
+        dist.barrier()
+        measure(label, partial(models.split_model, record, label, mesh), dist.get_world_size())
+        if is_first and json_path:
+            write_json(result(), json_path)
+    dist.destroy_process_group()
+    if is_first:
+        _finish(result(), json_path, None)
 
 
 @main.command("compare")

@@ -36,6 +36,7 @@ from prosparse_cupy.torch import (
     release_generation,
     unpatch_model,
 )
+from prosparse_cupy.torch.parallel import local_of
 from prosparse_cupy.torch.patch import mlps
 from prosparse_cupy.torch.step import Step, cache_name
 
@@ -72,6 +73,16 @@ def random_model(record: Model) -> nn.Module:
     One whose record has no sparsity has SiLU, and one without a gate is an Arcee of AFM-4.5B's attention. Random weights leave
     half of squared ReLU's neurons at zero, so more of them come from a threshold, which `measure_model` is given too.
     """
+    config = config_of(record)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    if record.sparsity > 0:
+        calibrate(model, shares(record), record.threshold)
+    return model
+
+
+def config_of(record: Model) -> Any:
+    """The config of such a model."""
     register_fatrelu()
     has_zeros = record.sparsity > 0
     dims = {
@@ -85,16 +96,10 @@ def random_model(record: Model) -> nn.Module:
     }
     if not record.gated:
         more = {"num_key_value_heads": 4, "vocab_size": 128_004, "bos_token_id": 1, "eos_token_id": 2}
-        config: Any = ArceeConfig(**dims | more, hidden_act=record.activation)
-    elif has_zeros:
-        config = LlamaConfig(**dims, hidden_act="fatrelu", hidden_act_param=record.threshold)
-    else:
-        config = LlamaConfig(**dims, hidden_act="silu")
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        return ArceeConfig(**dims | more, hidden_act=record.activation)
     if has_zeros:
-        calibrate(model, shares(record), record.threshold)
-    return model
+        return LlamaConfig(**dims, hidden_act="fatrelu", hidden_act_param=record.threshold)
+    return LlamaConfig(**dims, hidden_act="silu")
 
 
 def shares(record: Model) -> np.ndarray:
@@ -112,9 +117,11 @@ def calibrate(model: nn.Module, layer_shares: np.ndarray, threshold: float, seed
     standard deviation s * sqrt(d_model), and active with probability P where that is threshold / quantile(1 - P).
     """
     rng = np.random.default_rng(seed)
-    model.get_input_embeddings().weight.normal_(0, 1)  # the residual stream's scale, so that the norm's epsilon does not count
+    local_of(model.get_input_embeddings().weight).normal_(
+        0, 1
+    )  # the residual stream's scale, so that the norm's epsilon does not count
     for (_, mlp, family), share in zip(mlps(model), layer_shares, strict=True):
-        weight = getattr(mlp, family.gate or family.up).weight
+        weight = local_of(getattr(mlp, family.gate or family.up).weight)
         active = torch.as_tensor(_neuron_shares(share, weight.shape[0], rng), dtype=torch.float32, device=weight.device)
         spread = threshold / torch.special.ndtri(1 - active)
         weight.normal_(0, weight.shape[1] ** -0.5)
@@ -190,7 +197,26 @@ def _generate_times(call: Callable[[], Any], tokens: int, rounds: int) -> Times:
     return summarise(np.array(samples))
 
 
-_KINDS = (  # what a kernel is for, by a part of its name; those of cuBLAS and of torch among them
+def times_on_the_host(call: Callable[[], Any], steps: int, repeats: int, device: torch.device) -> Times:
+    """Microseconds a step of a call that runs so many, by the host's clock; the first call warms up."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    samples = []
+    for turn in range(repeats + 1):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        if turn:
+            samples.append((time.perf_counter() - start) * 1e6 / steps)
+    return summarise(samples)
+
+
+_KINDS = (  # what a kernel is for, by a part of its name; those of cuBLAS, NCCL and of torch among them
+    ("all_reduce_us", ("nccl", "all_reduce", "allreduce")),
     ("sparse_ffn_us", ("ffn_123", "ffn_23", "ffn_4")),
     ("attention_us", ("attend", "fmha", "flash", "cudnn", "attention")),
     ("matrices_us", ("ffn_1", "gemv", "gemm", "cutlass", "splitk", "nvjet", "xmma")),

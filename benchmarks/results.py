@@ -128,6 +128,8 @@ class DecodeRow:
     """All other matrices; of an unpatched model, its FFNs' too."""
     attention_us: float = math.nan
     small_us: float = math.nan
+    all_reduce_us: float = math.nan
+    """Adding the parts of several GPUs, waiting for the slowest among it."""
     floor_us: float = math.nan
     """The bytes that a token must read at the read peak: matrices, of sparse FFNs active rows, keys and values."""
     peak_MiB: float = math.nan
@@ -136,6 +138,8 @@ class DecodeRow:
     """To compile and capture the step: the first of a process pays for the compiler's own start."""
     weights: str = "plain"
     """`unpatched`, or patched and `plain` or `bf12`."""
+    gpus: int = 1
+    """That the model is split over."""
     tokens_per_s: float = field(init=False)
     dense_tokens_per_s: float = field(init=False)
     speedup: float = field(init=False)
@@ -161,13 +165,14 @@ class DecodeRow:
             self.dtype,
             self.weights,
             self.context,
+            self.gpus,
         )
 
     @property
     def setting(self) -> str:
         """What else tells rows of one variant, model and sparsity apart."""
-        context = f"context {self.context}"
-        return context if self.weights == "plain" else f"{context}, {self.weights}"
+        more = [self.weights] * (self.weights != "plain") + [f"{self.gpus} GPUs"] * (self.gpus > 1)
+        return ", ".join([f"context {self.context}", *more])
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,7 @@ class BatchesRow:
         return f"{self.weights}, batch {self.batch}"
 
 
-_ROWS = {"decode": DecodeRow, "batches": BatchesRow}
+_ROWS = {"decode": DecodeRow, "batches": BatchesRow, "parallel": DecodeRow}
 """What a command's rows are, where not `Row`."""
 
 

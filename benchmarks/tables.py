@@ -21,7 +21,7 @@ _MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[\w-]+) -->)\n.*?<!-- end -
 def terminal(result: Result) -> Table:
     """All rows, with what the head says above and below."""
     head = result.head
-    if head.command == "decode":
+    if head.command in ("decode", "parallel"):
         return _decode_terminal(result)
     if head.command == "batches":
         return _batches_terminal(result)

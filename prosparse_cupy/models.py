@@ -35,6 +35,8 @@ class Model:
 
 LLAMA_2_7B = Model("prosparse-llama-2-7b", 4096, 11008, 32, 0.01, 0.8932)
 LLAMA_2_13B = Model("prosparse-llama-2-13b", 5120, 13824, 40, 0.01, 0.8880)
+RELU_LLAMA_70B = Model("ReluLLaMA-70B", 8192, 28672, 80, 0.0, 0.7156)
+"""With the sparsity of ReluLLaMA-13B."""
 MINICPM_S_1B = Model("MiniCPM-S-1B-sft", 1536, 3840, 52, 0.03, 0.8789)
 MINITRON_4B = Model("Minitron-4B-Base", 3072, 9216, 32, 0.0, 0.9, RELU2, gated=False)
 AFM_4_5B = Model("AFM-4.5B", 2560, 18432, 36, 0.0, 0.9, RELU2, gated=False)

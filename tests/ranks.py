@@ -84,7 +84,7 @@ def _work() -> None:
     """Run what comes in at the standard input; nothing else writes to the standard output."""
     answers, sys.stdout = os.fdopen(os.dup(1), "wb"), sys.stderr
     os.dup2(2, 1)
-    sys.path.insert(0, str(_HERE))
+    sys.path[:0] = [str(_HERE), str(_HERE.parent)]
     import importlib
 
     import torch

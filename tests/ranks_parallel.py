@@ -216,3 +216,17 @@ def compiled() -> bool:
         shard, x = _whole(64, 45, "bfloat16", "gated").shard(dist.group.WORLD), torch.randn(1, 64, device=_device()).bfloat16()
         own = torch.compile(shard, fullgraph=True, backend="aot_eager")(x)
         return torch.equal(own, shard(x))
+
+
+def benchmarked() -> list[dict[str, Any]]:
+    """`benchmarks parallel` on a small model."""
+    from dataclasses import asdict
+
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from benchmarks import parallel
+    from prosparse_cupy.models import Model
+
+    mesh, told = init_device_mesh(_device(), (dist.get_world_size(),)), list[str]()
+    model = parallel.split_model(Model("small", 256, 690, 2, 0.0, 0.9), "small", mesh)
+    return [asdict(row) for row in parallel.measure_parallel(model, "small", mesh.size(), 2, told.append, 64)]

@@ -235,6 +235,16 @@ def test_a_shard_in_a_compiled_program(two):
     assert two.run(ranks_parallel.compiled) == [True, True]
 
 
+def test_the_benchmark_measures_a_small_model(two):
+    first, last = two.run(ranks_parallel.benchmarked)
+    ours = [(variant, weights) for weights in ("unpatched", "plain", "bf12") for variant in ("step", "generate()")]
+    for rows in (first, last):
+        assert [(row["variant"], row["weights"]) for row in rows] == ours
+        assert all(row["checked"] and row["gpus"] == 2 and row["time_us"] > 0 for row in rows)
+        assert all(abs(row["sparsity"] - 0.9) < 0.05 for row in rows[2:]) and rows[2]["error"] < 0.03
+    assert [row["error"] for row in first] == [row["error"] for row in last]
+
+
 @pytest.mark.parametrize(("size", "number"), [(1, 7), (2, 7), (3, 10), (8, 8), (5, 11008)])
 def test_rows_cover_all_neurons_once(size, number):
     parts = [rows_of(rank, size, number) for rank in range(size)]
