@@ -1052,6 +1052,35 @@ def test_channel_mix_of_rwkv(activation, formula, operators, hidden_act, note, d
         assert torch.equal(model(token), before)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("d_model", "d_ff"), [(64, 192), (2560, 10240)])
+def test_channel_mix_of_flash_linear_attention(d_model, d_ff, dtype):
+    """The package's own class; its error to float64 is no larger behind patching, and all is undone to the bit."""
+    rwkv7 = pytest.importorskip("fla.models.rwkv7.modeling_rwkv7", reason="flash-linear-attention brings RWKV-7")
+    torch.manual_seed(0)
+    model = ChannelMix(torch.relu)
+    feed_forward = model.ffn = rwkv7.RWKV7FeedForward(d_model, intermediate_size=d_ff, layer_idx=0, num_hidden_layers=2)
+    with torch.inference_mode():
+        for linear in (feed_forward.key, feed_forward.value):
+            linear.weight.normal_(0, linear.in_features**-0.5)
+        feed_forward.x_k.uniform_()
+        model = model.to("cuda", dtype).eval()
+        token, text = (torch.randn(1, n, d_model, device="cuda", dtype=dtype) for n in (1, 5))
+        before, text_before, share = model(token), model(text), measure_sparsity(model, token).sparsity
+        mixed = (token.double() * (1 - feed_forward.x_k.double())).to(dtype).double()
+        key = (mixed @ feed_forward.key.weight.double().t()).to(dtype).double()
+        exact = key.clamp(min=0).square().to(dtype).double() @ feed_forward.value.weight.double().t()
+        (layer,) = patch_model(model, linears=False).layers
+        assert layer.sparse and layer.formula == SQUARED, layer.reason
+        after = model(token)
+        own, error = ((y.double() - exact).norm() for y in (before, after))
+        assert error <= 2 * own + torch.finfo(dtype).eps * exact.norm()
+        assert torch.equal(model(text), text_before) and measure_sparsity(model, token).sparsity == share > 0.2
+        unpatch_model(model)
+        assert torch.equal(model(token), before) and type(feed_forward.key) is nn.Linear
+
+
 def test_channel_mix_of_another_power_stays_dense():
     model = ChannelMix(lambda x: torch.relu(x) ** 3)
     (layer,) = patch_model(model, linears=False).layers

@@ -158,6 +158,16 @@ def test_few_tokens_go_through_ffn_1(device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_number_is_refused_as_torch_does(device):
+    mlp = SparseGatedMLP(8, 16, device=device)
+    compressed = CompressedLinear(torch.randn(8, 8, device=device).bfloat16())
+    with torch.inference_mode():
+        for module in (DecodingLinear(8, 4, device=device), compressed, mlp):
+            with pytest.raises(RuntimeError, match="at least 1D"):
+                module(torch.tensor(1.0, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_as_many_elements_in_another_shape_are_refused_as_torch_does(device):
     """Half a token twice has the elements of one."""
     linear = DecodingLinear(64, 40, device=device)

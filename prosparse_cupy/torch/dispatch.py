@@ -85,7 +85,7 @@ def few_tokens(x: Tensor, operator: str, weights: Weights = "plain") -> Tensor |
 
     Not for one token, which modules hand over as (d,): ``x.flatten()`` costs less.
     """
-    if x.is_nested or not (d := x.shape[-1]) or not (tokens := x.numel() // d):
+    if x.is_nested or not x.dim() or not (d := x.shape[-1]) or not (tokens := x.numel() // d):
         return None
     if not _pays(tokens, most_tokens(operator, weights)):
         return None

@@ -259,7 +259,7 @@ class SparseMLP(nn.Module):
                 (x,) = keywords.values()
             else:
                 return self._as_before(x, *others, **keywords)
-        tokens = x.flatten() if x.numel() == x.shape[-1] else few_tokens(x, "sparse_ffn", self._weights)
+        tokens = x.flatten() if x.dim() and x.numel() == x.shape[-1] else few_tokens(x, "sparse_ffn", self._weights)
         if tokens is not None and (y := self._sparse(tokens)) is not None:
             return y.view_as(x)
         x1 = self._first_half(x)
