@@ -62,7 +62,7 @@ Show = Callable[[str, int], None]
 
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md", "docs/operators.md", "docs/models.md", "docs/compression.md")
+PAGES = ("README.md", "docs/performance.md", "docs/operators.md", "docs/models.md", "docs/compression.md", "docs/engines.md")
 BATCHES = (1, 2, 4, 8)
 SPARSITIES = (0.0, 0.3, 0.5, 0.66, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
 

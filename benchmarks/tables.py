@@ -9,6 +9,7 @@ from functools import partial
 from rich.table import Table
 
 from prosparse_cupy.families import KNOWN, LLAMA_LIKE
+from prosparse_cupy.models import RELU_LLAMA_70B
 
 from .compare import Change
 from .paper import PUBLISHED
@@ -300,6 +301,35 @@ def changes(found: list[Change]) -> Table:
     return table
 
 
+_SIZE_IN_12_BITS = 0.76  # of plain weights
+_ALL_REDUCE_US = 10.0  # that the cost model takes for one
+_KV_HEADS_OF_70B, _HEAD_SIZE, _VOCABULARY = 8, 128, 32000
+
+
+def cost_of_70b(results: dict[str, Result]) -> str:
+    """A cost model on paper: milliseconds a token of ReluLLaMA-70B over several GPUs, and what one holds and reads."""
+    peak = results["decode"].head.read_peak_GBps
+    model, heads = RELU_LLAMA_70B, RELU_LLAMA_70B.d_model // _HEAD_SIZE
+    attention = 2 * model.d_model**2 * (1 + _KV_HEADS_OF_70B / heads)
+    matrix, head = model.d_model * model.d_ff, model.d_model * _VOCABULARY
+    held = model.n_layers * (attention + 3 * matrix) + 2 * head
+    read = {1.0: model.n_layers * (attention + 3 * matrix) + head}
+    read[1 - model.sparsity] = model.n_layers * (attention + (1 + 2 * (1 - model.sparsity)) * matrix) + head
+    dense, sparse = read[1.0], read[1 - model.sparsity]
+    rows = []
+    for gpus in (1, 2, 4, 8):
+        added = 2 * model.n_layers * _ALL_REDUCE_US * 1e-3 if gpus > 1 else 0.0
+        ways = ((2.0, held, dense), (2.0, held, sparse), (2.0 * _SIZE_IN_12_BITS, held, sparse))
+        times = [width * numbers / gpus / peak * 1e-6 + added for width, _, numbers in ways]
+        memory = " / ".join(f"{width * numbers / gpus * 1e-9:.0f}" for width, numbers, _ in ways[1:])
+        gains = [f"{us:.1f}, {times[0] / us:.2f}x" for us in times[1:]]
+        rows.append([str(gpus), memory, f"{times[0]:.1f}", *gains, f"{added:.1f}"])
+    heads_of_table = ["GPUs", "GB on each, plain / 12 bits", "dense, ms", "sparse plain", "sparse in 12 bits", "of these all-reduces, ms"]
+    return markdown(heads_of_table, rows)
+
+
+_OF_ALL = {"summary": summary, "families": families, "cost-70B": cost_of_70b}
+"""Tables that are made of several results."""
 TABLES = {
     "ffn": ffn,
     "paper": paper,
@@ -320,8 +350,8 @@ def fill(text: str, results: dict[str, Result]) -> str:
     """A page with the tables between its markers made anew: ``<!-- table: ffn -->`` to ``<!-- end -->``."""
 
     def table(match: re.Match[str]) -> str:
-        if match["name"] in ("summary", "families"):
-            made = summary(results) if match["name"] == "summary" else families(results)
+        if match["name"] in _OF_ALL:
+            made = _OF_ALL[match["name"]](results)
             return f"{match['open']}\n{made}\n<!-- end -->"
         result = results[match["name"]]
         head = result.head
