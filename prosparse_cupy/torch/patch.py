@@ -380,11 +380,11 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
     try:
         formula = formula_of(activation, given if parameter is None else parameter, gated=gated, normed=normed)
     except UnsupportedFormula as error:
-        found = None if _why_dense(mlp, family) else _tried(mlp, family, None)
+        found = None if why_dense(mlp, family) else _tried(mlp, family, None)
         if found is None:
             raise _NotSparse(f"patch_model: {name}: {said}: {error}; nothing was changed", f"{said}: {error}") from None
         return found, f"{said}, its code computes {found.activation}"
-    if not formula.threshold and not _why_dense(mlp, family) and why_another_formula(mlp, family, formula):
+    if not formula.threshold and not why_dense(mlp, family) and why_another_formula(mlp, family, formula):
         found = _tried(mlp, family, formula)
         if found is not None:
             return found, f"{said}, its code computes {found.activation}"
@@ -402,7 +402,7 @@ def _tried(mlp: Any, family: MLPFamily, but: Formula | None) -> Formula | None:
     return None
 
 
-def _why_dense(mlp: Any, family: MLPFamily) -> str:
+def why_dense(mlp: Any, family: MLPFamily) -> str:
     """Why an MLP cannot be patched, or nothing."""
     names = family.projections
     linears = [getattr(mlp, p) for p in names]
@@ -458,7 +458,7 @@ def _replace(
     model: nn.Module, name: str, mlp: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None
 ) -> str:
     """Have an MLP decode sparsely, or say why that is not what it computes and leave it as it is."""
-    if reason := _why_dense(mlp, family):
+    if reason := why_dense(mlp, family):
         return reason
     with torch.autocast(getattr(mlp, family.up if family.fused is None else family.fused).weight.device.type, enabled=False):
         if reason := why_another_formula(mlp, family, was):
