@@ -67,7 +67,7 @@ def _sparse(
     """Few tokens, (B, d_model), by the sparse operators."""
     *gate, up = _halves(w_in) if gated else w_in
     names = ("gate_bias", "up_bias") if gated else ("up_bias",)
-    extras = dict(zip(names, _halves(b_in) if gated else b_in, strict=False))
+    extras: dict[str, Tensor] = dict(zip(names, _halves(b_in) if gated else b_in, strict=False))
     if b_down is not None:
         extras["down_bias"] = b_down
     weights = gate[0] if gate else None, up, w_down.mT

@@ -184,9 +184,7 @@ def _plan(mlp: Any, family: MLPFamily, formula: Formula, engine: Engine) -> Plan
     layers = tuple(getattr(mlp, part) for part in family.projections)
     reduces = getattr(layers[-1], "reduce_results", False) and getattr(layers[-1], "tp_size", 1) > 1
     all_reduce = engine.all_reduce if reduces else None
-    return Plan(
-        tuple(first), down, layers, formula.threshold, formula.activation, formula.gated, all_reduce, mlp.forward
-    )
+    return Plan(tuple(first), down, layers, formula.threshold, formula.activation, formula.gated, all_reduce, mlp.forward)
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
@@ -252,8 +250,8 @@ class _Projection(nn.Linear):
 class _ProjectionAndBias(_Projection):
     """The same of those that also return a bias that was not added."""
 
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x), None
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), None
 
 
 _STAND_INS = (_Projection.__name__, _ProjectionAndBias.__name__)

@@ -1,7 +1,7 @@
 """The plug-in of vLLM, which it finds as the entry point `prosparse` of the group ``vllm.general_plugins``.
 
-vLLM calls `register` in each of its processes. That only notes what is to happen when vLLM imports its model loader, so it costs
-nothing where no model is loaded. There it wraps two functions of the loader: before a model is made, FATReLU gets known to
+vLLM calls `register` in each of its processes. That only notes what is to happen when vLLM imports its model loader, so it is
+free where no model is loaded. Then it wraps two functions of the loader: before a model is made, FATReLU becomes known to
 transformers; once its weights are loaded, and before vLLM packs them, `mlp.sparsify` has its FFNs decode sparsely. A model
 whose config names no activation that leaves zeros is not touched.
 """
@@ -49,7 +49,7 @@ def report_of(model: Any) -> PatchReport | None:
 
     Examples
     --------
-    >>> llm.apply_model(lambda model: str(report_of(model)))
+    >>> llm.apply_model(report_of)
     """
     report: PatchReport | None = getattr(model, "_prosparse_report", None)
     return report
@@ -145,10 +145,8 @@ def _why_dense(layer: Any, is_down: bool) -> str:
         UnquantizedLinearMethod,
     )
 
-    kinds = (RowParallelLinear, ReplicatedLinear)
-    if not is_down:
-        kinds = (ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear)
-    if type(layer) not in kinds:
+    kinds = {RowParallelLinear} if is_down else {ColumnParallelLinear, MergedColumnParallelLinear}
+    if type(layer) not in {*kinds, ReplicatedLinear}:
         return f"a {type(layer).__name__}"
     if type(layer.quant_method) is not UnquantizedLinearMethod:
         return f"its weight is quantised ({type(layer.quant_method).__name__})"
@@ -175,6 +173,9 @@ def _mark_compiled_code(report: PatchReport) -> None:
 
 def _log(report: PatchReport) -> None:
     sparse, layers = report.sparse, report.layers
+    if not layers:
+        logger.info("prosparse: the FFNs stay dense: none is of a family that is known")
+        return
     kinds = ", ".join(sorted({str(layer.formula) for layer in sparse}))
     logger.info("prosparse: %d of %d FFNs decode sparsely%s", len(sparse), len(layers), f": {kinds}" if kinds else "")
     reasons: dict[str, list[str]] = {}
