@@ -22,7 +22,7 @@ from ..formula import Formula, UnsupportedFormula, formula_of
 from ..torch.acceptance import forget_tensors, why_another_formula, why_outside_the_contract
 from ..torch.families import mixtures
 from ..torch.mlp import pack, unpack
-from ..torch.patch import LayerPatch, PatchReport, own_formula, why_dense
+from ..torch.patch import LayerPatch, PatchReport, other_parameters, own_formula, why_dense
 from .ffn import plain
 
 
@@ -150,6 +150,8 @@ def _sparsified(
         return "a norm before its down-projection is not known here"
     if mlp._forward_hooks or mlp._forward_pre_hooks:
         return "it has hooks"
+    if more := other_parameters(mlp, family):
+        return f"it has parameters of its own: {', '.join(more)}"
     own = mlp.__dict__.get("forward")
     if own is not None and getattr(own, "__self__", None) is not mlp:
         return "it has a forward of its own"

@@ -72,10 +72,14 @@ def _wrap(loader: Any) -> None:
         _sparsify(model, model_config)
         return processed(model, model_config, *arguments, **keywords)
 
-    for new, old in ((initialize_model, made), (process_weights_after_loading, processed)):
+    for function, new in (
+        ("initialize_model", initialize_model),
+        ("process_weights_after_loading", process_weights_after_loading),
+    ):
+        old: Any = getattr(loader, function)
         for name, module in list(sys.modules.items()):
-            if name.startswith("vllm.") and isinstance(module, ModuleType) and vars(module).get(new.__name__) is old:
-                setattr(module, new.__name__, new)
+            if name.startswith("vllm.") and isinstance(module, ModuleType) and vars(module).get(function) is old:
+                setattr(module, function, new)
 
 
 def _know_fatrelu(model_config: Any) -> None:

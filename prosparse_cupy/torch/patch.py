@@ -447,7 +447,7 @@ def why_dense(mlp: Any, family: MLPFamily) -> str:
     return ""
 
 
-def _other_parameters(mlp: nn.Module, family: MLPFamily) -> list[str]:
+def other_parameters(mlp: nn.Module, family: MLPFamily) -> list[str]:
     """Names of parameters and buffers that a family does not know of, and that a patched module would not have."""
     known = {f"{part}.{leaf}" for part in family.projections for leaf in ("weight", "bias")} | {f"{family.norm}.weight"}
     return [name for name, _ in (*mlp.named_parameters(), *mlp.named_buffers()) if name not in known]
@@ -463,7 +463,7 @@ def _replace(
     with torch.autocast(getattr(mlp, family.up if family.fused is None else family.fused).weight.device.type, enabled=False):
         if reason := why_another_formula(mlp, family, was):
             return reason
-        if not family.is_inside and (more := _other_parameters(mlp, family)):
+        if not family.is_inside and (more := other_parameters(mlp, family)):
             return f"it has parameters of its own: {', '.join(more)}"
         if family.is_inside:
             return _replace_halves(mlp, family, was, becomes, hidden)
