@@ -221,6 +221,10 @@ def _with(mlp: Any, name: str, value: Any) -> Any:
         (lambda: _hooked(_NoGate()), "hooks"),
         (lambda: _with(_NoGate(), "forward", lambda x: x), "a forward of its own"),
         (lambda: _with(_NoGate(), "down_proj", _Parallel(D_FF // 2, D_MODEL)), "do not fit each other"),
+        (
+            lambda: _with(_Separate(), "up_proj", _Parallel(D_MODEL, D_FF, return_bias=False)),
+            "only one of gate and up has a bias",
+        ),
         (lambda: _with(_NoGate(), "scale", nn.Parameter(torch.ones(1))), "parameters of its own: scale"),
         (_Mixture, "mixture of experts"),
     ],
@@ -261,6 +265,22 @@ def test_an_adapter_in_a_projections_place_is_called() -> None:
     layer.up_proj = _Parallel(D_MODEL, D_FF)
     expected, _ = layer.down_proj(layer.act_fn(layer.up_proj(x)[0]))
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_calls_of_one_argument_alone_are_the_ffns() -> None:
+    model = _Model(_NoGate())
+    assert sparsify(model, RELU2, ENGINE).sparse
+    layer, x = model.layers[0], torch.randn(2, D_MODEL)
+    assert torch.equal(layer(x=x), layer(x))
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        layer(x, None)
+
+
+def test_many_tokens_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = ffn_module._dense
+    monkeypatch.setattr(ffn_module, "_dense", lambda *arguments: dense(*arguments) * 1.01)
+    (found,) = sparsify(_Model(_NoGate()), RELU2, ENGINE).layers
+    assert "differs from that of relu2, no gate" in found.reason
 
 
 def test_ranks_add_up_and_one_adds_the_bias() -> None:
@@ -352,6 +372,17 @@ def test_a_gate_may_rectify_up_too() -> None:
     gate, up = (x @ both.mT).chunk(2, dim=1)
     torch.testing.assert_close(y, (gate.relu() * up.relu()) @ down.mT)
     torch.testing.assert_close(few, y)
+
+
+@pytest.mark.parametrize("tokens", [4, 12])
+def test_gate_and_up_may_lie_in_one_matrix_with_their_biases(tokens: int) -> None:
+    x, (both,), down, threshold = _arguments("cpu", torch.float32, tokens)
+    bias, down_bias = torch.randn(2 * D_FF), torch.randn(D_MODEL)
+    y = torch.ops.prosparse.ffn(x, [both], down, threshold, b_in=[bias], b_down=down_bias)
+    parts = list(both.chunk(2)), down, threshold
+    torch.testing.assert_close(y, torch.ops.prosparse.ffn(x, *parts, b_in=list(bias.chunk(2)), b_down=down_bias))
+    gate, up = (x @ both.mT + bias).chunk(2, dim=1)
+    torch.testing.assert_close(y, (torch.where(gate >= threshold, gate, 0) * up) @ down.mT + down_bias)
 
 
 @pytest.mark.gpu

@@ -17,11 +17,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from importlib.metadata import entry_points  # noqa: E402
 
+from pages import ROOT, python_blocks  # noqa: E402
+
 from prosparse_cupy.engines import ffn as ffn_module  # noqa: E402
 from prosparse_cupy.engines import mlp as mlp_module  # noqa: E402
 from prosparse_cupy.engines import vllm as plugin  # noqa: E402
 from prosparse_cupy.torch import register_fatrelu  # noqa: E402
 
+PAGE = ROOT / "docs" / "engines.md"
 PROMPTS = [[1, 5, 9, 13], [7, 7, 3], list(range(20, 40))]
 TOKENS = 8
 _WIDTHS: dict[str, Any] = {
@@ -246,10 +249,23 @@ def test_two_workers_share_each_layer(name: str, settings: dict[str, Any], model
     assert _in_own_processes(folder, tmp_path, cores, tensor_parallel_size=2, **settings) == [written, [2, 2]]
 
 
-@pytest.mark.parametrize(("switch", "sparse"), [("1", 2), ("0", None)])
-def test_one_variable_switches_it(switch: str, sparse: int | None, models: Any, tmp_path: Path) -> None:
+def test_one_variable_switches_it_off(models: Any, tmp_path: Path) -> None:
     folder, written = models["nemotron"]
-    assert _in_own_processes(folder, tmp_path, {plugin.SWITCH: switch}) == [written, [sparse]]
+    assert _in_own_processes(folder, tmp_path, {plugin.SWITCH: "0"}) == [written, [None]]
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="needs the source tree")
+def test_the_pages_example_runs_as_it_stands(tmp_path: Path) -> None:
+    """With all that vLLM does by default: processes of its own, compiled code."""
+    (block,) = (block for block in python_blocks(PAGE) if "needs vLLM" in block.before)
+    script = tmp_path / "example.py"
+    script.write_text(block.code)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "prosparse: 4 of 4 FFNs decode sparsely: relu" in done.stdout + done.stderr
+    assert "def main(self" in done.stdout
 
 
 def test_what_is_compared_is_tried(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:

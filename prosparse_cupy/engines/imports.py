@@ -20,11 +20,9 @@ def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
     then : callable
         Gets the module. Asking for the same again before the import does nothing.
     """
-    module = sys.modules.get(name)
-    if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
-        then(module)
-        return
-    if not any(isinstance(finder, _Finder) and (finder.name, finder.then) == (name, then) for finder in sys.meta_path):
+    if name in sys.modules:
+        then(sys.modules[name])
+    elif not any(isinstance(finder, _Finder) and (finder.name, finder.then) == (name, then) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name, then))
 
 

@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     activation: str
     gated: bool
     all_reduce: Callable[[Tensor], Tensor] | None
-    dense: Callable[[Tensor], Tensor]
+    dense: Callable[..., Any]
     """The `forward` of before."""
 
 
@@ -146,6 +146,8 @@ def _sparsified(
     for part in family.projections:
         if reason := engine.why_dense(getattr(mlp, part), part == family.down):
             return f"{part}: {reason}"
+    if len({getattr(mlp, part).bias is None for part in family.projections[:-1]}) > 1:
+        return "only one of gate and up has a bias"
     if family.norm is not None:
         return "a norm before its down-projection is not known here"
     if mlp._forward_hooks or mlp._forward_pre_hooks:
@@ -168,7 +170,14 @@ def _sparsified(
     pack(plan.layers[-1])
     try:
         view = _view(mlp, family, config, engine)
-        reason = why_outside_the_contract(view, family, formula, lambda x: partial_sum(mlp, plan, x), formula, None)
+        reason = next(
+            (
+                why
+                for way in (_few, _many)
+                if (why := why_outside_the_contract(view, family, formula, way(mlp, plan), formula, None))
+            ),
+            "",
+        )
     except (ImportError, RuntimeError, TypeError, ValueError) as error:  # no CuPy, no memory, a kernel that does not compile
         reason = f"its kernels do not run ({' '.join([type(error).__name__, *str(error).splitlines()[:1]])})"
     if reason:
@@ -181,6 +190,16 @@ def _sparsified(
     return formula, note
 
 
+def _few(mlp: Any, plan: Plan) -> Callable[[Tensor], Tensor]:
+    """What the operator makes of few tokens."""
+    return lambda x: partial_sum(mlp, plan, x)
+
+
+def _many(mlp: Any, plan: Plan) -> Callable[[Tensor], Tensor]:
+    """What it makes of them among others, too many for the sparse kernels."""
+    return lambda x: partial_sum(mlp, plan, x.repeat(most_tokens("sparse_ffn") + 1, 1))[: len(x)]
+
+
 def _plan(mlp: Any, family: MLPFamily, formula: Formula, engine: Engine) -> Plan:
     *first, down = family.projections
     layers = tuple(getattr(mlp, part) for part in family.projections)
@@ -189,13 +208,14 @@ def _plan(mlp: Any, family: MLPFamily, formula: Formula, engine: Engine) -> Plan
     return Plan(tuple(first), down, layers, formula.threshold, formula.activation, formula.gated, all_reduce, mlp.forward)
 
 
-def _forward(self: Any, x: Tensor) -> Tensor:
-    """The FFN of tokens `x`: in the place of an MLP's `forward`."""
+def _forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    """The FFN of its one argument, tokens (..., d_model): in the place of an MLP's `forward`."""
     plan: Plan = self._prosparse
-    for name, layer in zip((*plan.first, plan.down), plan.layers, strict=True):
-        if getattr(self, name) is not layer:  # an adapter has taken its place
-            return plan.dense(x)
-    y = partial_sum(self, plan, x)
+    given = (*arguments, *keywords.values())
+    now = [getattr(self, name) for name in (*plan.first, plan.down)]
+    if len(given) != 1 or any(a is not b for a, b in zip(now, plan.layers, strict=True)):  # or an adapter took a layer's place
+        return plan.dense(*arguments, **keywords)
+    y = partial_sum(self, plan, given[0])
     return y if plan.all_reduce is None else plan.all_reduce(y)
 
 
@@ -231,7 +251,8 @@ def _warm_up(mlp: Any, done: set[Any]) -> None:
     plan: Plan = mlp._prosparse
     weight = plain(plan.layers[0].weight)  # type: ignore[arg-type]
     down = plain(plan.layers[-1].weight)  # type: ignore[arg-type]
-    key = weight.shape, down.shape, weight.dtype, plan[3:6]
+    has_biases = tuple(layer.bias is not None for layer in plan.layers)
+    key = weight.shape, down.shape, weight.dtype, has_biases, plan.threshold, plan.activation, plan.gated
     if not weight.is_cuda or key in done:
         return
     done.add(key)
