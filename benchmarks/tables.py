@@ -324,7 +324,14 @@ def cost_of_70b(results: dict[str, Result]) -> str:
         memory = " / ".join(f"{width * numbers / gpus * 1e-9:.0f}" for width, numbers, _ in ways[1:])
         gains = [f"{us:.1f}, {times[0] / us:.2f}x" for us in times[1:]]
         rows.append([str(gpus), memory, f"{times[0]:.1f}", *gains, f"{added:.1f}"])
-    heads_of_table = ["GPUs", "GB on each, plain / 12 bits", "dense, ms", "sparse plain", "sparse in 12 bits", "of these all-reduces, ms"]
+    heads_of_table = [
+        "GPUs",
+        "GB on each, plain / 12 bits",
+        "dense, ms",
+        "sparse plain",
+        "sparse in 12 bits",
+        "of these all-reduces, ms",
+    ]
     return markdown(heads_of_table, rows)
 
 

@@ -24,7 +24,7 @@ def _why_no_gpu() -> str:
 _SLOW = {
     *("test_attend", "test_cli_generate", "test_compile", "test_docs", "test_examples", "test_families", "test_generate"),
     *("test_host_batches", "test_host_cuda", "test_host_kernels", "test_packaging", "test_small_model", "test_torch_linears"),
-    *("test_speculation", "test_torch_patch", "test_types"),
+    *("test_engines", "test_speculation", "test_torch_patch", "test_types", "test_vllm"),
 }
 
 

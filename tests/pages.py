@@ -26,9 +26,13 @@ class Block(NamedTuple):
 
     @property
     def needs(self) -> str:
-        """What it needs to run: "gpu", "torch", or nothing more than NumPy."""
+        """What it needs to run: "gpu", "engine" (a serving engine), "torchrun", "torch", or nothing more than NumPy."""
+        if "needs vLLM" in self.before or "needs SGLang" in self.before:
+            return "engine"
         if "needs a CUDA GPU" in self.before:
             return "gpu"
+        if "torchrun" in self.code:
+            return "torchrun"
         return "torch" if re.search(r"\btorch\b", self.code) else "numpy"
 
     def run(self, names: dict[str, Any]) -> None:

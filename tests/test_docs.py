@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -71,6 +72,23 @@ def test_blocks_run_with_torch(page, monkeypatch):
     pytest.importorskip("transformers", reason='the extra "hf" brings it')
     monkeypatch.chdir(ROOT)
     _run(page, "torch")
+
+
+@pytest.mark.parametrize("page", _with_blocks_for("torchrun"), ids=_name)
+def test_blocks_run_in_two_processes(page, tmp_path):
+    """As their first lines say, over gloo."""
+    pytest.importorskip("transformers.distributed.tensor_parallel", reason="this transformers splits models in another way")
+    for block in python_blocks(page):
+        if block.needs != "torchrun":
+            continue
+        said = re.match(r"# (?P<file>\w+\.py): torchrun (?P<options>.*) (?P=file)\n", block.code)
+        assert said, f"{_name(page)}:{block.line}: its first line must say how to run it"
+        file = tmp_path / said["file"]
+        file.write_text(block.code, encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", *said["options"].split(), str(file)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.gpu

@@ -59,6 +59,14 @@ def test_wheel_has_the_kernels_inside_the_package(built):
     assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
 
 
+def test_wheel_tells_vllm_of_its_plugin(built):
+    wheel, _ = built
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        text = archive.read(name).decode()
+    assert "[vllm.general_plugins]\nprosparse = prosparse_cupy.engines.vllm:register\n" in f"{text}\n"
+
+
 def test_sdist_has_what_a_build_and_the_tests_need(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}

@@ -444,11 +444,11 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
     try:
         formula = formula_of(activation, given if parameter is None else parameter, gated=gated, normed=normed)
     except UnsupportedFormula as error:
-        found = None if _why_dense(mlp, family) else _tried(mlp, family, None)
+        found = None if why_dense(mlp, family) else _tried(mlp, family, None)
         if found is None:
             raise _NotSparse(f"patch_model: {name}: {said}: {error}; nothing was changed", f"{said}: {error}") from None
         return found, f"{said}, its code computes {found.activation}"
-    if not formula.threshold and not _why_dense(mlp, family) and why_another_formula(mlp, family, formula):
+    if not formula.threshold and not why_dense(mlp, family) and why_another_formula(mlp, family, formula):
         found = _tried(mlp, family, formula)
         if found is not None:
             return found, f"{said}, its code computes {found.activation}"
@@ -466,7 +466,7 @@ def _tried(mlp: Any, family: MLPFamily, but: Formula | None) -> Formula | None:
     return None
 
 
-def _why_dense(mlp: Any, family: MLPFamily) -> str:
+def why_dense(mlp: Any, family: MLPFamily) -> str:
     """Why an MLP cannot be patched, or nothing."""
     if isinstance(parallel := _parallel_of_mlp(mlp, family), str):
         return parallel
@@ -514,7 +514,7 @@ def _why_dense(mlp: Any, family: MLPFamily) -> str:
     return ""
 
 
-def _other_parameters(mlp: nn.Module, family: MLPFamily) -> list[str]:
+def other_parameters(mlp: nn.Module, family: MLPFamily) -> list[str]:
     """Names of parameters and buffers that a family does not know of, and that a patched module would not have."""
     known = {f"{part}.{leaf}" for part in family.projections for leaf in ("weight", "bias")} | {f"{family.norm}.weight"}
     return [name for name, _ in (*mlp.named_parameters(), *mlp.named_buffers()) if name not in known]
@@ -565,12 +565,12 @@ def _why_not_replaced(
 
     `tried` is `mlp`, or of one that is split this process's part.
     """
-    if reason := _why_dense(mlp, family):
+    if reason := why_dense(mlp, family):
         return reason
     with torch.autocast(getattr(tried, family.up if family.fused is None else family.fused).weight.device.type, enabled=False):
         if reason := why_another_formula(tried, family, was):
             return reason
-        if not family.is_inside and (more := _other_parameters(mlp, family)):
+        if not family.is_inside and (more := other_parameters(mlp, family)):
             return f"it has parameters of its own: {', '.join(more)}"
         if family.is_inside:
             return _replace_halves(mlp, family, was, becomes, hidden)
