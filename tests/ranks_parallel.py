@@ -80,6 +80,16 @@ def patched(path: str, dtype: str, ids: list[list[int]], options: dict[str, Any]
     return found
 
 
+def written_in_time(path: str, ids: list[list[int]]) -> tuple[list[list[int]], list[str]]:
+    model = _loaded(path, "float32")
+    psct.patch_model(model)
+    text = torch.tensor(ids[:1], device=model.device)[:, :8]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = psct.generate(model, text, max_new_tokens=6, do_sample=False, max_time=1000.0)
+    return found.tolist(), [str(w.message) for w in caught if str(w.message).startswith("generate:")]
+
+
 def patched_otherwise(path: str, options: dict[str, Any]) -> None:
     psct.patch_model(_loaded(path, "bfloat16"), **options)
 

@@ -126,6 +126,13 @@ def test_the_small_model_writes_the_same_text(two):
         assert all(of_rank["sparse"]) and of_rank["text"] == dense and not of_rank["warnings"]
 
 
+def test_what_processes_may_end_apart_is_left_to_transformers(two, folder):
+    path = folder("float32")
+    own = _one_process(path, "float32").generate(torch.tensor(IDS[:1])[:, :8], max_new_tokens=6, do_sample=False)
+    for text, (warning,) in two.run(ranks_parallel.written_in_time, path, IDS):
+        assert text == own.tolist() and "a MaxTimeCriteria, which each process" in warning
+
+
 def test_families_without_a_gate(two, folder):
     path = folder("float32", "Nemotron", hidden_act="relu2", intermediate_size=160)
     model, ids = _one_process(path, "float32"), torch.tensor(IDS)

@@ -28,6 +28,8 @@ _PURE = {
 """Processors of transformers that look at the scores alone, and wait for nothing."""
 LENGTHS = {"MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"}
 """Those that look at the number of tokens too."""
+_SAME_EVERYWHERE = {"EosTokenCriteria", "MaxLengthCriteria", "StopStringCriteria"}
+"""Criteria of transformers that look at the tokens alone."""
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache", "past_key_values", "cache_position"}
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 _MODES = {  # what makes transformers run another loop, or more than a loop, and its value where it does not
@@ -77,6 +79,14 @@ def why_no_call(model: Any, input_ids: Tensor, processors: Any, config: Any, syn
     if synced_gpus or not config.use_cache:
         return "synced_gpus" if synced_gpus else "use_cache=False"
     return _why_not_these_inputs(input_ids, config, inputs) or _why_not_these_processors(processors, input_ids.shape[1])
+
+
+def why_not_together(model: Any, criteria: Any) -> str:
+    """Why processes that hold parts of a model might not end a call at the same token, or nothing."""
+    if parallel_of(model) is None:
+        return ""
+    other = next((type(c).__name__ for c in criteria if type(c).__name__ not in _SAME_EVERYWHERE), None)
+    return "" if other is None else f"a {other}, which each process of the model's group may answer otherwise"
 
 
 def _why_not_these_inputs(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> str:

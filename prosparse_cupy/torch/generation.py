@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import MOST_TOKENS
-from .eligibility import why_another_mode, why_no_call
+from .eligibility import why_another_mode, why_no_call, why_not_together
 from .patch import check_module
 from .runner import Runner, turns
 from .speculation import MOST_GUESSES, Guesses, guesses_of, why_no_guesses
@@ -36,7 +36,7 @@ def generate(
 
     The first call on a model compiles and captures its step, which takes seconds; it is made again when the model has changed,
     or when a longer sequence than ever or another number of sequences is asked for. Threads that generate with one model take
-    turns.
+    turns. Of a model that is split over processes all make the same call, in one thread each.
 
     Parameters
     ----------
@@ -193,6 +193,7 @@ class _Loop:
         if mode.value not in ("greedy_search", "sample"):
             raise ValueError(f"decoding_loop: writes greedily or samples, this call is {mode.value}: leave custom_generate out")
         reason = why_no_call(model, input_ids, logits_processor, generation_config, synced_gpus, model_kwargs)
+        reason = reason or why_not_together(model, stopping_criteria)
         own = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         runner, guesses, models = Runner.of(model), self._guesses, [model]
         if guesses is not None:
