@@ -240,3 +240,24 @@ def benchmarked() -> list[dict[str, Any]]:
     mesh, told = init_device_mesh(_device(), (dist.get_world_size(),)), list[str]()
     model = parallel.split_model(Model("small", 256, 690, 2, 0.0, 0.9), "small", mesh)
     return [asdict(row) for row in parallel.measure_parallel(model, "small", mesh.size(), 2, told.append, 64)]
+
+
+@torch.inference_mode()
+def compiled_layers(path: str, options: dict[str, Any] | None) -> bool:
+    """Whether a step whose layers torch traces whole, all-reduces among it, gives the logits of one that is not."""
+    import types
+
+    from prosparse_cupy.torch import step as steps
+
+    model = _loaded(path, "bfloat16")
+    if options is not None:
+        psct.patch_model(model, **options)
+    step = psct.prepare_generation(model, 64)
+    step.position.fill_(5)
+    step.token.fill_(7)
+    expected = step._outputs().clone()
+    own = types.FunctionType(steps._forward_of.__code__.replace(), steps._forward_of.__globals__, "layer")
+    traced = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
+    steps._let_layers_run(step._twin.get_decoder().layers, step._layers, step._cache, traced)
+    with steps._recompiling():
+        return torch.equal(step._outputs(), expected)

@@ -242,6 +242,11 @@ def test_a_shard_in_a_compiled_program(two):
     assert two.run(ranks_parallel.compiled) == [True, True]
 
 
+@pytest.mark.parametrize("options", [None, {}, {"compress": True}])
+def test_layers_of_a_step_are_traced_whole(two, folder, options):
+    assert two.run(ranks_parallel.compiled_layers, folder("bfloat16"), options) == [True, True]
+
+
 def test_the_benchmark_measures_a_small_model(two):
     first, last = two.run(ranks_parallel.benchmarked)
     ours = [(variant, weights) for weights in ("unpatched", "plain", "bf12") for variant in ("step", "generate()")]
