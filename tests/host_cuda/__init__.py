@@ -112,19 +112,26 @@ class HostKernels:
         return self._worker
 
     def _precompile(self) -> None:
-        """Have the compiler read the shim's header, half of what a build took, but once."""
-        header = self._builds / "host_cuda.h"
-        if Path(f"{header}.gch").exists():
+        """Compile once what all kernels need: the header that they see, and the scheduler that is linked to them."""
+        header, scheduler = self._builds / "host_cuda.h", self._builds / "scheduler.o"
+        if scheduler.exists():
             return
         unfinished = header.with_suffix(f".{os.getpid()}")
         shutil.copy(_HERE / header.name, unfinished)
         unfinished.replace(header)
         options = [flag for flag in _FLAGS if flag != "-shared"]
-        command = [_COMPILER, *options, "-xc++-header", str(header), "-o", str(unfinished)]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        self._compile([*options, "-xc++-header", str(header)], Path(f"{header}.gch"))
+        options = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{_HERE}", "-c"]
+        self._compile([*options, str(_HERE / "scheduler.cpp")], scheduler)
+
+    def _compile(self, options: list[str], out: Path, text: str | None = None) -> None:
+        """Run the compiler; other processes see the whole result or none."""
+        unfinished = out.with_name(f"{out.name}.{os.getpid()}")
+        command = [_COMPILER, *options, "-o", str(unfinished)]
+        built = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
         if built.returncode:
             raise HostRunError(built.stderr)
-        unfinished.replace(f"{header}.gch")
+        unfinished.replace(out)
 
     def _build(self, launch: Launch, code: str) -> Path:
         # Shared arrays of templates have the section that is poisoned only if they belong to this file alone.
@@ -134,10 +141,6 @@ class HostKernels:
         library = self._builds / f"{launch.kernel}_{key}.so"
         if not library.exists():
             self._precompile()
-            unfinished = library.with_suffix(f".{os.getpid()}")
-            command = [_COMPILER, *_FLAGS, *defines, f"-I{self._builds}", "-xc++", "-", "-o", str(unfinished)]
-            built = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-            if built.returncode:
-                raise HostRunError(built.stderr)
-            unfinished.replace(library)
+            linked = str(self._builds / "scheduler.o")
+            self._compile([*_FLAGS, *defines, f"-I{self._builds}", "-xc++", "-", "-xnone", linked], library, text)
         return library

@@ -1,0 +1,219 @@
+// Runs the fibers of a kernel's blocks, see host_cuda.h. Linked to every kernel; compiled without sanitizers, whose fibers it manages.
+
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "host_cuda.h"
+
+extern "C" char __start_shared_memory[] __attribute__((weak)), __stop_shared_memory[] __attribute__((weak));
+extern "C" void host_call(void** slots);
+
+namespace host_cuda {
+
+Thread* current;
+uint3 block_index, block_size, grid_size;
+
+namespace {
+
+constexpr size_t STACK = 256 << 10;
+
+// What a fiber resumes from. swapcontext asks the kernel for the signal mask, and AddressSanitizer clears its shadow of the whole stack
+// at every one, which took half of a run; so on x86-64 registers and stacks are exchanged here.
+#ifdef __x86_64__
+typedef void* Context;
+__attribute__((naked, noinline)) static void switch_context(Context*, Context*) {
+    asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+        "movq %rsp, (%rdi)\n movq (%rsi), %rsp\n"
+        "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
+}
+inline void make_context(Context* context, void* stack, size_t bytes, void (*entry)()) {
+    __asan_unpoison_memory_region(stack, bytes);  // what frames of the fiber before have left
+    void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes);
+    top[-1] = nullptr;  // where the entry would return to
+    top[-2] = reinterpret_cast<void*>(entry);
+    for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
+    *context = top - 8;
+}
+#else
+typedef ucontext_t Context;
+inline void switch_context(Context* from, Context* to) { swapcontext(from, to); }
+inline void make_context(Context* context, void* stack, size_t bytes, void (*entry)()) {
+    getcontext(context);
+    context->uc_stack.ss_sp = stack;
+    context->uc_stack.ss_size = bytes;
+    context->uc_link = nullptr;
+    makecontext(context, entry, 0);
+}
+#endif
+
+struct Fiber : Thread {
+    Context context;
+    void* stack = nullptr;
+    void* fake_stack = nullptr;
+    Wait wait;
+    unsigned mask;                  // lanes of the warp collective that it waits at
+    uint64_t sent;                  // its value there
+    uint64_t received[WARP_LANES];  // everybody's value, once the collective is complete
+};
+
+std::vector<std::unique_ptr<Fiber>> fibers;
+Context scheduler;
+void* scheduler_fake_stack;
+const void* scheduler_stack;
+size_t scheduler_stack_size;
+void** arguments;
+
+Fiber& own() { return *static_cast<Fiber*>(current); }
+
+}  // namespace
+
+void fail(const char* what) {
+    std::fprintf(stderr, "host_cuda: %s (block %u,%u,%u thread %u)\n", what, block_index.x, block_index.y, block_index.z,
+                 current ? current->linear : 0);
+    std::abort();
+}
+
+// Back to the scheduler, until it has found this fiber's barrier or collective complete.
+void wait(Wait kind) {
+    Fiber* self = &own();
+    self->wait = kind;
+    __sanitizer_start_switch_fiber(kind == Wait::done ? nullptr : &self->fake_stack, scheduler_stack, scheduler_stack_size);
+    switch_context(&self->context, &scheduler);
+    __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
+}
+
+const uint64_t* collective(Wait kind, unsigned mask, uint64_t value) {
+    if (!(mask >> current->linear % WARP_LANES & 1)) fail("a lane calls a warp collective whose mask leaves it out");
+    Fiber& self = own();
+    self.mask = mask;
+    self.sent = value;
+    wait(kind);
+    return self.received;
+}
+
+namespace {
+
+void fiber_main() {
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+    host_call(arguments);
+    wait(Wait::done);
+}
+
+void start(Fiber& fiber, unsigned linear) {
+    fiber.linear = linear;
+    fiber.index = {linear % block_size.x, linear / block_size.x % block_size.y, linear / (block_size.x * block_size.y)};
+    fiber.wait = Wait::ready;
+    fiber.fake_stack = nullptr;
+    if (!fiber.stack) {
+        fiber.stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (fiber.stack == MAP_FAILED) fail("no memory for a fiber's stack");
+    }
+    make_context(&fiber.context, fiber.stack, STACK, fiber_main);
+}
+
+void resume(Fiber& fiber) {
+    current = &fiber;
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack, STACK);
+    switch_context(&scheduler, &fiber.context);
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+}
+
+// Lets the fibers go that wait for what `fiber` has just arrived at, if it was the last.
+void release(const Fiber& fiber, unsigned threads) {
+    if (fiber.wait == Wait::block || fiber.wait == Wait::done) {
+        unsigned waiting = 0;
+        for (unsigned i = 0; i < threads; ++i) {
+            if (fibers[i]->wait != Wait::block && fibers[i]->wait != Wait::done) return;
+            waiting += fibers[i]->wait == Wait::block;
+        }
+        for (unsigned i = 0; waiting && i < threads; ++i)
+            if (fibers[i]->wait == Wait::block) fibers[i]->wait = Wait::ready;
+        return;
+    }
+    const unsigned first = fiber.linear / WARP_LANES * WARP_LANES, mask = fiber.mask;
+    uint64_t values[WARP_LANES] = {};
+    for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
+        if (!(mask >> lane & 1)) continue;
+        if (first + lane >= threads || fibers[first + lane]->wait == Wait::done) fail("a warp collective names a lane that has exited");
+        const Fiber& other = *fibers[first + lane];
+        if (other.wait != fiber.wait || other.mask != mask) return;
+        values[lane] = other.sent;
+    }
+    for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
+        if (!(mask >> lane & 1)) continue;
+        std::memcpy(fibers[first + lane]->received, values, sizeof values);
+        fibers[first + lane]->wait = Wait::ready;
+    }
+}
+
+void run_block(std::mt19937_64& random) {
+    const unsigned threads = block_size.x * block_size.y * block_size.z;
+    while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+    for (unsigned i = 0; i < threads; ++i) start(*fibers[i], i);
+    const unsigned warps = (threads + WARP_LANES - 1) / WARP_LANES;
+    std::vector<unsigned> ready;
+    const auto find_ready = [&](unsigned warp) {
+        ready.clear();
+        for (unsigned i = warp * WARP_LANES; i < std::min(threads, (warp + 1) * WARP_LANES); ++i)
+            if (fibers[i]->wait == Wait::ready) ready.push_back(i);
+        return !ready.empty();
+    };
+    // A warp goes on for about LEAD turns, so that it gets ahead of the others by any number of collectives.
+    constexpr unsigned LEAD = 64;
+    unsigned warp = random() % warps;
+    for (unsigned left = threads; left > 0;) {
+        if (random() % LEAD == 0 || !find_ready(warp)) {
+            warp = random() % warps;
+            for (unsigned tried = 0; !find_ready(warp); warp = (warp + 1) % warps)
+                if (++tried > warps) fail("deadlock: threads wait at different barriers");
+        }
+        std::shuffle(ready.begin(), ready.end(), random);
+        const size_t some = 1 + random() % ready.size();
+        for (size_t i = 0; i < some; ++i) {
+            resume(*fibers[ready[i]]);
+            left -= own().wait == Wait::done;
+            release(own(), threads);
+        }
+    }
+}
+
+void poison_shared() {
+    for (volatile char* byte = __start_shared_memory; byte < __stop_shared_memory; ++byte) *byte = char(0xff);
+}
+
+}  // namespace
+
+}  // namespace host_cuda
+
+extern "C" {
+
+// Exactly `size` bytes between ASan's redzones, at a multiple of 16, as malloc aligns.
+__attribute__((visibility("default"))) void* host_alloc(size_t size) { return std::malloc(size); }
+__attribute__((visibility("default"))) void host_free(void* memory) { std::free(memory); }
+
+__attribute__((visibility("default"))) void host_launch(const unsigned* grid, const unsigned* block, void** slots, uint64_t seed) {
+    using namespace host_cuda;
+    arguments = slots;
+    grid_size = {grid[0], grid[1], grid[2]};
+    block_size = {block[0], block[1], block[2]};
+    std::mt19937_64 random(seed);
+    std::vector<unsigned> blocks(grid[0] * grid[1] * grid[2]);
+    for (unsigned i = 0; i < blocks.size(); ++i) blocks[i] = i;
+    std::shuffle(blocks.begin(), blocks.end(), random);
+    for (unsigned b : blocks) {
+        block_index = {b % grid[0], b / grid[0] % grid[1], b / (grid[0] * grid[1])};
+        poison_shared();
+        run_block(random);
+    }
+    current = nullptr;
+}
+}
