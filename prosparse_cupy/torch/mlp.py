@@ -358,8 +358,8 @@ class SparseMLP(nn.Module):
         w_gate, w_up, w_down_t = found[:3]
         is_plain = isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor) and (w_gate is None or isinstance(w_gate, Tensor))
         if is_plain and not found.extras:
-            how: Any = {"activation": found.activation, "out": out}
-            plain: Tensor = sparse_ffn(tokens, w_gate, w_up, w_down_t, found.threshold, **how)
+            call: Any = sparse_ffn
+            plain: Tensor = call(tokens, w_gate, w_up, w_down_t, found.threshold, activation=found.activation, out=out)
             return plain
         gate: Any = None if w_gate is None else plain_or_packed(w_gate)
         up, down = plain_or_packed(w_up), plain_or_packed(w_down_t)

@@ -588,7 +588,7 @@ _STYLES: dict[bool, Style] = {False: "colwise", True: "rowwise"}
 
 def _parallel_of_mlp(mlp: Any, family: MLPFamily) -> TensorParallel | str | None:
     """Whose shard an MLP is, None if it is whole, or why such a shard stays dense."""
-    styles = [_STYLES[name == family.down] for name in family.projections]
+    styles: list[Style] = [_STYLES[name == family.down] for name in family.projections]
     found = sharding_of_all([getattr(mlp, name) for name in family.projections], styles)
     if isinstance(found, TensorParallel) and (family.norm is not None or family.is_inside or family.fused is not None):
         return "split over several processes, and its norm needs all neurons" if family.norm else "split inside a layer"
