@@ -30,6 +30,11 @@ class Ranks:
     """`size` processes, each with a GPU of its own or none."""
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
+        self._size, self._backend = size, backend
+        self._start()
+
+    def _start(self) -> None:
+        size, backend = self._size, self._backend
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -57,6 +62,8 @@ class Ranks:
         try:
             answers = [pickle.load(process.stdout) for process in self._processes]
         except EOFError:
+            self.close()
+            self._start()  # for the next test
             raise RankError([f"a process ended, or a function took more than {_SECONDS} s"]) from None
         finally:
             timer.cancel()

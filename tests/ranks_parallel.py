@@ -20,12 +20,16 @@ from prosparse_cupy.torch.mlp import SparseGatedMLP, SparseMLP
 from prosparse_cupy.torch.sparsity import SparsityMeter
 
 
-def _loaded(path: str, dtype: str) -> Any:
+def _loaded(path: str, dtype: str, is_aligned: bool = True) -> Any:
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of `tp_plan`, which newer versions take in a config
-        return AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", dtype=getattr(torch, dtype)).eval()
+    with torch.inference_mode(False):
+        for parameter in model.parameters() if is_aligned else ():  # those of a file may lie at any multiple of eight bytes
+            of_parallel.set_local(parameter, of_parallel.local_of(parameter).detach().clone())
+    return model
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -249,7 +253,7 @@ def compiled_layers(path: str, options: dict[str, Any] | None) -> bool:
 
     from prosparse_cupy.torch import step as steps
 
-    model = _loaded(path, "bfloat16")
+    model = _loaded(path, "bfloat16", is_aligned=options is not None)
     if options is not None:
         psct.patch_model(model, **options)
     step = psct.prepare_generation(model, 64)
@@ -261,3 +265,114 @@ def compiled_layers(path: str, options: dict[str, Any] | None) -> bool:
     steps._let_layers_run(step._twin.get_decoder().layers, step._layers, step._cache, traced)
     with steps._recompiling():
         return torch.equal(step._outputs(), expected)
+
+
+@torch.no_grad()
+def uneven(path: str, ids: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+    """Shards of different sizes, of which operators may take one and not the other; a hook that one process has."""
+    model = _loaded(path, "bfloat16")
+    text = torch.tensor(ids, device=model.device)
+    psct.patch_model(model, **options)
+    found = {"one": model(text[:1, :1]).logits.cpu(), "many": model(text).logits.cpu()}
+    found["text"] = psct.generate(model, text[:1, :8], max_new_tokens=6, do_sample=False).tolist()
+    if dist.get_rank() == 0:
+        model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
+    found["hooked"], found["hooked many"] = model(text[:1, :1]).logits.cpu(), model(text).logits.cpu()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found["hooked text"] = psct.generate(model, text[:1, :8], max_new_tokens=6, do_sample=False).tolist()
+    found["warnings"] = [str(w.message) for w in caught if str(w.message).startswith("generate:")]
+    return found
+
+
+def metered_in_one(path: str, ids: list[list[int]]) -> list[list[list[int]]]:
+    """A process whose step changes alone: all make another."""
+    model = _loaded(path, "float32")
+    psct.patch_model(model)
+    text, found = torch.tensor(ids[:1], device=model.device)[:, :8], []
+    for on in (False, True, False):
+        own = dist.get_rank() == 0 and on
+        for mlp in [layer.mlp for layer in model.model.layers]:
+            mlp.counts = torch.zeros(2, dtype=torch.int64, device=model.device) if own else None
+        found.append(psct.generate(model, text, max_new_tokens=8, do_sample=False).tolist())
+    return found
+
+
+def without_memory_in_one(path: str, ids: list[list[int]]) -> Any:
+    """The last process has no memory for a second step, then has."""
+    from prosparse_cupy.torch.step import Step
+
+    model = _loaded(path, "float32")
+    psct.patch_model(model)
+    text = torch.tensor(ids, device=model.device)[:, :8]
+    psct.generate(model, text[:1], max_new_tokens=4, do_sample=False)
+    allocate, failures = Step._allocate, []
+
+    def failing(self: Any, *arguments: Any) -> None:
+        if dist.get_rank() == 1 and not failures:
+            failures.append(1)
+            raise MemoryError("none left, says the test")
+        allocate(self, *arguments)
+
+    Step._allocate = failing
+    try:
+        return psct.generate(model, text, max_new_tokens=4, do_sample=False).tolist()
+    finally:
+        Step._allocate = allocate
+
+
+def patched_but_one_cannot_pack(path: str) -> None:
+    model, before = _loaded(path, "float32"), patch.made_sparse
+
+    def failing(mlp: Any, family: Any, formula: Any, parallel: Any = None) -> Any:
+        if parallel is not None and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("no room, says the test")
+        return before(mlp, family, formula, parallel)
+
+    patch.made_sparse = failing
+    try:
+        psct.patch_model(model)
+    finally:
+        patch.made_sparse = before
+
+
+def loaded_again(path: str, other: str, ids: list[list[int]]) -> dict[str, Any]:
+    """State dicts into models that are patched, plain and compressed; and what needs gradients stays so."""
+    found: dict[str, Any] = {}
+    donor = _loaded(other, "bfloat16")
+    text = torch.tensor(ids, device=donor.device)
+    for name, options in (("plain", {}), ("compressed", {"compress": True})):
+        model = _loaded(path, "bfloat16")
+        needs = {n: p.requires_grad for n, p in model.named_parameters()}
+        psct.patch_model(model, **options)
+        with torch.no_grad():
+            state = {n: t.clone() for n, t in donor.state_dict().items()}
+            model.load_state_dict(state, assign=name == "plain")
+            found[name] = [(model(t).logits - donor(t).logits).norm().item() for t in (text[:1, :1], text)]
+            model.load_state_dict(model.state_dict())
+        if name == "compressed":
+            try:
+                model(inputs_embeds=torch.randn(1, 3, 64, dtype=torch.bfloat16, device=model.device, requires_grad=True))
+            except RuntimeError as error:
+                found["gradients"] = str(error)
+        psct.unpatch_model(model)
+        found[f"{name} needs"] = {n: p.requires_grad for n, p in model.named_parameters()} == needs
+    found["size"] = donor(text).logits.norm().item()
+    return found
+
+
+def shards_of_groups(d_ff: int) -> list[int]:
+    """By no group, which is all processes, by a mesh, and by what is none."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mlp = _whole(8, d_ff, "float32", "gated")
+    sizes = [mlp.shard(None).d_ff, mlp.shard(init_device_mesh(_device(), (dist.get_world_size(),))).d_ff]
+    mlp.shard("all")
+    return sizes
+
+
+def written(path: str, ids: list[list[int]]) -> tuple[list[bool], list[list[int]]]:
+    model = _loaded(path, "float32")
+    report = psct.patch_model(model)
+    text = psct.generate(model, torch.tensor(ids[:1], device=model.device)[:, :8], max_new_tokens=6, do_sample=False)
+    return [layer.sparse for layer in report.layers], text.tolist()

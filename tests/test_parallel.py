@@ -242,6 +242,66 @@ def test_a_shard_in_a_compiled_program(two):
     assert two.run(ranks_parallel.compiled) == [True, True]
 
 
+@pytest.mark.parametrize(("act", "d_ff"), [("silu", 47), ("relu", 47), ("relu", 156)])
+@pytest.mark.parametrize("compress", [False, True])
+def test_processes_add_alike_whatever_each_takes(two, folder, act, d_ff, compress):
+    """The operators refuse 23 inputs and take 24; one process has a hook: the sums are of float32 all the same."""
+    path = folder("bfloat16", hidden_act=act, intermediate_size=d_ff)
+    model, ids = _one_process(path, "bfloat16"), torch.tensor(IDS)
+    with torch.no_grad():
+        expected = {"one": model(ids[:1, :1]).logits, "many": model(ids).logits}
+    first, last = two.run(ranks_parallel.uneven, path, IDS, {"compress": compress})
+    for name in ("one", "many", "hooked", "hooked many", "text", "hooked text"):
+        assert _equal(first[name], last[name]), name
+    for name, logits in expected.items():
+        _close(first[name], logits, "bfloat16")
+        _close(first[{"one": "hooked"}.get(name, "hooked many")], logits, "bfloat16")
+    for of_rank in (first, last):
+        assert len(of_rank["warnings"]) == 1 and "has hooks" in of_rank["warnings"][0]
+    assert "(rank 0 of 2)" in last["warnings"][0]
+
+
+def test_a_step_that_one_process_makes_again_all_make_again(two, folder):
+    path = folder("float32")
+    own = _one_process(path, "float32").generate(torch.tensor(IDS[:1])[:, :8], max_new_tokens=8, do_sample=False).tolist()
+    assert two.run(ranks_parallel.metered_in_one, path, IDS) == [[own] * 3] * 2
+
+
+def test_memory_that_one_process_lacks_all_free(two, folder):
+    path = folder("float32")
+    own = _one_process(path, "float32").generate(torch.tensor(IDS)[:, :8], max_new_tokens=4, do_sample=False).tolist()
+    assert two.run(ranks_parallel.without_memory_in_one, path, IDS) == [own] * 2
+
+
+def test_a_layout_that_one_process_cannot_make_no_process_has(two, folder):
+    with pytest.raises(RankError) as raised:
+        two.run(ranks_parallel.patched_but_one_cannot_pack, folder("float32"))
+    assert all("no room, says the test" in error for error in raised.value.errors)
+
+
+def test_states_are_loaded_into_patched_models(two, folder):
+    other = folder("bfloat16", rms_norm_eps=1e-5)  # other numbers
+    for found in two.run(ranks_parallel.loaded_again, folder("bfloat16"), other, IDS):
+        for name in ("plain", "compressed"):
+            assert all(distance <= 0.03 * found["size"] for distance in found[name]), (name, found)
+            assert found[f"{name} needs"]
+        assert "is for inference" in found["gradients"]
+
+
+def test_groups_that_a_shard_may_be_of(two):
+    with pytest.raises(RankError) as raised:
+        two.run(ranks_parallel.shards_of_groups, 9)
+    for error in raised.value.errors:
+        assert error.startswith("TypeError: group must be a torch.distributed.ProcessGroup") and "got 'all'" in error
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Mistral", "Arcee"])
+def test_other_models_that_transformers_splits(two, folder, kind):
+    path = folder("float32", kind, **({"hidden_act": "relu2"} if kind == "Arcee" else {}))
+    own = _one_process(path, "float32").generate(torch.tensor(IDS[:1])[:, :8], max_new_tokens=6, do_sample=False).tolist()
+    assert two.run(ranks_parallel.written, path, IDS) == [([True, True], own)] * 2
+
+
 @pytest.mark.parametrize("options", [None, {}, {"compress": True}])
 def test_layers_of_a_step_are_traced_whole(two, folder, options):
     assert two.run(ranks_parallel.compiled_layers, folder("bfloat16"), options) == [True, True]

@@ -700,3 +700,31 @@ def test_parameters_that_were_one_are_one_again():
     assert len({id(layer.mlp.up_proj.weight) for layer in model.model.layers}) == 1
     assert len({id(layer.mlp.gate_proj.weight) for layer in model.model.layers}) == 3
     assert torch.equal(_text(model), before)
+
+
+def test_projections_that_layers_share_are_compressed_once():
+    model = _model(dtype=torch.bfloat16)
+    first, second, _ = (layer.mlp for layer in model.model.layers)
+    second.up_proj = first.up_proj
+    before, shared = _text(model), first.up_proj
+    report = patch_model(model, compress=True)
+    assert all(x.sparse and x.ratio < 1 for x in report.layers)
+    assert model.model.layers[0].mlp.up_proj is model.model.layers[1].mlp.up_proj
+    unpatch_model(model)
+    assert model.model.layers[0].mlp.up_proj is model.model.layers[1].mlp.up_proj is shared
+    assert torch.equal(_text(model), before)
+
+
+def test_biases_that_are_set_while_compressed_stay():
+    model = _model(dtype=torch.bfloat16, mlp_bias=True)
+    patch_model(model, compress=True)
+    bias = model.model.layers[0].mlp.up_proj.bias = nn.Parameter(torch.ones(160, dtype=torch.bfloat16))
+    unpatch_model(model)
+    assert model.model.layers[0].mlp.up_proj.bias is bias
+
+
+def test_frozen_parameters_stay_frozen():
+    model = _model(dtype=torch.bfloat16).requires_grad_(False)
+    patch_model(model, compress=True)
+    unpatch_model(model)
+    assert not any(p.requires_grad for p in model.parameters())

@@ -248,7 +248,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
         own = module.__dict__
         tensors = [(n, _state(t)) for n, t in (*own["_parameters"].items(), *own["_buffers"].items()) if t is not None]
         others = [(name, _state(value)) for name, value in own.items() if name not in _OF_TORCH and name not in _CACHES]
-        hooked = does_more(module) or bool(module._backward_hooks)
+        hooked = (does_more(module) and not forward_is_parallel(module)) or bool(module._backward_hooks)
         found.append((type(module), type(module).forward, tuple(own["_modules"]), hooked, tuple(tensors), tuple(others)))
     return tuple(found)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..arguments import MOST_TOKENS
 from .eligibility import why_another_mode, why_no_call, why_not_together
+from .parallel import parallel_of
 from .patch import check_module
 from .runner import Runner, turns
 from .speculation import MOST_GUESSES, Guesses, guesses_of, why_no_guesses
@@ -194,6 +195,8 @@ class _Loop:
             raise ValueError(f"decoding_loop: writes greedily or samples, this call is {mode.value}: leave custom_generate out")
         reason = why_no_call(model, input_ids, logits_processor, generation_config, synced_gpus, model_kwargs)
         reason = reason or why_not_together(model, stopping_criteria)
+        if (parallel := parallel_of(model)) is not None:
+            reason = parallel.agreed(reason)
         own = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         runner, guesses, models = Runner.of(model), self._guesses, [model]
         if guesses is not None:

@@ -61,15 +61,16 @@ class DecodingLinear(nn.Linear):
         return nn.functional.linear(input, self.weight, self.bias)
 
     def _of_shard(self, input: Tensor, sharding: Sharding) -> Tensor:
-        """What the projection that transformers has split returns; of many tokens, or with gradients, by calling it."""
+        """What the projection that transformers has split returns; with gradients, by calling it."""
+        if torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad) and self._replaced:
+            before: Any = self._replaced[0]
+            if before.weight is not self.weight:
+                before.weight = self.weight
+            whole: Tensor = before(input)
+            return whole
         weight = local_of(self.weight)
-        if not (torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad)):
-            if (y := sharding.decoded(input, weight)) is not None:
-                return y
-            if not self._replaced:
-                return sharding.whole(nn.functional.linear(input, weight), input.dtype)
-        whole: Tensor = self._replaced[0](input)
-        return whole
+        y = sharding.decoded(input, weight)
+        return sharding.whole(nn.functional.linear(input, weight), input.dtype) if y is None else y
 
 
 class CompressedLinear(nn.Module):
@@ -152,6 +153,7 @@ class CompressedLinear(nn.Module):
         self.train(linear.training)
         self._replaced = (linear,)
         self._split, self._sharding = Split.of(linear.weight), known_sharding(linear)
+        self._requires_grad = linear.weight.requires_grad
         empty = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
         linear.weight = nn.Parameter(empty, requires_grad=linear.weight.requires_grad)
 
@@ -161,7 +163,7 @@ class CompressedLinear(nn.Module):
         if not self._replaced:
             return linear
         before: Any = self._replaced[0]
-        before.weight = linear.weight
+        before.weight, before.bias = linear.weight, self.bias
         if self._split is not None:
             before.weight = nn.Parameter(self._split.of_local(linear.weight.detach()), requires_grad=self._requires_grad)
         return before.train(self.training)  # type: ignore[no-any-return]
@@ -195,6 +197,10 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, (..., in_features) to (..., out_features)."""
+        if self._split is not None and torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "CompressedLinear: a shard is for inference: call it under torch.no_grad(), or unpatch_model first"
+            )
         if self._sharding is not None and not self.transposed and self.bias is None:
             y = self._sharding.decoded(x, self)
             return self._sharding.whole(nn.functional.linear(x, self.weight), x.dtype) if y is None else y
@@ -240,6 +246,8 @@ class CompressedLinear(nn.Module):
             if strict:
                 missing_keys.append(key)
             return
+        if self._split is not None and given.shape == self._split.shape:
+            given = self._split.part_of(given)
         if tuple(given.shape) != (self.out_features, self.in_features):
             expected = (self.out_features, self.in_features)
             error_msgs.append(f"size mismatch for {key}: {tuple(given.shape)} in the state dict, {expected} in the model")

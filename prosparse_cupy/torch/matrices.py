@@ -19,7 +19,7 @@ from ..formats import VECTOR_BYTES
 from .dispatch import DTYPES, decoded, does_more
 from .linears import CompressedLinear, DecodingLinear, place_apart, place_together
 from .mlp import SparseMLP
-from .parallel import local_of, sharding_of
+from .parallel import TensorParallel, local_of, parallel_of, sharding_of
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
@@ -85,32 +85,46 @@ def _head_of(model: Any) -> nn.Module | None:
 def replace_matrices(model: nn.Module, to_compress: bool) -> list[MatrixPatch]:
     """Let few tokens read each of these matrices through `ffn_1`, projections of one input as one; with a bar on a terminal."""
     console = Console(stderr=True)
-    groups, shared = list(groups_of(model)), held_twice(model)
+    groups, shared, parallel = list(groups_of(model)), held_twice(model), parallel_of(model)
     shown = console.is_terminal and to_compress
     bar = track(groups, "compressing", console=console, transient=True, disable=not shown)
-    done = [patch for holder, group in bar for patch in _replace_group(model, holder, group, to_compress, shared)]
+    done = [patch for holder, group in bar for patch in _replace_group(model, holder, group, to_compress, shared, parallel)]
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what the weights left goes back to the GPU
     return done
 
 
 def _replace_group(
-    model: nn.Module, holder: str, group: tuple[str, ...], to_compress: bool, shared: frozenset[int] = frozenset()
+    model: nn.Module,
+    holder: str,
+    group: tuple[str, ...],
+    to_compress: bool,
+    shared: frozenset[int] = frozenset(),
+    parallel: TensorParallel | None = None,
 ) -> Iterable[MatrixPatch]:
+    """Processes that hold parts of a model, `parallel`, do the same with each matrix."""
+
+    def any_of_all(flag: bool) -> bool:
+        return flag if parallel is None else parallel.any(flag)
+
     module = model.get_submodule(holder)
     names = [f"{holder}.{leaf}".lstrip(".") for leaf in group]
     linears: list[Any] = [getattr(module, leaf) for leaf in group]
     reasons = ["the same module in two places" if id(linear) in shared else why_not(linear) for linear in linears]
-    if any(reasons) or not _fit(linears, to_compress):
+    if parallel is not None:
+        reasons = [parallel.agreed(reason) for reason in reasons]
+    if any(reasons) or any_of_all(not _fit(linears, to_compress)):
         if len(group) > 1:
-            return [p for leaf in group for p in _replace_group(model, holder, (leaf,), to_compress, shared)]
+            return [p for leaf in group for p in _replace_group(model, holder, (leaf,), to_compress, shared, parallel)]
         return [MatrixPatch(names[0], False, reasons[0])]
     made, ratio, reason = _compressed(model, linears) if to_compress else ([], 1.0, "")
+    if to_compress and parallel is not None and parallel.any(not made):
+        made, ratio, reason = [], 1.0, reason or "plain, as in another process"
     if not made:
         if len(group) > 1:
             place_together(linears)
         made = [DecodingLinear.of(linear) for linear in linears]
-    if any(_tried(linear) is None for linear in made):
+    if any_of_all(any(_tried(linear) is None for linear in made)):
         for linear in linears:
             place_apart(linear)
         return [MatrixPatch(name, False, "ffn_1 does not take it") for name in names]

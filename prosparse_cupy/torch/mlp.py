@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -107,6 +108,8 @@ class SparseMLP(nn.Module):
         """Active neurons and all neurons so far, (2,) int64, where a `SparsityMeter` counts them."""
         self._replaced: tuple[nn.Module, ...] = ()
         self.parallel: TensorParallel | None = None
+        self._is_own_shard = False
+        """Whether `shard` made it, so that its projections add nothing up."""
         self._bound: tuple[Any, SparseFFN[Tensor]] | None = None
         """Weights as they were at the last call; they are kept, so no other has the id of one."""
         self._halves: tuple[CompressedLinear, ...] = ()
@@ -134,7 +137,8 @@ class SparseMLP(nn.Module):
         Parameters
         ----------
         group : torch.distributed.ProcessGroup
-            NCCL's for a module on a GPU; ``torch.distributed.group.WORLD`` is that of all processes.
+            NCCL's for a module on a GPU; ``torch.distributed.group.WORLD`` is that of all processes. A
+            mesh of one dim serves too.
 
         Returns
         -------
@@ -149,6 +153,16 @@ class SparseMLP(nn.Module):
             device, or modules that are not the same in all processes.
         """
         parallel = parallel_of_group(group)
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            return self._shard(parallel)
+
+    @property
+    def _device(self) -> torch.device:
+        down = self.down
+        device: torch.device = down.device if isinstance(down, CompressedLinear) else down.weight.device
+        return device
+
+    def _shard(self, parallel: TensorParallel) -> SparseMLP:
         formats = {name: type(getattr(self, name)).__name__ for name in self.family.projections}
         weights = [getattr(self, name).weight for name in (self.family.up, self.family.down) if hasattr(self, name)]
         facts = {"d_model": self.d_model, "d_ff": self.d_ff, "formula": str(self.formula), "formats": formats}
@@ -190,7 +204,7 @@ class SparseMLP(nn.Module):
                 made.register_parameter("bias", bias)
             setattr(part, name, made)
         shard = type(self)._of_parts(part, self.family, formula)
-        shard._replaced, shard.parallel = (), parallel
+        shard._replaced, shard.parallel, shard._is_own_shard = (), parallel, True
         return shard.train(self.training)
 
     @classmethod
@@ -266,15 +280,26 @@ class SparseMLP(nn.Module):
         if self.counts is not None:
             count_active(self.counts, x1)
         *_, down, _, norm = self._names
-        if self.parallel is not None and not forward_is_parallel(self.down):
-            bias = self.down.bias
-            return self._sum_of(self._part_of(x1), None if bias is None else local_of(bias), x.dtype)
+        if self.parallel is not None and (part := self._part_of(x1)) is not None:
+            bias = getattr(self.down, "bias", None)
+            return self._sum_of(part, None if bias is None else local_of(bias), x.dtype)
         return getattr(self, down)(x1 if norm is None else getattr(self, norm)(x1))
 
-    def _part_of(self, x1: Tensor) -> Tensor:
-        """This shard's part of the down-projection by the dense path, without a bias."""
+    def _part_of(self, x1: Tensor) -> Tensor | None:
+        """This shard's part of the down-projection by the dense path, in float32 and without a bias.
+
+        None where the module itself adds the parts: with gradients, hooks or an adapter that transformers' projection has.
+        """
         down = self.down
-        part: Tensor = down(x1) if down.bias is None else nn.functional.linear(x1, down.weight)
+        weight: Any = None if isinstance(down, CompressedLinear) else down._parameters.get("weight")
+        if is_split(weight):
+            recorded = torch.is_grad_enabled() and (x1.requires_grad or weight.requires_grad)
+            if recorded or not forward_is_parallel(down):
+                return None
+            return nn.functional.linear(x1, local_of(weight)).float()
+        if not self._is_own_shard and not isinstance(down, CompressedLinear):
+            return None
+        part: Tensor = down(x1) if getattr(down, "bias", None) is None else nn.functional.linear(x1, down.weight)
         if part.requires_grad:
             raise RuntimeError(f"{type(self).__name__}: a shard is for inference: call it under torch.no_grad()")
         return part.float()

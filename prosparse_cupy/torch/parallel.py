@@ -84,7 +84,17 @@ class TensorParallel:
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
 
     def told(self, what: T) -> list[T]:
-        """What each process says, in the order of their ranks; waits for all."""
+        """What each process says, in the order of their ranks; waits for all, and fails if one has failed meanwhile."""
+        said = self._gathered(("", False, what))
+        for rank, (failure, is_memory, _) in enumerate(said):
+            if failure:
+                text = f"rank {rank} of {self.size} failed, so all stop: {failure}"
+                error: Exception = MemoryError(text) if is_memory else RuntimeError(text)
+                error.told = failure  # type: ignore[attr-defined]
+                raise error
+        return [word for _, _, word in said]
+
+    def _gathered(self, what: Any) -> list[Any]:
         import torch.distributed as dist
 
         said: list[Any] = [None] * self.size
@@ -98,18 +108,23 @@ class TensorParallel:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process fails in, all fail in, with its message, and none waits for ever.
+        """What one process fails in, all fail in, with its message, when they next tell each other something.
 
-        Only for code without communication of its own.
+        What is run may call `told` and what uses it. A process that fails where the others add tensors cannot be helped: they
+        wait until their group's own timeout.
         """
         try:
             yield
         except Exception as error:
-            self.told(f"{type(error).__name__}: {error}")
+            if not getattr(error, "told", ""):
+                self._gathered((f"{type(error).__name__}: {error}", isinstance(error, MemoryError), None))
+                error.told = str(error)  # type: ignore[attr-defined]
             raise
-        for rank, text in enumerate(self.told("")):
-            if text:
-                raise RuntimeError(f"rank {rank} of {self.size} failed, so all stop: {text}")
+        self.told(None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return any(self.told(flag))
 
     def refuse_others(self, function: str, facts: dict[str, Any]) -> None:
         """ValueError in every process if what must be the same in all of them is not."""
@@ -140,9 +155,9 @@ class Sharding(NamedTuple):
     style: Style
 
     def whole(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the projection's `forward` returns of this process's result."""
+        """What the projection's `forward` returns of this process's result; sums are added in float32 whoever made them."""
         if self.style == "rowwise":
-            return self.parallel.sum(y).to(dtype)
+            return self.parallel.sum(y.float()).to(dtype)
         return self.parallel.gather(y) if self.style == "gathered" else y
 
     def decoded(self, x: Tensor, weight: TorchWeight) -> Tensor | None:
@@ -197,13 +212,23 @@ class Split(NamedTuple):
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
 
+    def part_of(self, whole: Tensor) -> Tensor:
+        """This process's part of a tensor of the parameter's shape, spread or not."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if not isinstance(whole, DTensor):
+            whole = distribute_tensor(whole.to(self.mesh.device_type), self.mesh, self.placements, src_data_rank=None)
+        elif tuple(whole.placements) != tuple(self.placements):
+            whole = whole.redistribute(self.mesh, self.placements)
+        return local_of(whole)
+
 
 def stay_split(module: nn.Module, copied: nn.Module) -> None:
     """Have the copy of a module that transformers has split do what its parts need, too."""
-    own: Any = module.__dict__["forward"]
+    kept = _kept(module.__dict__["forward"])
     copied.__dict__.pop("forward", None)
-    kept = _kept(own)
-    kept["self"].install_forward(copied, kept["mesh"])
+    if {"self", "mesh"} <= kept.keys():  # without them it adds gradients alone
+        kept["self"].install_forward(copied, kept["mesh"])
 
 
 def hold_parts(module: nn.Module) -> None:
@@ -225,7 +250,18 @@ _groups: dict[str, TensorParallel] = {}
 
 
 def parallel_of_group(group: Any) -> TensorParallel:
-    """The one `TensorParallel` of a group."""
+    """The one `TensorParallel` of a group, of a mesh of one dim, or, for None, of all processes."""
+    import torch.distributed as dist
+
+    if group is None:
+        group = dist.group.WORLD
+    if hasattr(group, "get_group") and getattr(group, "ndim", 1) == 1:
+        group = group.get_group()
+    if not hasattr(group, "group_name"):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup that this process belongs to, got {group!r:.60}: initialise "
+            "torch.distributed first, or pass torch.distributed.group.WORLD"
+        )
     if (found := _groups.get(group.group_name)) is None or found.group is not group:
         found = _groups[group.group_name] = TensorParallel(group)
     return found

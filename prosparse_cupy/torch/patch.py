@@ -240,7 +240,12 @@ def _check_together(
     parallel: TensorParallel, model: nn.Module, plan: _Plan, compress: bool, linears: bool, example: Tensor | None
 ) -> None:
     """ValueError in all processes where their calls differ, or their group cannot serve."""
-    facts = {"threshold": plan.threshold, "compress": compress, "linears": linears, "example": example is not None}
+    facts = {
+        "threshold": plan.threshold,
+        "compress": compress,
+        "linears": linears,
+        "the shape of example": getattr(example, "shape", None),
+    }
     layers = [name for name, *_ in plan.found]
     parallel.refuse_others("patch_model", {**facts, "the list of layers": layers})
     device = next(local_of(p).device for p in model.parameters())
@@ -319,8 +324,8 @@ def _compress_all(model: nn.Module, layers: list[LayerPatch]) -> list[LayerPatch
     """Compress the weights of the layers that decode sparsely, with a bar on a terminal."""
     console = Console(stderr=True)
     bar = track(layers, "compressing", console=console, transient=True, disable=not console.is_terminal)
-    ties = _ties(model)
-    done = [_compressed(model.get_submodule(layer.name), layer, ties) if layer.sparse else layer for layer in bar]
+    ties, made = _ties(model), dict[int, CompressedLinear]()
+    done = [_compressed(model.get_submodule(layer.name), layer, ties, made) if layer.sparse else layer for layer in bar]
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # the plain weights' memory goes back to the GPU
     return done
@@ -333,14 +338,25 @@ def _ties(model: nn.Module) -> dict[int, object]:
 
 
 @torch.no_grad()
-def _compressed(sparse: Any, layer: LayerPatch, ties: dict[int, object]) -> LayerPatch:
-    """A layer whose weights have been compressed, one after the other, where that pays."""
+def _compressed(sparse: Any, layer: LayerPatch, ties: dict[int, object], made: dict[int, CompressedLinear]) -> LayerPatch:
+    """A layer whose weights have been compressed, one after the other, where that pays in all processes that share it.
+
+    `made` has the compressed ones by the ids of the projections whose places they took: layers may share a projection.
+    """
     if not isinstance(sparse, SparseMLP):
         return replace(layer, plain="inside a layer")
     before, plain = 0, 0.0
     left = list[str]()
     for name in sparse.family.projections:
         linear = getattr(sparse, name)
+        if isinstance(known := made.get(id(linear), linear), CompressedLinear):
+            for holder in (sparse, sparse.replaced):
+                setattr(holder, name, known)
+            before, plain = (
+                before + linear.in_features * linear.out_features,
+                plain + known.packed.ratio * linear.in_features * linear.out_features,
+            )
+            continue
         weight, transposed = local_of(linear.weight), name == sparse.family.down
         before += weight.numel()
         if name == sparse.family.fused and sparse.d_ff * (sparse.d_model // CHUNK) * 4 % VECTOR_BYTES:
@@ -357,13 +373,15 @@ def _compressed(sparse: Any, layer: LayerPatch, ties: dict[int, object]) -> Laye
             continue
         packed = CompressedLinear(weight, transposed=transposed, bias=linear.bias)
         ratio = packed.packed.ratio
-        if ratio > LARGEST_RATIO:
+        is_large = ratio > LARGEST_RATIO
+        if is_large if sparse.parallel is None else sparse.parallel.any(is_large):
             left.append(f"{name}: {ratio:.0%} of its size")
             plain += weight.numel()
             continue
         if not torch.equal(packed.weight.view(torch.int16), weight.view(torch.int16)):
             raise RuntimeError(f"patch_model: {layer.name}.{name} did not come back to the bit: a defect, please report it")
         plain += ratio * weight.numel()
+        made[id(linear)] = packed
         packed.tie = ties.get(id(linear.weight))
         packed.take_place_of(linear)
         for holder in (sparse, sparse.replaced):
@@ -547,7 +565,8 @@ def _replace(
             put_back_matrices(mlp)
     elif not reason:
         is_shard = isinstance(_parallel_of_mlp(mlp, family), TensorParallel)
-        model.set_submodule(name, made_sparse(mlp, family, becomes, parallel if is_shard else None))
+        with parallel.together():  # which lays a matrix out anew
+            model.set_submodule(name, made_sparse(mlp, family, becomes, parallel if is_shard else None))
     return reason
 
 

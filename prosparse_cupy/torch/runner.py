@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .choice import Choice
 from .eligibility import padding_of, positions_of, state_of, why_no_step
+from .parallel import parallel_of
 from .speculation import Assistant, Guesses, PromptLookup, Speculation
 from .step import CannotStep, Step, forward
 from .steps import kept_for
@@ -57,7 +58,7 @@ class Runner:
 
     def step(self, model: Any, length: int, sequences: int = 1) -> Step:
         """A step for so many sequences of `length` tokens, the last one if it serves."""
-        state = self._checked_state(model, (sequences, 1))
+        state = self._agreed_state(model, length, sequences)
         if self._state != state:
             self._drop()
         step = self._steps.get(sequences > 1)
@@ -83,6 +84,26 @@ class Runner:
                 model, (1, tokens), lambda: Step(model, step.capacity, tokens=tokens, cache_of=step)
             )
         return self._verifiers[tokens]
+
+    def _agreed_state(self, model: Any, length: int, sequences: int) -> Any:
+        """As `_checked_state`, agreed by the processes that hold parts of a model: all make a step, have it, or do without."""
+        parallel = parallel_of(model)
+        if parallel is None:
+            return self._checked_state(model, (sequences, 1))
+        state, reason = None, ""
+        try:
+            state = self._checked_state(model, (sequences, 1))
+        except CannotStep as error:
+            reason = str(error)
+        step = self._steps.get(sequences > 1)
+        serves = step is not None and self._state == state and step.capacity >= length and step.sequences == sequences
+        said = parallel.told((reason, serves))
+        for rank, (other, _) in enumerate(said):
+            if other:
+                raise CannotStep(reason or f"{other} (rank {rank} of {parallel.size})")
+        if len({has_step for _, has_step in said}) > 1:
+            self._drop()
+        return state
 
     def _checked_state(self, model: Any, kind: tuple[int, int]) -> Any:
         """The state of a model that a step of this kind, sequences and tokens of each, can be made of."""
@@ -151,6 +172,8 @@ class Runner:
             choice = Choice(step, prompt, processors, criteria, config, padding)
             if any(getattr(m, "counts", None) is not None for m in model.modules()):
                 choice.ahead = 1
+            if step.parallel is not None:
+                choice.ahead = min(step.parallel.told(choice.ahead))
             tokens = choice.tokens(limit, streamer)
         if keeps_cache:
             step.give(cache, length, length + tokens.shape[1] - 1, padding)

@@ -84,15 +84,24 @@ class Step:
         self._cache = _StepCache()
         self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graph: Any = None
-        with _counts_kept(model):
-            try:
-                self._prepare()
-                self._check(model)
-            except torch.OutOfMemoryError:
-                raise
-            except _REFUSALS as error:
-                raise CannotStep(f"its step cannot be made ({type(error).__name__}: {_first_line(error)})") from error
+        try:
+            with nullcontext() if self.parallel is None else self.parallel.together(), _counts_kept(model):
+                self._made(model)
+        except RuntimeError as error:
+            if str(getattr(error, "told", "")).startswith(f"{CannotStep.__name__}: "):  # so no process has a step
+                raise CannotStep(str(error)) from None
+            raise
         self.seconds = time.perf_counter() - start
+
+    def _made(self, model: Any) -> None:
+        """Compiled, captured and tried."""
+        try:
+            self._prepare()
+            self._check(model)
+        except torch.OutOfMemoryError:
+            raise
+        except _REFUSALS as error:
+            raise CannotStep(f"its step cannot be made ({type(error).__name__}: {_first_line(error)})") from error
 
     def _allocate(self, attention: Attention, layers: int) -> None:
         shape: tuple[int, ...] = attention.kv_heads, self.capacity, attention.head_dim
@@ -347,6 +356,7 @@ def _twin(model: Any) -> Any:
         if isinstance(module, DecodingLinear):
             hold_parts(module)
         elif isinstance(module, SparseMLP) and module.parallel is not None:
+            module._is_own_shard = True
             for name in module.family.projections:
                 hold_parts(getattr(module, name))
     for holder, group in groups_of(twin):
