@@ -321,6 +321,7 @@ def parallel(names: tuple[str, ...], json_path: Path | None, quick: bool) -> Non
         import torch.distributed as dist
 
         from . import parallel as models
+        from .decode import random_model
     except ImportError as error:
         raise click.ClickException(f'parallel needs torch and transformers, which the extra "hf" brings: {error}') from error
     if "WORLD_SIZE" not in os.environ:
@@ -349,7 +350,7 @@ def parallel(names: tuple[str, ...], json_path: Path | None, quick: bool) -> Non
     for label in names:
         record = _WHOLE.get(label, RELU_LLAMA_70B)
         if is_first and label not in models.KV_HEADS:
-            measure(label, partial(models.random_model, record), 1)
+            measure(label, partial(random_model, record), 1)
         dist.barrier()
         measure(label, partial(models.split_model, record, label, mesh), dist.get_world_size())
         if is_first and json_path:

@@ -39,7 +39,6 @@ from .decode import (
     calibrate,
     config_of,
     free_memory,
-    random_model,
     shares,
     times_on_the_host,
 )
@@ -90,13 +89,6 @@ def _filled(parameter: Any, device: torch.device, generator: torch.Generator, is
     else:
         local.normal_(0, 0.02, generator=torch.Generator(device).manual_seed(0) if split is None else generator)
     return nn.Parameter(local if split is None else split.of_local(local), requires_grad=False)
-
-
-def whole_model(record: Model, label: str) -> Any:
-    """The same on one GPU."""
-    if label in KV_HEADS:
-        raise ValueError(f"{label} is for several GPUs")
-    return random_model(record)
 
 
 @torch.inference_mode()
