@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -218,6 +220,23 @@ def shard_of(d_ff: int, ranks: int | None = None, again: bool = False, others: i
 
 def shard_is_pickled() -> None:
     pickle.dumps(_whole(8, 9, "float32", "gated").shard(dist.group.WORLD))
+
+
+def shard_outlives_its_group() -> tuple[bool, str]:
+    """Whether a destroyed group is gone though a shard is there, and what calling the shard then says."""
+    group = dist.new_group()
+    shard, x = _whole(8, 9, "float32", "gated").shard(group), torch.randn(1, 8, device=_device())
+    with torch.no_grad():
+        shard(x)
+    seen = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    try:
+        shard(x)
+    except RuntimeError as error:
+        return seen() is None, str(error)
+    return seen() is None, ""
 
 
 def shard_with_gradients() -> None:

@@ -238,6 +238,12 @@ def test_a_shard_belongs_to_its_process(two):
         two.run(ranks_parallel.shard_with_gradients)
 
 
+def test_a_destroyed_group_is_not_kept(two):
+    """Its threads would live on until the interpreter is taken apart, and abort the process there."""
+    for gone, said in two.run(ranks_parallel.shard_outlives_its_group):
+        assert gone and "destroyed" in said
+
+
 def test_a_shard_in_a_compiled_program(two):
     assert two.run(ranks_parallel.compiled) == [True, True]
 

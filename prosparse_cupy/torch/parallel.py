@@ -9,6 +9,7 @@ the parts need.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -40,9 +41,21 @@ class TensorParallel:
     def __init__(self, group: Any) -> None:
         import torch.distributed as dist
 
-        self.group = group
+        self._group = weakref.ref(group)  # whoever keeps a destroyed group keeps its threads, which abort a process that ends
         self.name: str = group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    @property
+    def group(self) -> Any:
+        """The process group; RuntimeError once it has been destroyed."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError(f"the process group {self.name!r} that this module was split over has been destroyed")
+        return group
+
+    def is_of(self, group: Any) -> bool:
+        """Whether it is that group."""
+        return self._group() is group
 
     def why_not_on(self, device: torch.device) -> str:
         """Why the group cannot add what lies on a device, or nothing."""
@@ -262,7 +275,7 @@ def parallel_of_group(group: Any) -> TensorParallel:
             f"group must be a torch.distributed.ProcessGroup that this process belongs to, got {group!r:.60}: initialise "
             "torch.distributed first, or pass torch.distributed.group.WORLD"
         )
-    if (found := _groups.get(group.group_name)) is None or found.group is not group:
+    if (found := _groups.get(group.group_name)) is None or not found.is_of(group):
         found = _groups[group.group_name] = TensorParallel(group)
     return found
 
