@@ -7,7 +7,6 @@ from functools import lru_cache
 import ml_dtypes
 import numpy as np
 
-from prosparse_cupy import reference
 from prosparse_cupy.testing import synthetic
 
 DTYPES = {
@@ -66,9 +65,15 @@ def exact_ffn_1(x: np.ndarray, w_gate: np.ndarray, bias: np.ndarray | None = Non
     return total + bias.astype(np.float64), magnitude + np.abs(bias.astype(np.float64))
 
 
+def active(gate: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    """The neurons that are active, as docs/numerics.md says it, in float64: every float32 is one."""
+    wide = gate.astype(np.float64)
+    return ~(wide < float(np.float32(threshold))) & (wide != 0)
+
+
 def exact_activation(g: np.ndarray, threshold: float = 0.0, activation: str = "relu") -> np.ndarray:
     """s of rounded gates, as float64: squared ReLU squares in float32."""
-    on = ~(g.astype(np.float64) < float(np.float32(threshold))) & ~(g.astype(np.float64) == 0)
+    on = active(g, threshold)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         s = np.square(g.astype(np.float32)) if activation == "relu2" else g
         return np.where(on, s.astype(np.float64), 0.0)
@@ -100,7 +105,7 @@ def exact_ffn_23(
     bias: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Float64 x1 and the sum of its terms' magnitudes, from formulas 2 and 3 as written."""
-    on = reference.active(gate, threshold)
+    on = active(gate, threshold)
     s = exact_activation(gate, threshold, activation)
     up, magnitude = exact_ffn_1(x, w_up[on], None if bias is None else bias[on])
     if activation == "drelu":

@@ -8,6 +8,18 @@ import numpy as np
 from checks import DTYPES, weights
 
 
+class OnNumpy:
+    """NumPy arrays, which run the reference."""
+
+    name = "numpy"
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        return array.copy()
+
+    def get(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+
 class OnCupy:
     """CuPy arrays."""
 

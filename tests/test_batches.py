@@ -25,9 +25,7 @@ from checks import (
     token,
     weights,
 )
-from gpu_arrays import OnCupy, OnTorch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from gpu_arrays import OnCupy, OnNumpy, OnTorch
 
 import prosparse_cupy as psc
 from prosparse_cupy import reference
@@ -40,18 +38,6 @@ SHAPES = [(8, 1), (16, 33), (264, 101), (40, 700), (2312, 41)]
 SPARSITIES = [0.9, 1.0, 0.0, 0.5, "one", 0.99, 1.0, 0.7]
 Which = int | slice | list[int]
 ALL = slice(None)
-
-
-class OnNumpy:
-    """NumPy arrays."""
-
-    name = "numpy"
-
-    def put(self, array: np.ndarray) -> np.ndarray:
-        return array.copy()
-
-    def get(self, array: np.ndarray) -> np.ndarray:
-        return array
 
 
 places = pytest.mark.parametrize("on", [OnNumpy(), pytest.param(OnCupy(), marks=pytest.mark.gpu)], ids=["numpy", "cupy"])
@@ -353,48 +339,6 @@ def test_special_values_stay_with_their_token(on, value):
             out = block(operator)
             np.testing.assert_array_equal(bits(out[[0, 2]]), bits(before[[0, 2]]), err_msg=operator)
             assert not np.isfinite(out[1].astype(np.float32)).all(), operator
-
-
-# A token alone and in company
-
-
-@st.composite
-def _companies(draw) -> tuple[int, list[str], int, int]:
-    """How many tokens stand beside one, of what kinds, where it stands, and a seed."""
-    company = draw(st.lists(st.sampled_from(["normal", "zeros", "large", "nan", "inf", "equal"]), min_size=1, max_size=7))
-    return len(company) + 1, company, draw(st.integers(0, len(company))), draw(st.integers(0, 2**32 - 1))
-
-
-def _beside(kind: str, one: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    values = rng.standard_normal(one.shape)
-    with np.errstate(all="ignore"):
-        return {
-            "normal": values,
-            "zeros": np.zeros(one.shape),
-            "large": values * float(np.finfo(np.float16).max),
-            "nan": np.where(rng.random(one.shape) < 0.1, np.nan, values),
-            "inf": np.where(rng.random(one.shape) < 0.1, np.inf, values),
-            "equal": one.astype(np.float64),
-        }[kind].astype(one.dtype)
-
-
-@places
-@settings(max_examples=20, deadline=None)
-@given(company=_companies())
-def test_a_token_alone_and_in_company(on, company):
-    tokens, kinds, place, seed = company
-    rng = np.random.default_rng(seed)
-    for kind in (RELU, Kind("relu2", normed=True, gated=False)):
-        block = Block(on, (264, 101), "bfloat16", 1, kind, specialize=False)
-        with np.errstate(all="ignore"):
-            alone = {operator: block(operator, 0) for operator in kind.operators}
-            for name in ("x", "gate", "x1"):
-                [one] = getattr(block, name)
-                others = [_beside(k, one, rng) for k in kinds]
-                setattr(block, name, np.stack([*others[:place], one, *others[place:]]))
-            for operator, expected in alone.items():
-                np.testing.assert_array_equal(bits(block(operator)[place]), bits(expected), err_msg=operator)
-    assert len(block.x) == tokens
 
 
 # What is refused

@@ -22,8 +22,6 @@ from checks import (
     token,
     weights,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from plans import Shape, plan_of
 
 from prosparse_cupy import bf12, reference
@@ -251,37 +249,3 @@ def test_equal_tokens_have_equal_rows(host, kernel):
             vectors[:] = vectors[0]
         out = batch.run(kernel)
         np.testing.assert_array_equal(bits(out), bits(np.stack([out[0]] * tokens)))
-
-
-_COMPANY = ("normal", "zeros", "large", "nan", "inf", "equal")
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    tokens=st.sampled_from([2, 3, 8]),
-    kinds=st.lists(st.sampled_from(_COMPANY), min_size=8, max_size=8),
-    place=st.integers(0, 7),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_a_token_alone_and_in_company(host, tokens, kinds, place, seed):
-    rng, place = np.random.default_rng(seed), place % tokens
-    batch = _Batch(host, Shape(264, 101, "bfloat16", False), tokens, rng)
-    for vectors in (batch.x, batch.gate, batch.x1):
-        for t in range(tokens):
-            vectors[t] = vectors[t] if t == place else _beside(kinds[t], vectors[place], rng)
-    for kernel in (*HALVES, "ffn_4"):
-        together, alone = batch.run(kernel), batch.run(kernel, [place])
-        np.testing.assert_array_equal(bits(together[place]), bits(alone[0]), err_msg=kernel)
-
-
-def _beside(kind: str, one: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    values = rng.standard_normal(one.shape)
-    chosen = rng.random(one.shape) < 0.1
-    return {
-        "normal": values,
-        "zeros": np.zeros(one.shape),
-        "large": values * 2.0**100,
-        "nan": np.where(chosen, np.nan, values),
-        "inf": np.where(chosen, np.inf, values),
-        "equal": one.astype(np.float64),
-    }[kind].astype(one.dtype)
