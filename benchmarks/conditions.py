@@ -123,7 +123,7 @@ def head(command: str, method: str, dense: str, measured: Yardsticks, watch: Wat
     """The head of a result."""
     cp = cupy()
     driver = _smi("--query-gpu=driver_version", "--format=csv,noheader")
-    commit, clean = _commit()
+    commit, clean = commit_of_checkout()
     return Head(
         command=command,
         gpu=gpu(current_device()).name,
@@ -152,7 +152,7 @@ def _torch() -> str:
     return importlib.metadata.version("torch")
 
 
-def _commit() -> tuple[str, bool]:
+def commit_of_checkout() -> tuple[str, bool]:
     """The commit of this checkout and whether nothing is changed; whoever sets PROSPARSE_COMMIT vouches for both."""
     given = os.environ.get("PROSPARSE_COMMIT")
     if given:
