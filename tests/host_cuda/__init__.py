@@ -10,15 +10,22 @@ import hashlib
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from prosparse_cupy.compiler import source
+from prosparse_cupy.knobs import Define
 from prosparse_cupy.launch import Launch
+
+from .worker import Slot
 
 _HERE = Path(__file__).resolve().parent
 _COMPILER = shutil.which("g++")
@@ -66,25 +73,58 @@ class HostKernels:
         self._builds = builds or Path(self._folder.name)
         self._worker: subprocess.Popen[bytes] | None = None
         self._log = Path(self._folder.name, "worker.log")
+        self._lock = threading.Lock()
 
     def run(
         self, launch: Launch, inputs: list[np.ndarray | int | float], out: np.ndarray, *, seed: int = 0, code: str | None = None
     ) -> np.ndarray:
         """Launch a kernel and return what it left in `out`'s buffer, which starts as `out`.
 
-        `inputs` are the kernel's arguments in order, with None where `out` goes; `code` replaces the shipped source.
+        `inputs` are the kernel's arguments in order, with None where `out` goes, and a weight's arrays as a tuple; those that
+        are left out at the end are null, as biases are that a projection does not have. `code` replaces the shipped source.
         """
-        library = self._build(launch, source(launch.kernel) if code is None else code)
-        request = (str(library), launch.grid, launch.block, launch.arguments, inputs, out, seed)
-        worker = self._start()
-        try:
-            pickle.dump(request, worker.stdin)
-            worker.stdin.flush()
-            return pickle.load(worker.stdout)
-        except (EOFError, BrokenPipeError):
-            worker.wait()
-            self._worker = None
-            raise HostRunError(self._log.read_text(errors="replace")) from None
+        library = self.build(launch.kernel, source(launch.kernel) if code is None else code, launch.defines)
+        buffers = [out]
+
+        def part(kind: str, value: Any) -> bytes | tuple[int, int]:
+            if kind in "fi":
+                return struct.pack(f"{kind}4x", value)
+            if isinstance(value, int):
+                return value.to_bytes(8, "little")
+            if value is None:
+                return 0, 0
+            buffers.append(np.ascontiguousarray(value))
+            return len(buffers) - 1, 0
+
+        given = [*inputs, *[0] * (len(launch.arguments) - len(inputs))]
+        slots = []
+        for kind, value in zip(launch.arguments, given, strict=True):
+            values = value if isinstance(value, tuple) else (value,)
+            slots.append(tuple(part(k, v) for k, v in zip(kind, values, strict=True)))
+        changed = self.launch(library, launch.grid, launch.block, slots, [buffer.tobytes() for buffer in buffers], seed)
+        return np.frombuffer(bytearray(changed.get(0, out.tobytes())), out.dtype).reshape(out.shape)
+
+    def launch(
+        self, library: Path, grid: tuple, block: tuple, slots: list[Slot], buffers: list[bytes], seed: int = 0
+    ) -> dict[int, bytes]:
+        """Launch a kernel on buffers, and return those that it has changed."""
+        return self._ask("launch", str(library), grid, block, slots, buffers, seed)
+
+    def parameters(self, library: Path) -> tuple[str, ...]:
+        """What a kernel takes, as `Launch.arguments` says it, but read off the compiled source."""
+        return self._ask("parameters", str(library))
+
+    def _ask(self, *request: Any) -> Any:
+        with self._lock:
+            worker = self._start()
+            try:
+                pickle.dump(request, worker.stdin)
+                worker.stdin.flush()
+                return pickle.load(worker.stdout)
+            except (EOFError, BrokenPipeError):
+                worker.wait()
+                self._worker = None
+                raise HostRunError(self._log.read_text(errors="replace")) from None
 
     def close(self) -> None:
         """End the worker and remove what was built."""
@@ -133,14 +173,15 @@ class HostKernels:
             raise HostRunError(built.stderr)
         unfinished.replace(out)
 
-    def _build(self, launch: Launch, code: str) -> Path:
+    def build(self, kernel: str, code: str, defines: Iterable[Define]) -> Path:
+        """The kernel as a library for `launch`."""
         # Shared arrays of templates have the section that is poisoned only if they belong to this file alone.
-        text = f'#include "host_cuda.h"\nnamespace {{\n{code}\n}}\nHOST_ENTRY({launch.kernel})\n'
-        defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in launch.defines]
-        key = hashlib.sha256("\0".join([text, *defines]).encode()).hexdigest()[:16]
-        library = self._builds / f"{launch.kernel}_{key}.so"
+        text = f'#include "host_cuda.h"\nnamespace {{\n{code}\n}}\nHOST_ENTRY({kernel})\n'
+        options = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines]
+        key = hashlib.sha256("\0".join([text, *options]).encode()).hexdigest()[:16]
+        library = self._builds / f"{kernel}_{key}.so"
         if not library.exists():
             self._precompile()
             linked = str(self._builds / "scheduler.o")
-            self._compile([*_FLAGS, *defines, f"-I{self._builds}", "-xc++", "-", "-xnone", linked], library, text)
+            self._compile([*_FLAGS, *options, f"-I{self._builds}", "-xc++", "-", "-xnone", linked], library, text)
         return library

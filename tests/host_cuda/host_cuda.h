@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <type_traits>
 #include <utility>
 
 #define __global__
@@ -76,6 +78,22 @@ inline void call(void (*function)(P...), void** slots, std::index_sequence<I...>
 template <class... P>
 inline void call(void (*function)(P...), void** slots) {
     call(function, slots, std::index_sequence_for<P...>());
+}
+
+// What a parameter is: P for each pointer, which may be in a struct, f float32, i int32.
+template <class P>
+inline std::string kind() {
+    if (std::is_same_v<P, float>) return "f ";
+    if (std::is_same_v<P, int>) return "i ";
+    static_assert(sizeof(P) % sizeof(void*) == 0 || sizeof(P) == 4);
+    return std::string(sizeof(P) / sizeof(void*), 'P') + ' ';
+}
+
+template <class... P>
+inline const char* parameters(void (*)(P...)) {
+    static std::string all;
+    if (all.empty()) ((all += kind<std::remove_cv_t<P>>()), ...);
+    return all.c_str();
 }
 
 }  // namespace host_cuda
@@ -151,6 +169,7 @@ inline T max(T a, T b) {
     return a < b ? b : a;
 }
 
-// What the scheduler calls for each thread of one kernel.
-#define HOST_ENTRY(name) \
-    extern "C" void host_call(void** slots) { host_cuda::call(name, slots); }
+// What the scheduler calls for each thread of one kernel, and what its parameters are.
+#define HOST_ENTRY(name)                                                                                       \
+    extern "C" void host_call(void** slots) { host_cuda::call(name, slots); }                                   \
+    extern "C" __attribute__((visibility("default"))) const char* host_parameters() { return host_cuda::parameters(name); }

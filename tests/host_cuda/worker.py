@@ -1,4 +1,4 @@
-"""The process that runs host-built kernels: reads pickled requests on stdin, answers with the output array on stdout."""
+"""The process that runs host-built kernels: reads pickled requests on stdin, answers on stdout."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import ctypes
 import pickle
 import sys
 from functools import cache
-from typing import Any
 
-import ml_dtypes  # noqa: F401  bfloat16 arrays need it to unpickle
-import numpy as np
-
-_TYPES = {"f": ctypes.c_float, "i": ctypes.c_int32}
+Slot = tuple["bytes | tuple[int, int]", ...]
+"""A kernel's argument in parts of 8 bytes: as they are, or the address at an offset into one of the buffers."""
 
 
 @cache
@@ -21,53 +18,43 @@ def _library(path: str) -> ctypes.CDLL:
     library.host_alloc.argtypes = [ctypes.c_size_t]
     library.host_free.argtypes = [ctypes.c_void_p]
     library.host_launch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_uint64]
+    library.host_parameters.restype = ctypes.c_char_p
     return library
 
 
-def run(
-    path: str, grid: tuple, block: tuple, kinds: tuple[str, ...], values: list[Any], out: np.ndarray, seed: int
-) -> np.ndarray:
-    """Copy the arrays into buffers of exactly their size, launch, and copy `out` back; a weight's arrays come as a tuple.
+def parameters(path: str) -> tuple[str, ...]:
+    """What the kernel takes, as `Launch.arguments` says it."""
+    return tuple(_library(path).host_parameters().decode().split())
 
-    Arguments that are left out at the end are null, as biases are that a projection does not have.
-    """
+
+def launch(path: str, grid: tuple, block: tuple, slots: list[Slot], buffers: list[bytes], seed: int) -> dict[int, bytes]:
+    """Copy the buffers into memory of exactly their size, launch, and return those that the kernel has changed."""
     library = _library(path)
-    arguments, buffers, output = [], [], None
-
-    def copied(value: np.ndarray) -> int:
-        array = np.ascontiguousarray(value)
-        buffers.append(library.host_alloc(array.nbytes))
-        ctypes.memmove(buffers[-1], array.ctypes.data, array.nbytes)
-        return buffers[-1]
-
-    for kind, value in zip(kinds, [*values, *[0] * (len(kinds) - len(values))], strict=True):
-        if kind in _TYPES:
-            arguments.append(_TYPES[kind](value))
-        elif isinstance(value, int):
-            arguments.append(ctypes.c_void_p(value))
-        elif isinstance(value, tuple):
-            words = [v if isinstance(v, int) else copied(v) for v in value]
-            arguments.append((ctypes.c_uint64 * len(kind))(*words))
-        else:
-            arguments.append(ctypes.c_void_p(copied(out if value is None else value)))
-            output = buffers[-1] if value is None else output
-    slots = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-    library.host_launch((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), slots, seed)
-    result = np.empty_like(out)
-    ctypes.memmove(result.ctypes.data, output, result.nbytes)
+    memory = []
     for buffer in buffers:
-        library.host_free(buffer)
-    return result
+        memory.append(library.host_alloc(len(buffer)))
+        ctypes.memmove(memory[-1], buffer, len(buffer))
+
+    def word(part: bytes | tuple[int, int]) -> bytes:
+        return part if isinstance(part, bytes) else (memory[part[0]] + part[1]).to_bytes(8, "little")
+
+    words = [ctypes.create_string_buffer(b"".join(map(word, slot))) for slot in slots]
+    arguments = (ctypes.c_void_p * len(words))(*map(ctypes.addressof, words))
+    library.host_launch((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), arguments, seed)
+    after = [ctypes.string_at(address, len(buffer)) for address, buffer in zip(memory, buffers, strict=True)]
+    for address in memory:
+        library.host_free(address)
+    return {i: now for i, (now, before) in enumerate(zip(after, buffers, strict=True)) if now != before}
 
 
 def main() -> None:
     """Serve until stdin closes."""
     while True:
         try:
-            request = pickle.load(sys.stdin.buffer)
+            function, *arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(run(*request), sys.stdout.buffer)
+        pickle.dump({"parameters": parameters, "launch": launch}[function](*arguments), sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 
