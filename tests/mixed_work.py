@@ -23,7 +23,7 @@ KINDS = [
     *(Kind(compressed=True), Kind("relu2", gated=False, biased=True, compressed=True)),
 ]
 BLOCKS = 24  # of each library
-LANES = 16  # results of a block and an operator that may be on their way at once
+LANES = 8  # results of a block and an operator that may be on their way at once
 FOLDER = Path(__file__).parent / "data" / "relu-lm"
 Check = Callable[[], None]
 
@@ -34,13 +34,12 @@ class Case(Block):
     def __init__(self, on: Any, *arguments: Any, **keywords: Any) -> None:
         super().__init__(on, *arguments, **keywords)
         self.vectors = [on.put(a) for a in (self.x, self.gate, self.x1)]
-        self.outs: dict[tuple[str, int], Any] = {}
-
-    def out(self, operator: str, lane: int) -> Any:
-        if (operator, lane) not in self.outs:
-            size = self.d_model if operator in ("ffn_4", "sparse_ffn", "SparseFFN") else self.d_ff
-            self.outs[operator, lane] = self.on.put(poisoned((self.tokens, size), self.dtype))
-        return self.outs[operator, lane]
+        sizes = {o: self.d_model if o in ("ffn_4", "sparse_ffn", "SparseFFN") else self.d_ff for o in self.kind.operators}
+        self.outs = {
+            (operator, lane): on.put(poisoned((self.tokens, size), self.dtype))
+            for operator, size in sizes.items()
+            for lane in range(LANES + 1)
+        }
 
     def launch(self, operator: str, out: Any) -> None:
         """On the caller's stream, into a result that is spoilt before."""
@@ -60,6 +59,8 @@ class Work:
     """Everything that is to be done, and what came of it."""
 
     def __init__(self, seed: int, every: int, with_model: bool = True) -> None:
+        import cupy
+
         self.rng, self.every = np.random.default_rng(seed), every
         self.results = self.checked = 0
         self._next_check = every
@@ -85,6 +86,7 @@ class Work:
             self._model, self._ids = model
             self._text: Any = None
             steps |= {self.texts: 0.3}
+        cupy.cuda.Device().synchronize()  # other streams do not wait for what has been put there
         self._steps, self._shares = [*steps], np.array([*steps.values()]) / sum(steps.values())
 
     def step(self) -> None:
@@ -102,7 +104,7 @@ class Work:
     def _some_operators(self, name: str, cases: list[Case]) -> None:
         case, operator = self._drawn(cases)
         for _ in range(20):
-            out = case.out(operator, 0)
+            out = case.outs[operator, 0]
             case.launch(operator, out)
             self._result(name, case, case.checked(operator, out))
 
@@ -111,12 +113,9 @@ class Work:
         import cupy
 
         drawn = [(*self._drawn(self.cases), self._next_lane()) for _ in range(4)]
-        for case, operator, lane in drawn:
-            case.out(operator, lane)
-        cupy.cuda.Device().synchronize()  # so that results that are made just now are there
         with cupy.cuda.Stream(non_blocking=True):
             for case, operator, lane in drawn:
-                case.launch(operator, case.out(operator, lane))
+                case.launch(operator, case.outs[operator, lane])
         self._results("streams", drawn)
 
     def torch_streams(self) -> None:
@@ -124,14 +123,11 @@ class Work:
         import cupy
 
         drawn = [(*self._drawn(self.tensors), self._next_lane()) for _ in range(4)]
-        for case, operator, lane in drawn:
-            case.out(operator, lane)
-        self._torch.cuda.synchronize()
         foreign = cupy.cuda.Stream(non_blocking=True)
         streams = [self._torch.cuda.Stream(), self._torch.cuda.ExternalStream(foreign.ptr)]
         for i, (case, operator, lane) in enumerate(drawn):
             with self._torch.cuda.stream(streams[i % 2]):
-                case.launch(operator, case.out(operator, lane))
+                case.launch(operator, case.outs[operator, lane])
         self._torch.cuda.synchronize()
         self._results("streams of torch", drawn)
 
@@ -140,16 +136,13 @@ class Work:
         import cupy
 
         drawn = [(*self._drawn(self.cases), self._next_lane()) for _ in range(4)]
-        for case, operator, lane in drawn:
-            case.out(operator, lane)
-        cupy.cuda.Device().synchronize()
         shares, errors = bool(self.rng.integers(2)), []
 
         def work(case: Case, operator: str, lane: int) -> None:
             try:
                 with contextlib.nullcontext() if shares else cupy.cuda.Stream(non_blocking=True) as own:
                     for _ in range(10):
-                        case.launch(operator, case.out(operator, lane))
+                        case.launch(operator, case.outs[operator, lane])
                     if own is not None:
                         own.synchronize()
             except BaseException as error:
@@ -171,13 +164,13 @@ class Work:
 
         drawn = [(*self._drawn(self.cases), self._next_lane()) for _ in range(3)]
         for case, operator, lane in drawn:  # which compiles what is not compiled yet
-            case.launch(operator, case.out(operator, lane))
+            case.launch(operator, case.outs[operator, lane])
         stream, other = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
         cupy.cuda.Device().synchronize()
         with stream:
             stream.begin_capture()
             for case, operator, lane in drawn:
-                case.launch(operator, case.out(operator, lane))
+                case.launch(operator, case.outs[operator, lane])
             graph = stream.end_capture()
         for _ in range(3):
             graph.launch(other)
@@ -186,7 +179,7 @@ class Work:
 
     def torch_graphs(self) -> None:
         case, operator = self._drawn(self.tensors)
-        out = case.out(operator, 0)
+        out = case.outs[operator, 0]
         case.launch(operator, out)
         self._torch.cuda.synchronize()
         graph = self._torch.cuda.CUDAGraph()
@@ -262,7 +255,7 @@ class Work:
 
     def _results(self, name: str, drawn: list[tuple[Case, str, int]]) -> None:
         for case, operator, lane in drawn:
-            self._result(name, case, case.checked(operator, case.out(operator, lane)))
+            self._result(name, case, case.checked(operator, case.outs[operator, lane]))
 
     def _result(self, name: str, what: Any, check: Check) -> None:
         """Count a result, and check it if it is one of those."""

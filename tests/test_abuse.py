@@ -211,8 +211,12 @@ def test_many_threads_make_the_first_call(tmp_path):
     assert _in_a_process(_first_calls, CUPY_CACHE_DIR=str(tmp_path)).strip() == "done"
 
 
-def _first_calls() -> None:
-    """Of a process whose cache on disk is empty: every kernel is compiled once, and all results are those of later calls."""
+@pytest.mark.gpu
+def test_many_threads_make_the_first_call_of_modules(tmp_path, torch):
+    assert _in_a_process(_first_calls_of_modules, CUPY_CACHE_DIR=str(tmp_path)).strip() == "done"
+
+
+def _counted_compilations() -> Counter:
     compiled, real = Counter(), compiler._compile
 
     def compile_and_count(plan, device):
@@ -220,6 +224,12 @@ def _first_calls() -> None:
         return real(plan, device)
 
     compiler._compile = compile_and_count
+    return compiled
+
+
+def _first_calls() -> None:
+    """Of a process whose cache on disk is empty: every kernel is compiled once, and all results are those of later calls."""
+    compiled = _counted_compilations()
     arrays = [[on.put(a) for a in _host_layer(seed)] for seed in range(4)]
     results: list[list] = [[] for _ in range(16)]
 
@@ -237,6 +247,34 @@ def _first_calls() -> None:
             _assert_same(found, on.get(later))
         _right(mine[0], _host_layer(i % 4), on)
     assert compiled == {"ffn_1": 1, "ffn_123": 1, "ffn_23": 1, "ffn_4": 1}, compiled
+    print("done")
+
+
+def _module_of(x: Any, ws: list) -> Any:
+    """A module with these weights."""
+    from prosparse_cupy.torch import SparseGatedMLP
+
+    mlp = SparseGatedMLP(len(x), len(ws[0]), T, device=x.device, dtype=x.dtype).requires_grad_(False)
+    mlp.gate_proj.weight.copy_(ws[0])
+    mlp.up_proj.weight.copy_(ws[1])
+    mlp.down_proj.weight.copy_(ws[2].t())
+    return mlp
+
+
+def _first_calls_of_modules() -> None:
+    """Tensors beside parameters: the operators run, with the bits that they have when called."""
+    compiled = _counted_compilations()
+    arrays = [[to.put(a) for a in _host_layer(seed)] for seed in range(4)]
+    mlps, results = [_module_of(x, ws) for x, *ws in arrays], [None] * 16
+
+    def work(i: int) -> None:
+        results[i] = mlps[i % 4](arrays[i % 4][0])
+
+    _in_threads([partial(work, i) for i in range(16)])
+    for i, found in enumerate(results):
+        x, *ws = arrays[i % 4]
+        _assert_same(found, to.get(_right(psc.sparse_ffn(x, *ws, T), _host_layer(i % 4), to)), to)
+    assert compiled == {"ffn_123": 1, "ffn_4": 1}, compiled
     print("done")
 
 
@@ -403,13 +441,17 @@ def test_out_of_memory_in_a_capture(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["operator", "torch op"])
+@pytest.mark.parametrize("how", ["operator", "torch op", "module"])
 def test_out_of_memory_in_torch(how, torch):
     """torch gets no more of the GPU's memory, and what it has is taken."""
     import prosparse_cupy.torch  # noqa: F401  brings the ops
 
     layer = _layer(0, library=to)
-    call = partial(psc.sparse_ffn if how == "operator" else torch.ops.prosparse.sparse_ffn, *layer.call)
+    call = {
+        "operator": partial(psc.sparse_ffn, *layer.call),
+        "torch op": partial(torch.ops.prosparse.sparse_ffn, *layer.call),
+        "module": partial(_module_of(layer.x, layer.ws), layer.x),
+    }[how]
     hoard: list = []
     _assert_same(call(), layer.expected, to)
     torch.cuda.synchronize()
@@ -715,11 +757,9 @@ def test_twenty_thousand_calls_without_growth(how, torch, monkeypatch):
     """Of what the process has: the GPU's memory is others' too, so what is asked of the driver is counted."""
     import cupy
 
-    from prosparse_cupy.torch import SparseGatedMLP
-
     layer = _layer(0, d_ff=1000, library=on if how in ("cupy", "new streams") else to)
     ffn, out = psc.SparseFFN(*layer.ws, T), on.put(poisoned(D_MODEL, "bfloat16"))
-    mlp = SparseGatedMLP(D_MODEL, 1000, T, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    mlp = _module_of(layer.x, layer.ws) if how == "module" else None
 
     def calls(number: int) -> None:
         for i in range(number // 10):
@@ -762,10 +802,14 @@ def second(torch) -> int:
 
 def _on_gpu(library: Any, device: int, arrays: tuple[np.ndarray, ...]) -> list:
     import cupy
-    import torch
 
-    with cupy.cuda.Device(device), torch.cuda.device(device):
-        return [library.put(a) for a in arrays]
+    with cupy.cuda.Device(device):
+        if library is to:
+            import torch
+
+            with torch.cuda.device(device):
+                return [to.put(a) for a in arrays]
+        return [on.put(a) for a in arrays]
 
 
 def _every_operator(x, w_gate, w_up, w_down_t) -> list:
@@ -827,19 +871,13 @@ def test_a_graph_on_the_second_gpu(second):
 @pytest.mark.gpu
 def test_two_models_on_two_gpus_in_two_threads(second, torch):
     """Neither thread ever makes its GPU the current one."""
-    from prosparse_cupy.torch import SparseGatedMLP
-
     outs: dict[int, list] = {0: [], second: []}
     works, expected = [], {}
     for device in outs:
         x, *ws = _on_gpu(to, device, _host_layer(device))
-        mlp = SparseGatedMLP(D_MODEL, D_FF, T, device=f"cuda:{device}", dtype=torch.bfloat16).requires_grad_(False)
-        mlp.gate_proj.weight.copy_(ws[0])
-        mlp.up_proj.weight.copy_(ws[1])
-        mlp.down_proj.weight.copy_(ws[2].t())
         expected[device] = _layer(device).expected
 
-        ffn = psc.SparseFFN(*ws, T)
+        ffn, mlp = psc.SparseFFN(*ws, T), _module_of(x, ws)
 
         def work(device=device, x=x, ffn=ffn, mlp=mlp) -> None:
             for _ in range(300):
