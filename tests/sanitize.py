@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -53,7 +54,7 @@ _OPTIONS = {
     "initcheck": [],
     "synccheck": _OURS,
 }
-_PRINTED = 2000
+_PRINTED = 100_000  # reports: every launch of a kernel that prefetches is one of racecheck's
 TESTS = (
     "test_ffn_1.py::test_small_and_odd_shapes",
     "test_ffn_12.py::test_ffn_1_and_the_activation_to_the_bit",
@@ -141,6 +142,7 @@ def is_discarded_word(tool: str, report: str) -> bool:
     )
 
 
+@cache
 def _lines_of_the_fetch() -> tuple[int, int]:
     lines = (ROOT / "kernels" / "memory.cuh").read_text(encoding="utf-8").splitlines()
     first = next(i for i, line in enumerate(lines) if "void fetch_into_l1(" in line)

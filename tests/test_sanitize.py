@@ -140,6 +140,7 @@ def test_the_lines_are_those_of_the_prefetch():
     lines = (sanitize.ROOT / "kernels" / "memory.cuh").read_text().splitlines()[FIRST - 1 : LAST]
     assert "fetch_into_l1" in lines[0] and lines[-1] == "}" and sum("cp.async" in line for line in lines) == 1
     assert "__shared__ unsigned unused;" in "\n".join(lines)
+    assert "\n".join(lines).count("unused") == 2, "nothing but its address is taken"
 
 
 def test_kernels_with_line_numbers_name_the_prefetch_and_have_the_same_instructions(monkeypatch):
