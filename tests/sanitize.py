@@ -318,12 +318,16 @@ def _without_pools() -> None:
     cupy.cuda.set_pinned_memory_allocator(None)
 
 
+def control_source(tool: str) -> str:
+    return f'extern "C" __global__ void ffn_control(int* a) {{ {CONTROLS[tool]} }}'
+
+
 def control(tool: str) -> None:
     """Launch a kernel that does what the tool looks for."""
     import cupy
 
     _without_pools()
-    kernel = cupy.RawKernel(f'extern "C" __global__ void ffn_control(int* a) {{ {CONTROLS[tool]} }}', "ffn_control")
+    kernel = cupy.RawKernel(control_source(tool), "ffn_control")
     memory = cupy.empty(64, cupy.int32)
     with contextlib.suppress(Exception):  # the tool may end what the kernel runs in
         kernel((1,), (64,), (memory,))

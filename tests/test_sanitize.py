@@ -158,6 +158,16 @@ def test_kernels_with_line_numbers_name_the_prefetch_and_have_the_same_instructi
     assert _section(lined, ".text.ffn_23") == _section(plain, ".text.ffn_23") != b""
 
 
+@pytest.mark.parametrize("tool", sanitize.TOOLS)
+def test_controls_compile(tool):
+    pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
+    import test_compile
+    from plans import Shape, plan_of
+
+    code, _ = test_compile.compile_for(plan_of("ffn_4", Shape(64, 64, "bfloat16")), 90, sanitize.control_source(tool))
+    assert _section(code, ".text.ffn_control")
+
+
 def _section(elf: bytes, wanted: str) -> bytes:
     """A section of a 64-bit ELF file."""
     table, size, number, names = (int.from_bytes(elf[at : at + n], "little") for at, n in ((40, 8), (58, 2), (60, 2), (62, 2)))
