@@ -8,6 +8,7 @@ shape.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -109,6 +110,12 @@ class RowKnobs(Knobs):
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[RowKnobs]:
+        if problem.tokens > 1:
+            for loads in _some_half_loads(problem):
+                for abreast in (1, 2, 4):
+                    for min_blocks in (4, 6, 8, 12):
+                        yield RowKnobs(2, min_blocks, loads, abreast)
+            return
         for most in (8, 10, 16, 20):
             for warps, min_blocks in ((1, 8), (1, 16), (2, 8), (2, 10), (2, 4), (4, 4), (4, 5), (8, 2), (8, 3)):
                 yield RowKnobs(warps, min_blocks, _loads(problem, most))
@@ -149,6 +156,11 @@ def _half_loads(problem: Problem, most: int) -> int:
     """At most `most` loads: a lane's part of half a row at once, or in equal batches."""
     half = ceil_div(problem.lane_loads, 2) if problem.specialize else 8
     return ceil_div(half, ceil_div(half, most))
+
+
+def _some_half_loads(problem: Problem) -> list[int]:
+    """Those worth measuring."""
+    return sorted({1, *(_half_loads(problem, most) for most in (2, 4, 5, 8, 10))})
 
 
 def _sharing(problem: Problem) -> int:
@@ -243,6 +255,11 @@ class SharedRowKnobs(RowKnobs):
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[SharedRowKnobs]:
+        if problem.tokens > 1:
+            for loads in _some_half_loads(problem):
+                for warps, min_blocks, rows in (*((2, n, 0) for n in (4, 6, 8, 12, 16)), (8, 2, 8), (8, 3, 8), (16, 1, 16)):
+                    yield SharedRowKnobs(warps, min_blocks, loads, rows=rows)
+            return
         for most in (8, 10, 20):
             for rows in (0, 8, 10, 12, 16):
                 for warps, min_blocks in ((4, 8), (8, 3), (8, 4), (16, 2)):
@@ -337,9 +354,16 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:
+        warps, tokens = order_of_ffn_4(problem).warps, problem.tokens
+        if tokens > 1:
+            for here in sorted({tokens, ceil_div(tokens, 2), 1}, reverse=True):
+                for of_block, lists in ((warps, 1), (warps, 2), (2 * warps, 1), (2 * warps, 2)):
+                    for loads, min_blocks in itertools.product((2, 3, 4, 6), (1, 2)):
+                        yield ColumnKnobs(of_block, min_blocks, loads, lists, here)
+            return
         for loads in (2, 3, 4, 5, 6, 8):
             for min_blocks in (1, 2):
-                yield ColumnKnobs(order_of_ffn_4(problem).warps, min_blocks, loads)
+                yield ColumnKnobs(warps, min_blocks, loads)
 
     def shape(self, problem: Problem) -> Shape:
         grid = ceil_div(problem.vectors, order_of_ffn_4(problem).lanes), ceil_div(problem.tokens, self.here), 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from host_cuda import HostKernels, why_unavailable
@@ -33,13 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         builds_or_starts = {"host", "two"} & set(getattr(item, "fixturenames", ()))  # kernels, and processes
         is_slow = item.path.stem in _SLOW or item.originalname in _SLOW_TESTS or builds_or_starts
-        if not is_slow and not item.get_closest_marker("gpu"):
+        if not is_slow and not any(map(item.get_closest_marker, ("gpu", "large"))):
             item.add_marker(pytest.mark.quick)
     if not _why_no_gpu():
         return
     skip = pytest.mark.skip(reason=_why_no_gpu())
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") or item.get_closest_marker("large"):
             item.add_marker(skip)
 
 
@@ -49,8 +50,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
     if reason := why_unavailable():
         pytest.skip(reason)
     base = tmp_path_factory.getbasetemp()
-    builds = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "host_cuda_builds"
-    builds.mkdir(exist_ok=True)
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "host_cuda_builds"
+    builds = Path(os.environ.get("PROSPARSE_HOST_BUILDS", shared))  # a folder that outlives the run saves building again
+    builds.mkdir(parents=True, exist_ok=True)
     kernels = HostKernels(builds)
     yield kernels
     kernels.close()

@@ -28,7 +28,7 @@ class _Gpu:
         self.us = lambda kernel, chosen, sparsity: 10.0
         self.broken: set[knobs.Knobs] = set()
         self.wrong: set[knobs.Knobs] = set()
-        monkeypatch.setattr(tune, "Layers", lambda *_: SimpleNamespace(calls=lambda *setting: self._calls(*setting)))
+        monkeypatch.setattr(tune, "Layers", lambda *_, tokens: SimpleNamespace(calls=lambda *setting: self._calls(*setting)))
         monkeypatch.setattr(tune, "current_device", lambda: 0)
         monkeypatch.setattr(tune.compiler, "target_of", lambda device: H100)
         monkeypatch.setattr(tune.compiler, "trying", self._trying)
@@ -36,7 +36,7 @@ class _Gpu:
         monkeypatch.setattr(tune.timing, "graph_clock", lambda replay: replay.us())
 
     def _calls(self, op: str, mask: str, sparsity: float, weights: str) -> list[Timed]:
-        self.weights = weights
+        self.weights, self.mask = weights, mask
         self.steered = sparsity
 
         def timed() -> Timed:
@@ -108,6 +108,23 @@ def test_what_loses_at_another_sparsity_is_not_kept(gpu, elsewhere):
     assert _tuned()["ffn_4"].knobs == second
 
 
+@pytest.mark.parametrize("tokens", [2, 3, 8])
+def test_several_tokens(gpu, tokens):
+    """They have candidates of their own, of which none may lose where tokens share their neurons."""
+    every = {k: list(knobs.candidates(Problem(k, 64, 200, "bfloat16", tokens=tokens), H100)) for k in tune.TIMED_IN}
+    assert all(len(found) > 4 for found in every.values())
+    gpu.us = lambda kernel, chosen, sparsity: {every[kernel][1]: 8.0, every[kernel][2]: 9.0}.get(chosen, 10.0)
+    found = tune.tune(MODEL, "bfloat16", None, "abc1234", lambda *_: None, tokens=tokens)
+    assert [m.problem.tokens for m in found] == [tokens] * 4
+    assert all(m.knobs == every[m.problem.kernel][1] for m in found)
+    gpu.us = lambda kernel, chosen, sparsity: {
+        every[kernel][1]: 12.0 if gpu.mask == "correlated" else 8.0,
+        every[kernel][2]: 9.0,
+    }.get(chosen, 10.0)
+    found = tune.tune(MODEL, "bfloat16", None, "abc1234", lambda *_: None, tokens=tokens)
+    assert all(m.knobs == every[m.problem.kernel][1 if m.problem.kernel == "ffn_1" else 2] for m in found)
+
+
 def test_what_does_not_compile_is_passed_over(gpu):
     gpu.broken = set(_others("ffn_23"))
     assert _tuned()["ffn_23"].knobs == knobs.rule(Problem("ffn_23", 64, 200, "bfloat16"), H100)
@@ -150,7 +167,7 @@ def test_other_bits_at_another_sparsity_end_it_too(gpu):
 
 
 def test_a_gpu_that_is_full_is_an_error_message(gpu, tmp_path, monkeypatch):
-    def fill(*_):
+    def fill(*_, **__):
         raise MemoryError("out of memory allocating 9 bytes")
 
     monkeypatch.setattr(cli, "current_device", lambda: 0)

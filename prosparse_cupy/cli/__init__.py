@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__, compiler, ffn, measured, models, packed
+from ..arguments import MOST_TOKENS
 from ..checkpoint import CheckpointError, load_ffn
 from ..device import current_device, has_gpu
 from ..formats import ITEMSIZE, vector_length
@@ -193,6 +194,7 @@ def _generate(**options: Any) -> None:
 @click.option(
     "--weights", type=click.Choice(["plain", "bf12"]), default="plain", show_default=True, help="bf12: compressed ones."
 )
+@click.option("--tokens", type=click.IntRange(1, MOST_TOKENS), default=1, show_default=True, help="Of a call.")
 @click.option("--sparsity", type=_Number(0, 1), help="Share of inactive neurons.  [default: the model's average]")
 @click.option(
     "--output",
@@ -206,6 +208,7 @@ def _tune(
     no_gate: bool,
     dtype: str,
     weights: str,
+    tokens: int,
     sparsity: float | None,
     output: Path | None,
 ) -> None:
@@ -231,13 +234,12 @@ def _tune(
         target = compiler.target_of(current_device())
         file = output or measured.user_folder() / measured.file_name(target)
         with _bar(Console(stderr=True)) as tell:
-            found = tune.tune(chosen, dtype, best_dense(NUMPY_DTYPES[dtype]), commit, tell, weights)
+            found = tune.tune(chosen, dtype, best_dense(NUMPY_DTYPES[dtype]), commit, tell, weights, tokens)
         measured.write(file, target, found)
     except (ImportError, RuntimeError, OSError, MemoryError) as error:  # CuPy's OutOfMemoryError is a MemoryError
         raise click.ClickException(str(error)) from None
-    table = Table(
-        title=f"{target.name}: {chosen.name}, {dtype}, {weights} weights, {chosen.sparsity:.2%} sparse", title_justify="left"
-    )
+    what = f"{chosen.name}, {dtype}, {weights} weights, {tokens} token{'s' * (tokens > 1)}, {chosen.sparsity:.2%} sparse"
+    table = Table(title=f"{target.name}: {what}", title_justify="left")
     for column in ("kernel", "rule µs", "fastest µs", "knobs"):
         table.add_column(column, justify="left" if column in ("kernel", "knobs") else "right", overflow="fold")
     for row in found:

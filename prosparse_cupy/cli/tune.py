@@ -17,14 +17,15 @@ from ..models import Model
 from ..problem import Problem
 from ..testing import timing, truth
 from ..testing.dense import Dense
-from ..testing.layers import Layers, Timed
+from ..testing.layers import CORRELATED, Layers, Timed
 
 # What a kernel is timed in: ffn_123's launch decides when ffn_4's can start.
 TIMED_IN = {"ffn_1": "ffn_1", "ffn_123": "sparse_ffn", "ffn_23": "ffn_23", "ffn_4": "ffn_4"}
 TIMED_IN_WITHOUT_A_GATE = {"ffn_12": "sparse_ffn", "ffn_4": "ffn_4"}
 _LEAST_CALLS = 64
 _LEAST_GAIN = 0.005  # of the rule's time: less is noise
-_ELSEWHERE = (0.0, 0.5, 0.97, 0.99, 1.0)  # sparsities at which what is kept must not lose
+_HOT = "hot"
+_ELSEWHERE = (0.0, 0.5, 0.97, 0.99, 1.0)  # sparsities at which what is kept must not lose; of several tokens, also correlated
 _MOST_LOSS = 0.005  # of the rule's time there: no more, since some launches lose a few percent more in another process
 _FINALISTS = 8
 
@@ -44,18 +45,20 @@ class _Candidate:
     replay: timing.Call
 
 
-def tune(model: Model, dtype: str, dense: Dense, commit: str, tell: Tell, weights: str = "plain") -> list[Measured]:
+def tune(
+    model: Model, dtype: str, dense: Dense, commit: str, tell: Tell, weights: str = "plain", tokens: int = 1
+) -> list[Measured]:
     """The fastest knobs of every kernel for a model's dims on CuPy's current GPU; `weights` may also be bf12."""
-    layers, found = Layers(model, dtype, dense), []
+    layers, found = Layers(model, dtype, dense, tokens=tokens), []
     for kernel in TIMED_IN if model.gated else TIMED_IN_WITHOUT_A_GATE:
-        problem = _problem(kernel, model, dtype, weights)
+        problem = _problem(kernel, model, dtype, weights, tokens)
         found.append(_tune_kernel(problem, layers, model.sparsity, commit, tell))
     return found
 
 
-def _problem(kernel: str, model: Model, dtype: str, weights: str) -> Problem:
+def _problem(kernel: str, model: Model, dtype: str, weights: str, tokens: int) -> Problem:
     formats = () if weights == "plain" else compressed_formats(kernel, model.d_model, model.d_ff)
-    return Problem(kernel, model.d_model, model.d_ff, dtype, formats=formats)
+    return Problem(kernel, model.d_model, model.d_ff, dtype, tokens=tokens, formats=formats)
 
 
 def _timed_in(problem: Problem) -> str:
@@ -69,17 +72,18 @@ def _weights(problem: Problem) -> str:
 def _tune_kernel(problem: Problem, layers: Layers, sparsity: float, commit: str, tell: Tell) -> Measured:
     """The knobs that are fastest at this sparsity among those that are no slower than the rule's elsewhere."""
     every = list(candidates(problem, compiler.target_of(current_device())))
-    timed = layers.calls(_timed_in(problem), "hot", sparsity, _weights(problem))
+    timed = layers.calls(_timed_in(problem), _HOT, sparsity, _weights(problem))
     tried = _tried(problem, every, timed, lambda done: tell(problem.kernel, done, len(every)))
     quick = _times(tried, _repeated(timed), repeats=8)
     finalists = [tried[0], *sorted(tried[1:], key=lambda c: quick[c.knobs])[:_FINALISTS]]
     times = _times(finalists, _repeated(timed), repeats=40)
     rules, gaining = times[every[0]], (1 - _LEAST_GAIN) * times[every[0]]
     left = [c.knobs for c in finalists if c.knobs == every[0] or times[c.knobs] <= gaining]
-    for share in _ELSEWHERE if problem.kernel != "ffn_1" else ():  # the gate does not know what will be active
+    elsewhere = [*([(CORRELATED, sparsity)] if problem.tokens > 1 else []), *((_HOT, share) for share in _ELSEWHERE)]
+    for mask, share in elsewhere if problem.kernel != "ffn_1" else ():  # the gate does not know what will be active
         if len(left) == 1:
             break
-        timed = layers.calls(_timed_in(problem), "hot", share, _weights(problem))
+        timed = layers.calls(_timed_in(problem), mask, share, _weights(problem))
         there = _times(_tried(problem, left, timed), _repeated(timed), repeats=24)
         left = [knobs for knobs in left if there[knobs] <= (1 + _MOST_LOSS) * there[every[0]]]
     best = min(left, key=lambda knobs: times[knobs])
