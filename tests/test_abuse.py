@@ -16,7 +16,8 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from gpu_arrays import OnCupy, OnTorch
 
 import prosparse_cupy as psc
 from prosparse_cupy import compiler, libraries, reference, workspace
+from prosparse_cupy.formats import PLAIN
 from prosparse_cupy.problem import H100, Problem
 from prosparse_cupy.testing import synthetic
 
@@ -128,25 +130,54 @@ def test_threads_that_bring_a_library_at_the_same_time_agree_on_it(monkeypatch):
     assert libraries.family_of(_Foreign) is got[0], "it is the same after it was forgotten"
 
 
+def test_threads_that_bring_tensors_of_two_types_at_the_same_time_agree_on_torch(monkeypatch):
+    torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+
+    def slow(module):
+        time.sleep(0.01)
+        return object()
+
+    monkeypatch.setattr(libraries, "_torch_family", cache(slow))
+    kinds = [type(name, (torch.Tensor,), {}) for name in ("One", "Other")]
+    got = []
+    _in_threads([partial(lambda kind: got.append(libraries.family_of(kind)), kinds[i % 2]) for i in range(16)])
+    assert len(got) == 16 and len({*map(id, got)}) == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_process_is_told_so():
-    assert _in_a_process(_forks_without_a_gpu).split() == ["refused", "refused", "refused", "ran", "launched"]
+    assert _in_a_process(_forks_without_a_gpu).split() == ["refused"] * 4 + ["ran", "launched"]
 
 
 def _forks_without_a_gpu() -> None:
-    """A launch, a loaded kernel and a new one are refused in the child, NumPy arrays are not, and the parent goes on."""
+    """A launch, known kernels and a new one are refused in the child, NumPy arrays are not, and the parent goes on.
+
+    Another thread of the parent loads a kernel meanwhile, which the child must not wait for.
+    """
     compiler._compile, compiler.target_of = lambda plan, device: _Function(), lambda device: H100
     compiler.cupy = lambda: _NoCupy
     compiler.launcher = lambda function, plan, device: lambda *arguments: print("launched", flush=True)
-    kernel = compiler.load(Problem("ffn_4", 64, 24, "bfloat16"), 0)
+    problem, dims = Problem("ffn_4", 64, 24, "bfloat16", formats=(PLAIN,)), _Dims()
+    kernel = compiler.load(problem, 0)
+    assert compiler.kernel_of("ffn_4", dims, True) is kernel
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with compiler.loading():
+            held.set()
+            forked.wait()
+
+    threading.Thread(target=hold, daemon=True).start()
+    held.wait()
     child = os.fork()
     if child:
+        forked.set()
         assert os.waitpid(child, 0)[1] == 0
-        kernel.launch(0, False)
+        compiler.kernel_of("ffn_4", dims, True).launch(0, False)
         return
     try:
-        again, other = (partial(compiler.load, Problem("ffn_4", 64, d_ff, "bfloat16"), 0) for d_ff in (24, 32))
-        for call in (kernel.launch, lambda: again().launch(0, False), other):
+        known, new = (partial(compiler.load, replace(problem, d_ff=d_ff), 0) for d_ff in (24, 32))
+        for call in (kernel.launch, lambda: known().launch(0, False), partial(compiler.kernel_of, "ffn_4", dims, True), new):
             try:
                 call()
             except psc.NoGPUError as error:
@@ -157,6 +188,12 @@ def _forks_without_a_gpu() -> None:
         os._exit(0)
     finally:
         os._exit(1)
+
+
+class _Dims:
+    """What `kernel_of` looks at of a checked call."""
+
+    d_model, d_ff, dtype, device, tokens, formats, extras, partial = 64, 24, "bfloat16", 0, 1, (("W_DOWN", PLAIN),), (), False
 
 
 class _Function:
