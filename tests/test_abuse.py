@@ -10,6 +10,7 @@ import gc
 import hashlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -43,7 +44,7 @@ def _in_a_process(function: Callable, *arguments, timeout: int = 120, **environm
     try:
         out, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # what it has forked, too
         pytest.fail(f"{function.__name__} hangs: {process.communicate()[1][-3000:]}")
     assert process.returncode == 0, f"status {process.returncode}: {errors[-3000:]}"
     return out
@@ -53,7 +54,7 @@ def _started(function: Callable, *arguments, **environment: str) -> subprocess.P
     code = f"import test_abuse; test_abuse.{function.__name__}(*{arguments!r})"
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", code], env=surroundings, text=True, **pipes)
+    return subprocess.Popen([sys.executable, "-c", code], env=surroundings, text=True, start_new_session=True, **pipes)
 
 
 def _in_threads(works: list[Callable[[], None]]) -> None:
@@ -146,7 +147,7 @@ def test_threads_that_bring_tensors_of_two_types_at_the_same_time_agree_on_torch
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_process_is_told_so():
-    assert _in_a_process(_forks_without_a_gpu).split() == ["refused"] * 4 + ["ran", "launched"]
+    assert _in_a_process(_forks_without_a_gpu, timeout=60).split() == ["refused"] * 4 + ["ran", "launched"]
 
 
 def _forks_without_a_gpu() -> None:
