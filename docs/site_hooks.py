@@ -16,7 +16,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 MOVED = {"README.md": "index.md"}
 PICTURES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/results/*.svg"))
-OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", *PICTURES]
+OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", *PICTURES]
 LINK = re.compile(r"(?<=\]\()[^)\s]+")
 
 

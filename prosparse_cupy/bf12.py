@@ -55,8 +55,8 @@ class Layout(ABC):
         """Store the words of some rows, (rows, chunks, 3)."""
 
     @abstractmethod
-    def get(self, xp: ModuleType, arrays: tuple[Any, ...], part: slice, chunks: int) -> Any:
-        """The words of some rows."""
+    def get(self, xp: ModuleType, arrays: tuple[Any, ...], part: slice, chunks: int | None) -> Any:
+        """The words of some rows; with None for `chunks` those that fill a row too."""
 
     @abstractmethod
     def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any) -> None:
@@ -72,7 +72,7 @@ class Rows(Layout):
     def put(self, arrays: tuple[Any, ...], part: slice, words: Any) -> None:
         arrays[0][part], arrays[1][part] = words[..., :2], words[..., 2]
 
-    def get(self, xp: ModuleType, arrays: tuple[Any, ...], part: slice, chunks: int) -> Any:
+    def get(self, xp: ModuleType, arrays: tuple[Any, ...], part: slice, chunks: int | None) -> Any:
         return xp.concatenate([arrays[0][part], arrays[1][part][..., None]], axis=2)
 
     def number(self, xp: ModuleType, arrays: tuple[Any, ...], rows: Any, columns: Any) -> None:
@@ -99,7 +99,7 @@ class Slices(Layout):
             of_units = words[:, word // 3 :: self.UNIT, word % 3]
             units[part, : of_units.shape[1], place] = of_units
 
-    def get(self, xp: ModuleType, arrays: tuple[Any, ...], part: slice, chunks: int) -> Any:
+    def get(self, xp: ModuleType, arrays: tuple[Any, ...], part: slice, chunks: int | None) -> Any:
         units = arrays[0][part]
         return units[..., self.ORDER.argsort()].reshape(len(units), -1, 3)[:, :chunks]
 
@@ -138,6 +138,18 @@ def unpack(xp: ModuleType, packed: Packed, layout: Layout, out: Any) -> None:
         escaped = high == np.uint32(ESCAPE)
         bits[escaped] = packed.escapes[words[..., 0][escaped]]
         out[part] = bits.reshape(len(bits), -1)
+
+
+def strays(xp: ModuleType, packed: Packed, layout: Layout, escapes: int) -> int:
+    """How many chunks escape to a place that there is not: a kernel would read behind the escapes.
+
+    The words that fill a row count too, since kernels read them.
+    """
+    found, first_outside = 0, np.uint32(min(escapes, 0xFFFFFFFF))
+    for part in _parts(len(packed.words[0])):
+        words = layout.get(xp, packed.words, part, None)
+        found += int(((words[..., 2] == np.uint32(ESCAPE)) & (words[..., 0] >= first_outside)).sum())
+    return found
 
 
 def _parts(rows: int) -> list[slice]:

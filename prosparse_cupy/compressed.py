@@ -204,6 +204,15 @@ class CompressedWeight(Generic[A]):
         unaligned = [i for i, address in enumerate(self.addresses[:-1]) if address % VECTOR_BYTES and device != HOST]
         return f"part {unaligned[0]} does not start at a multiple of {VECTOR_BYTES} bytes" if unaligned else ""
 
+    def strays(self) -> int:
+        """Chunks that escape to a place that there is not, in arrays without `misfit` that have come from elsewhere.
+
+        It reads all words, so it is asked once, when weights are loaded; launches rely on it.
+        """
+        with self.family.numerics(self._packed.escapes) as (xp, view):
+            words = tuple(view(a).view(np.uint32) for a in self._packed.words)
+            return bf12.strays(xp, self._packed._replace(words=words), _LAYOUTS[self.format], self._escapes)
+
     @property
     def parts(self) -> tuple[Format, tuple[int, ...]]:
         """Its format, and the bytes at each of its addresses."""

@@ -25,6 +25,7 @@ _REGISTERS = 65536  # of a multiprocessor
 _STATIC_BYTES = 48 * 1024  # of shared memory, which a block has without being asked
 _MOST_LISTED = 20480  # rows of a tile, which take 16 bits each of 48 KB of shared memory
 _FEWEST_REGISTERS = 24  # of a thread, which no kernel needs fewer than
+_MOST_LOADS = 64  # far more than registers hold; their loops are unrolled, and a table's million would keep NVRTC busy
 
 
 Define = tuple[str, "int | str | None"]
@@ -125,6 +126,8 @@ class RowKnobs(Knobs):
         return (ceil_div(problem.d_ff, of_block), 1, 1), (WARP * self.warps, 1, 1)
 
     def legal(self, problem: Problem, target: Target) -> str:
+        if self.loads > _MOST_LOADS:
+            return f"{self.loads} loads, more than {_MOST_LOADS}"
         if problem.tokens > 1:
             return self._legal_with_tokens(problem) or super().legal(problem, target)
         if self.abreast != 1:
@@ -373,10 +376,10 @@ class ColumnKnobs(Knobs):
         order = order_of_ffn_4(problem)
         if not 1 <= self.here <= problem.tokens:
             return f"{self.here} tokens of a block, of {problem.tokens}"
-        if self.warps % order.warps or self.warps > order.warps * self.here:
+        if self.warps < 1 or self.warps % order.warps or self.warps > order.warps * self.here:
             return f"{self.warps} warps would change the order of sums: it is that of {order.warps}"
-        if self.loads < 1:
-            return f"{self.loads} loads"
+        if not 1 <= self.loads <= _MOST_LOADS:
+            return f"{self.loads} loads, not 1 to {_MOST_LOADS}"
         if self.lists not in (1, 2) or (self.lists == 2 and self.here <= self.warps // order.warps):
             return f"{self.lists} lists, where a warp has {ceil_div(self.here, self.warps // order.warps)} tokens"
         if BF12_SLICES in problem.formats and order_of_ffn_4(problem).lanes < SLICE_UNIT:

@@ -132,7 +132,7 @@ def _measured(row: Any) -> Measured:
             raise TypeError(f"d_model, d_ff and tokens must be int, got {dims}")
         problem = Problem(kernel, *dims[:2], str(row["dtype"]), True, dims[2], formats, str(row["activation"]))
         return Measured(problem, knobs, float(row["us"]), float(row["rule_us"]), str(row["commit"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"a line of it cannot be read ({type(error).__name__}: {error})") from None
 
 

@@ -107,21 +107,8 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Entry]:
     if content != sealed(content):
         raise CheckpointError(f"{folder / MANIFEST}: is not the file that was written: it was cut short or changed")
     try:
-        entries = {
-            str(name): Entry(
-                entry["layout"],
-                (int(entry["shape"][0]), int(entry["shape"][1])),
-                entry["base"],
-                entry["escapes"],
-                entry["parts"],
-            )
-            for name, entry in content["weights"].items()
-        }
+        entries = {str(name): _entry(entry) for name, entry in content["weights"].items()}
         checksums = {str(file): str(digest) for file, digest in content["sha256"].items()}
-        if any(
-            e.layout not in ("rows", "slices") or type(e.base) is not int or type(e.parts) is not int for e in entries.values()
-        ):
-            raise TypeError("a weight has no layout, base or parts")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({type(error).__name__}: {error})") from None
     for file, digest in checksums.items():
@@ -129,7 +116,22 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Entry]:
             raise CheckpointError(f"{folder}: {file} is missing")
         if verify and _sha256(folder / file) != digest:
             raise CheckpointError(f"{folder / file}: is not the file that was written: it was cut short or changed")
+    if others := sorted({*files_by_name(folder).values()} - checksums.keys()):
+        raise CheckpointError(f"{folder / MANIFEST}: has no checksum of {others[0]}, from which weights would be read")
     return entries
+
+
+def _entry(said: Any) -> Entry:
+    """An entry of the manifest; TypeError or ValueError if no weight can have it. Its numbers become sizes and arguments."""
+    entry = Entry(said["layout"], tuple(said["shape"]), said["base"], said["escapes"], said["parts"])
+    if entry.layout not in ("rows", "slices"):
+        raise ValueError(f"a weight of layout {entry.layout!r:.40}")
+    numbers = (*entry.shape, entry.base, entry.escapes, entry.parts)
+    if len(entry.shape) != 2 or any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
+        raise TypeError("a weight's shape, base, escapes and parts must be whole numbers of 63 bits")
+    if not 2 <= entry.parts <= 3:
+        raise ValueError(f"a weight in {entry.parts} parts")
+    return entry
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,31 @@ def test_what_is_compressed_here_fits(layout):
 
 
 @layouts
+@pytest.mark.parametrize("d_model", [8, D_MODEL, 2680])
+def test_chunks_that_escape_to_nowhere_are_counted(layout, d_model):
+    """Also in the words that fill the last unit of a row, which kernels read too."""
+    w = weights(20, d_model, "bfloat16").copy()
+    w[:2] = 2.0**-100
+    packed = compress(w, layout=layout)
+    assert packed.strays() == 0 < packed.escapes
+    words = [a.view(np.uint32) for a in packed.arrays[:-1]]
+    if len(words) == 2:  # apart: the low words of all chunks, and the high ones
+        low0, high = words[0][-1, -1, :1], words[1][-1, -1:]
+    else:  # units of four chunks, whose vector 2 is low0, low1 and high of the last, and the high word of another
+        low0, high = words[0][-1, -1, 8:9], words[0][-1, -1, 10:11]
+        assert d_model // 8 % 4, "the last chunk of a row only fills it"
+    for place, strays in ((packed.escapes - 1, 0), (packed.escapes, 1), (1 << 31, 1), (0xFFFFFFFF, 1)):
+        low0[0], high[0] = place, 0x88888888
+        assert packed.strays() == strays, place
+
+
+def test_a_weight_without_escapes_has_no_place_for_one():
+    packed = compress(np.ones((3, 16), DTYPES["bfloat16"]))
+    packed.arrays[1].view(np.uint32)[0, 0] = 0x88888888
+    assert packed.escapes == 0 and packed.strays() == 1
+
+
+@layouts
 def test_the_reference_takes_them(layout):
     rng = np.random.default_rng()
     w_gate, w_up, w_down_t = (_weights(rng) for _ in range(3))

@@ -66,12 +66,30 @@ def test_every_kernel_of_a_token_has_something_to_measure():
         ("ffn_23", SharedRowKnobs(8, 4, 8, rows=33), H100, "8 warps cannot share 33 rows"),
         ("ffn_4", ColumnKnobs(8, 2, 4), H100, "8 warps would change the order of sums"),
         ("ffn_4", ColumnKnobs(16, 2, 0), H100, "0 loads"),
+        ("ffn_4", ColumnKnobs(16, 2, 65), H100, "65 loads, not 1 to 64"),
+        ("ffn_4", ColumnKnobs(0, 2, 4, lists=3), H100, "0 warps would change the order of sums"),
+        ("ffn_1", RowKnobs(4, 4, 10**30), H100, "loads, more than 64"),
         ("pack_down", TransposeKnobs(5, 1), H100, "5 warps do not divide a tile of 32 rows"),
     ],
 )
 def test_what_no_kernel_can_be_launched_with_is_refused(kernel, chosen, target, why):
     with pytest.raises(ValueError, match=why):
         launch.plan(SEVEN_B[kernel], target, chosen)
+
+
+absurd = st.integers(-40, 70) | st.sampled_from([sign * big for big in (1 << 31, 1 << 63, 10**30) for sign in (1, -1)])
+
+
+@given(problems, targets, st.data())
+def test_whatever_numbers_a_table_holds_are_refused_or_can_be_launched(problem, target, data):
+    kind = knobs.KINDS[problem.kernel]
+    values = {f.name: data.draw(st.booleans() if f.type == "bool" else absurd, f.name) for f in dataclasses.fields(kind)}
+    chosen = kind(**values)
+    if not chosen.legal(problem, target):
+        plan = launch.plan(problem, target, chosen)
+        assert 0 < plan.block[0] * plan.block[1] * plan.block[2] <= 1024 and min(plan.grid) >= 1
+        assert all(type(value) is bool or value <= 100 for value in values.values())
+        assert plan.shared_bytes <= target.shared_bytes
 
 
 def test_knobs_of_another_kernel_are_refused():
@@ -139,6 +157,10 @@ def test_measured_knobs_that_are_not_legal_are_not_used(folders):
     assert measured.choose(SEVEN_B["ffn_1"], H100) == knobs.rule(SEVEN_B["ffn_1"], H100)
 
 
+def _with_row(content: dict, **changes: object) -> dict:
+    return {**content, "measured": [{**content["measured"][0], **changes}]}
+
+
 def _with_knob(content: dict, name: str, value: object) -> dict:
     row = content["measured"][0]
     return {**content, "measured": [{**row, "knobs": {**row["knobs"], name: value}}]}
@@ -163,6 +185,16 @@ def _with_knob(content: dict, name: str, value: object) -> dict:
         (lambda c: {**c, "measured": [{**c["measured"][0], "weights": ["plain", "plain"]}]}, "ffn_1 has 1 weights, got 2"),
         (lambda c: "[" * 100_000, "recursion"),
         (lambda c: {**c, "measured": ["ffn_1"]}, "a line of it cannot be read"),
+        (lambda c: json.dumps(c).replace("29.5", "1" + 400 * "0"), "a line of it cannot be read .*OverflowError"),
+        (lambda c: json.dumps(c).replace("4096", "1" + 9000 * "0"), "Exceeds the limit"),
+        (lambda c: _with_row(c, us=[]), "a line of it cannot be read"),
+        (lambda c: _with_row(c, us="fast"), "could not convert string to float"),
+        (lambda c: _with_row(c, kernel=["ffn_1"]), "a line of it cannot be read"),
+        (lambda c: _with_row(c, d_model=4096.0), "a line of it cannot be read .*must be int"),
+        (lambda c: _with_row(c, tokens=float("nan")), "a line of it cannot be read .*must be int"),
+        (lambda c: _with_row(c, weights=7), "a line of it cannot be read"),
+        (lambda c: _with_row(c, weights=[{}]), "a line of it cannot be read"),
+        (lambda c: _with_row(c, knobs=[1, 2]), "a line of it cannot be read"),
     ],
 )
 def test_a_table_that_is_broken_or_foreign_is_left_out_with_one_warning(folders, change, why):
@@ -188,6 +220,15 @@ def test_a_knob_that_is_on_or_off_is_no_number(folders):
     file.write_text(json.dumps(_with_knob(json.loads(file.read_text()), "early_successor", 1)))
     with pytest.raises(ValueError, match=r"a line of it cannot be read .*early_successor must be bool, got 1"):
         measured.read(file, H100)
+
+
+@pytest.mark.parametrize("name", ["warps", "min_blocks", "loads", "abreast"])
+@pytest.mark.parametrize("value", [0, -1, -(1 << 63), 1 << 20, 1 << 63, 10**300])
+def test_a_table_of_absurd_knobs_changes_no_launch(folders, name, value):
+    file, problem = folders[1] / measured.file_name(H100), SEVEN_B["ffn_1"]
+    measured.write(file, H100, [ROW])
+    file.write_text(json.dumps(_with_knob(json.loads(file.read_text()), name, value)))
+    assert measured.choose(problem, H100) == knobs.rule(problem, H100)
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])

@@ -70,7 +70,7 @@ def test_wheel_tells_vllm_of_its_plugin(built):
 def test_sdist_has_what_a_build_and_the_tests_need(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
-    wanted = {f"kernels/{name}" for name in KERNELS} | {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    wanted = {f"kernels/{name}" for name in KERNELS} | {"pyproject.toml", "README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE"}
     assert wanted | {"tests/conftest.py", "tests/host_cuda/host_cuda.h", "prosparse_cupy/ops.py"} <= names
 
 

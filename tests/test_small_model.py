@@ -203,7 +203,7 @@ def test_compressed_models_choose_the_likeliest_tokens(how, device, taken):
     patch_model(model, compress=True)
     ids = _batch(6, device) if how == "batch" else _single(REPEATING, device)
     taken.clear()
-    text = _written(model, ids, 60, **options)
+    text = _written(model, ids, 60, **options)[:, :60]  # older releases of transformers end with the guesses of the last step
     assert (set(taken) == {6}) if how == "batch" else max(taken) > 4
     whole = torch.cat([ids["input_ids"], text], 1)
     mask = torch.ones_like(whole)

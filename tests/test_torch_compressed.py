@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import io
 import json
 import multiprocessing
 import pickle
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -56,11 +58,11 @@ def _model(hidden: int = WIDE, device: str = "cpu", dtype=torch.bfloat16, **chan
         **changes,
     )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
-    with torch.no_grad():  # weights of which some have no code
-        for layer in model.model.layers:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                weight = getattr(layer.mlp, name).weight
+    with torch.no_grad():  # weights of which some have no code; older releases of torch draw many zeros in bfloat16
+        for name, weight in model.named_parameters():
+            if name.endswith("_proj.weight") or name == "lm_head.weight":
                 weight.copy_(torch.randn(weight.shape) / 50)
+            if ".mlp." in name:
                 weight[torch.rand(weight.shape) < 1e-4] = 2.0**-100
     return model
 
@@ -404,6 +406,18 @@ def _other_dims(content):
     content["weights"][name]["shape"] = [8, WIDE]
 
 
+def _index(change):
+    """The index names other files; it has no checksum, since a folder with one file has none."""
+
+    def spoil(folder):
+        index = folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        change(content["weight_map"])
+        index.write_text(json.dumps(content))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -422,11 +436,109 @@ def _other_dims(content):
         (_manifest(_of_first(parts=2)), "cannot|parts|part"),
         (_manifest(_other_dims), "part 0 must be"),
         (_other_config, "other dims than the model's config says"),
+        (_manifest(_of_first(base=float("nan"))), "must be whole numbers"),
+        (_manifest(_of_first(base=True)), "must be whole numbers"),
+        (_manifest(_of_first(base=-1)), "must be whole numbers"),
+        (_manifest(_of_first(escapes=float("nan"))), "must be whole numbers"),
+        (_manifest(_of_first(escapes="3")), "must be whole numbers"),
+        (_manifest(_of_first(escapes=10**30)), "must be whole numbers"),
+        (_manifest(_of_first(escapes=1 << 62)), "escapes in rows of"),
+        (_manifest(_of_first(parts=10**12)), "a weight in 1000000000000 parts"),
+        (_manifest(_of_first(shape=[float("inf"), WIDE])), "must be whole numbers"),
+        (_manifest(_of_first(shape=[96, WIDE, 1])), "must be whole numbers"),
+        (_manifest(_of_first(shape=[1 << 40, 1 << 40])), "there is no weight of shape"),
+        (_manifest(_of_first(shape=96)), "cannot be read"),
+        (_manifest(_of_first(layout=["rows"])), "a weight of layout"),
+        (_manifest(lambda c: c["sha256"].popitem()), "has no checksum of"),
+        (_manifest(lambda c: c["sha256"].update({"../config.json": "0"})), r"\.\./config.json is missing"),
+        (_index(lambda files: files.update(x="../elsewhere.safetensors")), r"has no checksum of \.\./elsewhere"),
+        (_index(lambda files: files.update(x="/elsewhere.safetensors")), "has no checksum of /elsewhere"),
     ],
 )
 def test_broken_compressed_checkpoints_are_refused_by_name(compressed, tmp_path, spoil, message):
     with pytest.raises(CheckpointError, match=message):
         load_compressed(_spoiled(compressed, tmp_path, spoil), "cpu")
+
+
+def _forged(folder, change):
+    """Change the bytes of the file that holds the first compressed weight, and give the manifest their checksum.
+
+    `change` gets the weight's name, what the manifest says of it, and the file's header and data.
+    """
+    manifest = json.loads((folder / "prosparse.json").read_text())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+    def of(name):
+        file = folder / index[f"{name}.part_0"]
+        content = file.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        header, data = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
+        new = change(name, manifest["weights"][name], header, data)
+        if new is None:
+            said = json.dumps(header).encode()
+            new = struct.pack("<Q", len(said)) + said + bytes(data)
+        file.write_bytes(new)
+        manifest["sha256"][file.name] = hashlib.sha256(new).hexdigest()
+        (folder / "prosparse.json").write_text(json.dumps(sealed(manifest)))
+
+    return manifest["weights"], of
+
+
+ESCAPE = 0x88888888
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("beyond", [0, 1, 1 << 31, 0xFFFFFFFF])
+@pytest.mark.parametrize("layout", ["rows", "slices"])
+def test_escapes_outside_their_array_are_refused_before_a_kernel_reads_them(compressed, tmp_path, layout, beyond, device):
+    """The first chunk of a weight says that it is kept where nothing is."""
+    folder = tmp_path / "forged"
+    shutil.copytree(compressed[0] / "small", folder)
+
+    def change(name, entry, header, data):
+        place = entry["escapes"] + beyond if beyond < 2 else beyond
+        of_part = [header[f"{name}.part_{i}"]["data_offsets"] for i in range(entry["parts"] - 1)]
+        if layout == "rows":
+            struct.pack_into("<I", data, of_part[0][0], place)
+            struct.pack_into("<I", data, of_part[1][0], ESCAPE)
+        else:  # vector 0 of a unit: low0, low1 and high of its first chunk
+            struct.pack_into("<III", data, of_part[0][0], place, 0, ESCAPE)
+
+    entries, forge = _forged(folder, change)
+    name = next(name for name, entry in entries.items() if entry["layout"] == layout and entry["escapes"] > 0)
+    forge(name)
+    with pytest.raises(CheckpointError, match=f"{name}: 1 chunks of 8 weights are not among its .* escapes"):
+        load_compressed(folder, device)
+
+
+def _offsets(name, header, first, last):
+    header[f"{name}.part_0"]["data_offsets"] = [first, last]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name, entry, header, data: struct.pack("<Q", (1 << 64) - 1) + bytes(data),
+        lambda name, entry, header, data: struct.pack("<Q", 1 << 40) + bytes(data),
+        lambda name, entry, header, data: struct.pack("<Q", 8) + b"[" * 8 + bytes(data),
+        lambda name, entry, header, data: b"",
+        lambda name, entry, header, data: _offsets(name, header, 0, 1 << 60),
+        lambda name, entry, header, data: _offsets(name, header, -8, 0),
+        lambda name, entry, header, data: _offsets(name, header, *header[f"{name}.part_1"]["data_offsets"]),
+        lambda name, entry, header, data: header[f"{name}.part_0"].update(shape=[1 << 62, 1 << 62]),
+        lambda name, entry, header, data: header[f"{name}.part_0"].update(dtype="X9"),
+        lambda name, entry, header, data: header[f"{name}.part_0"].update(dtype="F32"),
+        lambda name, entry, header, data: header.pop(f"{name}.part_0") and None,
+    ],
+    ids=["2**64", "2**40", "no JSON", "empty", "behind", "before", "overlap", "huge", "no dtype", "floats", "hole"],
+)
+def test_forged_headers_are_refused(compressed, tmp_path, change):
+    folder = tmp_path / "forged"
+    shutil.copytree(compressed[0] / "small", folder)
+    entries, forge = _forged(folder, change)
+    forge(next(iter(entries)))
+    with pytest.raises(CheckpointError, match=r"cannot be read as safetensors|its parts are of int32"):
+        load_compressed(folder, "cpu")
 
 
 def test_what_cannot_be_compressed_leaves_nothing(compressed, tmp_path, monkeypatch):

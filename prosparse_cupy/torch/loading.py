@@ -180,7 +180,10 @@ def _set_packed(model: nn.Module, path: Path, name: str, entry: Entry, parts: li
     facts = (("rows", "slices").index(entry.layout), *entry.shape)
     numbers = torch.tensor([entry.base, entry.escapes], dtype=torch.int64, device="cpu")
     try:
-        linear = CompressedLinear.of_packed(checked_packed_of([*parts, numbers], facts), transposed=entry.transposed)
+        packed = checked_packed_of([*parts, numbers], facts)
+        if strays := packed.strays():
+            raise ValueError(f"{strays} chunks of 8 weights are not among its {entry.escapes} escapes")
+        linear = CompressedLinear.of_packed(packed, transposed=entry.transposed)
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}: {error}") from None
     try:

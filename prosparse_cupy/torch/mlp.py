@@ -53,10 +53,6 @@ class Operands(NamedTuple):
     """Biases and the norm's weight, by the names of `sparse_ffn`'s arguments."""
     norm_eps: float
 
-    @property
-    def weights(self) -> tuple[TorchWeight | None, TorchWeight, TorchWeight]:
-        return self.gate, self.up, self.down
-
     def keywords(self) -> dict[str, Any]:
         """Of `sparse_ffn`, as far as they are not its defaults."""
         keywords: dict[str, Any] = dict(self.extras)
@@ -366,13 +362,13 @@ class SparseMLP(nn.Module):
                 return self._called(tokens, found, partial)  # the dispatcher costs 8 µs
             except (TypeError, ValueError):  # what the operators refuse, the modules do, or refuse as they always did
                 return None
-        if not is_taken(tokens, *(w for w in found.weights if w is not None), extras=found.extras.values()):
+        if not is_taken(tokens, *(w for w in found[:3] if w is not None), extras=found.extras.values()):
             return None
         more = {"partial": True} if partial else {}
         if self.counts is None:
-            return dispatched("sparse_ffn", tokens, found.weights, found.threshold, **found.keywords(), **more)
+            return dispatched("sparse_ffn", tokens, found[:3], found.threshold, **found.keywords(), **more)
         half, first, second = found.of_halves()
-        weights = found.weights[:2] if found.gate is not None else (found.up,)
+        weights = found[:2] if found.gate is not None else (found.up,)
         x1 = dispatched(half, tokens, weights, found.threshold, **first)
         count_active(self.counts, x1)
         return dispatched("ffn_4", x1, (found.down,), **second, **more)

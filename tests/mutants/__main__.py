@@ -153,7 +153,10 @@ def _report(console: Console, outcomes: list[Outcome], json_file: Path | None) -
             for o in outcomes
             if o.mutant
         ]
-        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        json_file.write_text(json.dumps({"commit": commit, "mutants": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if unexpected or wrong else 0
 
 
