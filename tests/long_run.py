@@ -147,6 +147,7 @@ def summary(work: Any, samples: Sequence[Sample], verdict: Verdict, seed: int, s
     is_clean = verdict.is_flat and not work.failures and work.checked > 0
     return {
         "is_clean": is_clean,
+        "is_flat": verdict.is_flat,
         "seed": seed,
         "seconds": seconds,
         "results": work.results,
@@ -171,9 +172,16 @@ def where() -> dict[str, str]:
     import cupy
 
     name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return {"gpu": name, "cuda_driver": str(cupy.cuda.runtime.driverGetVersion()), "commit": done.stdout.strip() or "unknown"}
+    return {"gpu": name, "cuda_driver": str(cupy.cuda.runtime.driverGetVersion()), "commit": commit()}
+
+
+def commit() -> str:
+    """Of the tree that is run, and whether it has changes."""
+    said = [
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    ]
+    return (said[0] or "unknown") + ("-changed" if said[1] else "")
 
 
 def _need_gpu() -> None:

@@ -167,6 +167,9 @@ class Outcome:
     def is_clean(self) -> bool:
         return not (self.problems or self.reports or self.failed) and self.passed > 0
 
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "is_clean": self.is_clean}
+
     def __str__(self) -> str:
         counts = f"{self.passed} tests passed, {self.failed} failed, {len(self.reports)} reports"
         known = f", {self.expected} of the discarded word" if self.expected else ""
@@ -230,7 +233,7 @@ def main(tools: tuple[str, ...], tests: tuple[str, ...], limit: int, json_path: 
             outcomes.append(check(program, tool, selected, limit))
         _tell(outcomes[-1])
     if json_path:
-        json_path.write_text(json.dumps({**_where(), "tools": [asdict(outcome) for outcome in outcomes]}, indent=2) + "\n")
+        json_path.write_text(json.dumps({**_where(), "tools": [o.as_json() for o in outcomes]}, indent=2) + "\n")
     sys.exit(0 if all(outcome.is_clean for outcome in outcomes) else 1)
 
 

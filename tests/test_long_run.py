@@ -123,7 +123,12 @@ def test_what_a_run_is_called(monkeypatch):
     ]:
         work = SimpleNamespace(results=6000, checked=checked, failures=failures, counts=Counter(graphs=6000))
         found = json.loads(json.dumps(long_run.summary(work, _samples(), verdict, 7, SECONDS)))
-        assert found["is_clean"] == is_clean and found["seed"] == 7 and found["by_work"] == {"graphs": 6000}
+        assert (
+            found["is_clean"] == is_clean
+            and found["is_flat"] == verdict.is_flat
+            and found["seed"] == 7
+            and found["by_work"] == {"graphs": 6000}
+        )
         assert found["commit"] == "abc" and len(found["samples"]) == 601 and found["memory"]["limits"] == LIMITS
         long_run._tell(found)
 

@@ -232,7 +232,7 @@ def test_the_command_passes_where_all_tools_see_nothing(tool, tmp_path):
     assert done.exit_code == 0, done.output
     assert [line.split(":")[:2] for line in done.output.splitlines()] == [[t, " clean"] for t in sanitize.TOOLS]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [t["passed"] for t in found["tools"]] == [30] * 4 and {"commit", "gpu"} <= found.keys()
+    assert [(t["passed"], t["is_clean"]) for t in found["tools"]] == [(30, True)] * 4 and {"commit", "gpu"} <= found.keys()
 
 
 @pytest.mark.parametrize(
