@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from .compiler import Kernel, target_of
+from .compiler import Kernel, loading, target_of
 from .formats import vector_length
 from .launch import Launch
 from .problem import WARP
@@ -81,6 +81,12 @@ class Attention(NamedTuple):
 @cache
 def attend_kernel(attention: Attention, device: int) -> Kernel:
     """The kernel on a GPU, compiled at the first call and kept."""
+    with loading():
+        return _load_once(attention, device)
+
+
+@cache
+def _load_once(attention: Attention, device: int) -> Kernel:
     return Kernel(attend_plan(attention, target_of(device).is_programmatic), device)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 from . import launch
-from .device import compile_without_cache, cupy, gpu
-from .driver import launcher
+from .device import NoGPUError, compile_without_cache, cupy, gpu
+from .driver import Launcher, launcher
 from .formats import Format
 from .formula import RELU
 from .knobs import Knobs
@@ -66,11 +69,15 @@ class Kernel:
     """A compiled kernel on one GPU, with the shape it is launched in."""
 
     def __init__(self, plan: launch.Launch, device: int) -> None:
+        if _is_forked:
+            _refuse_after_fork()
         self.plan = plan
         # The function keeps its module loaded for as long as this object lives.
         self._function = _compile(plan, device)
         with cupy().cuda.Device(device):
-            self.launch = launcher(self._function.ptr, plan, device)
+            self.launch: Launcher = launcher(self._function.ptr, plan, device)
+        _launchable.add(self)
+        _watch_forks()
 
 
 def _compile(plan: launch.Launch, device: int) -> Any:
@@ -123,6 +130,8 @@ class Dims(Protocol):
 @lru_cache(maxsize=4096)
 def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU) -> Kernel:
     """The kernel of a checked call, looked up by the identity of `dims`, which equal calls share: every call pays for this."""
+    if _is_forked:
+        _refuse_after_fork()
     by_weight, interface = dict(dims.formats), KERNELS[name]
     formats = tuple(by_weight[weight] for weight in interface.weights)
     extras = tuple(p for p in interface.optional if p in dims.extras)
@@ -135,6 +144,22 @@ def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU) -
 @cache
 def load(problem: Problem, device: int) -> Kernel:
     """The kernel for a problem on a GPU, compiled at the first call and kept."""
+    with loading():
+        return _load_once(problem, device)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Threads that ask for a kernel at the same time get one: another's would be unloaded, though a graph may have it."""
+    with _loading:
+        yield
+
+
+_loading = threading.RLock()
+
+
+@cache
+def _load_once(problem: Problem, device: int) -> Kernel:
     kernel = Kernel(launch.plan(problem, target_of(device), _tried.get(problem.measured)), device)
     _loaded.append(kernel)
     return kernel
@@ -192,5 +217,31 @@ def _meanwhile(table: dict[K, V], key: K, value: V) -> Iterator[None]:
 
 
 def _forget_kernels() -> None:
-    load.cache_clear()
+    for cached in (load, _load_once, kernel_of):
+        cached.cache_clear()
+
+
+_launchable: WeakSet[Kernel] = WeakSet()
+_is_forked = False
+
+
+@cache
+def _watch_forks() -> None:
+    """From now on, what is forked is told that it cannot use CUDA, whose own functions would fail there or wait for ever."""
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _after_fork() -> None:
+    """Nothing is unloaded, since that would need the driver, and no lock is waited for that another thread held."""
+    global _is_forked, _loading
+    _is_forked, _loading = True, threading.RLock()
     kernel_of.cache_clear()
+    for kernel in _launchable:
+        kernel.launch = _refuse_after_fork
+
+
+def _refuse_after_fork(*_: Any) -> None:
+    raise NoGPUError(
+        "prosparse_cupy: this process was forked from one that had used CUDA, which does not survive a fork: start it with "
+        'multiprocessing.get_context("spawn"), or use CUDA in it alone. NumPy arrays still work.'
+    )

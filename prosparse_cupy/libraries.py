@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import ml_dtypes
 import numpy as np
@@ -334,6 +336,8 @@ def _dlpack_flags(capsule: Any) -> int:
 
 NUMPY = _Numpy()
 CUPY = _Cupy()
+_dlpack_families: WeakKeyDictionary[type, _Dlpack] = WeakKeyDictionary()
+_lock = threading.RLock()
 
 
 @cache
@@ -349,11 +353,13 @@ def family_of(kind: type) -> Family:
     torch, loaded_cupy = (sys.modules.get(name) for name in ("torch", "cupy"))
     if issubclass(kind, getattr(torch, "Tensor", ())):
         _refuse_tensors_without_memory(torch, kind)
-        return _torch_family(torch)
+        with _lock:  # so that threads that make the first call agree on it
+            return _torch_family(torch)
     if issubclass(kind, getattr(loaded_cupy, "ndarray", ())):
         return CUPY
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
-        return _Dlpack(kind)
+        with _lock:
+            return _dlpack_families.setdefault(kind, _Dlpack(kind))
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict, deque
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from . import driver
@@ -137,7 +138,9 @@ def _allocate(device: int, nbytes: int) -> int:
 
 
 def _free_what_libraries_cache() -> None:
-    cupy().get_default_memory_pool().free_all_blocks()
+    with suppress(RuntimeError):  # which they raise where a capture forbids it
+        cupy().get_default_memory_pool().free_all_blocks()
     torch_cuda = getattr(sys.modules.get("torch"), "cuda", None)
     if torch_cuda is not None:
-        torch_cuda.empty_cache()
+        with suppress(RuntimeError):
+            torch_cuda.empty_cache()

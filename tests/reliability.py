@@ -148,14 +148,14 @@ def _fuzzed(run: dict[str, Any]) -> tuple[str, str]:
 def _sanitized(run: dict[str, Any]) -> tuple[str, str]:
     tools = run["tools"]
     passed = sum(tool["passed"] for tool in tools)
-    unclean = [tool["tool"] for tool in tools if tool["problems"] or tool["reports"]]
-    return f"{passed:,} tests under {len(tools)} tools", f"reports of {', '.join(unclean)}" if unclean else "nothing reported"
+    unclean = [tool["tool"] for tool in tools if not tool["is_clean"]]
+    return f"{passed:,} tests under {len(tools)} tools", f"not clean: {', '.join(unclean)}" if unclean else "nothing reported"
 
 
 def _ran_long(run: dict[str, Any]) -> tuple[str, str]:
-    return f"{run['results']:,} results in {run['seconds'] / 60:.0f} minutes", "memory flat" if run[
-        "is_flat"
-    ] else "memory grew"
+    memory = "memory flat" if run["is_flat"] else "memory grew"
+    counts = f"{run['results']:,} results in {run['seconds'] / 60:.0f} minutes, {run['checked']:,} checked"
+    return counts, f"{run['failures']} wrong, {memory}"
 
 
 def _mutated(run: dict[str, Any]) -> tuple[str, str]:

@@ -67,8 +67,17 @@ class Kind:
 class Block:
     """An FFN and tokens for it, and each operator on any of the tokens."""
 
-    def __init__(self, on: Any, dims: tuple[int, int], dtype: str, tokens: int, kind: Kind, specialize: bool = True) -> None:
-        rng = np.random.default_rng()
+    def __init__(
+        self,
+        on: Any,
+        dims: tuple[int, int],
+        dtype: str,
+        tokens: int,
+        kind: Kind,
+        specialize: bool = True,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        rng = rng or np.random.default_rng()
         self.on, self.kind, self.specialize, self.dtype, self.tokens = on, kind, specialize, dtype, tokens
         self.d_model, self.d_ff = d_model, d_ff = dims
         self.x = np.stack([token(d_model, dtype, rng) for _ in range(tokens)])

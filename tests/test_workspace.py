@@ -186,6 +186,19 @@ def test_out_of_memory(cuda):
     assert _use(8), "the next call works"
 
 
+def test_out_of_memory_where_a_capture_forbids_to_free(cuda, monkeypatch):
+    """torch refuses to empty its cache then, which must not be the error that the caller sees."""
+
+    def refuse():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(empty_cache=refuse)))
+    cuda.full = 2
+    with pytest.raises(MemoryError, match="GPU 0 has no 4096 bytes for an FFN's scratch: status 2"):
+        workspace.take(7, 0, 4 * KIB, True)
+    assert _use(7, captured=True) and len(workspace._graphs) == 1
+
+
 def test_sizes_are_few():
     sizes = {workspace.size_class(n) for n in range(1, 300_000)}
     assert len(sizes) == 8 and all(workspace.size_class(n) >= n for n in (1, 4096, 4097, 22016, 240_000))

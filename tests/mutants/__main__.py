@@ -26,7 +26,7 @@ MUTANTS = [*of_kernels.MUTANTS, *of_package.MUTANTS]
 _TIMEOUT_S = 900
 _OF_HOST = ("test_host_kernels", "test_host_batches", "test_bf12", "test_partial", "test_simulated")
 _OF_ARRAYS = ("test_arguments", "test_bound_weights", "test_interop", "test_dlpack", "test_sparse_ffn", "test_reference")
-_OF_LAUNCHES = ("test_launch", "test_knobs", "test_driver", "test_workspace", "test_cache", "test_tune")
+_OF_LAUNCHES = ("test_launch", "test_knobs", "test_driver", "test_workspace", "test_cache", "test_tune", "test_abuse")
 _OF_FORMULAS = ("test_formula", "test_truth", "test_bf12", "test_compressed")
 _OF_OPERATORS = tuple(f"test_{kernel}" for kernel in ("ffn_1", "ffn_12", "ffn_123", "ffn_23", "ffn_4", "pack_down"))
 

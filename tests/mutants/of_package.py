@@ -197,6 +197,16 @@ MUTANTS = [
         "_pretended.get(device) or Target(gpu(0)",
         "GPUs of two kinds in one machine are not simulated",
     ),
+    Mutant(
+        "prosparse_cupy/compiler.py",
+        "    with loading():\n        return _load_once(problem, device)",
+        "    return _load_once(problem, device)",
+    ),
+    Mutant("prosparse_cupy/compiler.py", "        if _is_forked:\n            _refuse_after_fork()\n", ""),
+    Mutant("prosparse_cupy/compiler.py", "    if _is_forked:\n        _refuse_after_fork()\n    by_weight", "    by_weight"),
+    Mutant("prosparse_cupy/compiler.py", "        kernel.launch = _refuse_after_fork\n", "        pass\n"),
+    Mutant("prosparse_cupy/compiler.py", "    kernel_of.cache_clear()\n    for kernel in", "    for kernel in"),
+    Mutant("prosparse_cupy/compiler.py", "_is_forked, _loading = True, threading.RLock()", "_is_forked = True"),
     # driver.py
     Mutant(
         "prosparse_cupy/driver.py",
@@ -238,7 +248,19 @@ MUTANTS = [
         "ends = [*accumulate((_SLOT for a in arguments), initial=_CONFIG_BYTES)]",
     ),
     Mutant("prosparse_cupy/driver.py", "    _check(exchange(ctypes.addressof(mode)))\n    try:", "    try:"),
+    # libraries.py
+    Mutant(
+        "prosparse_cupy/libraries.py",
+        "        with _lock:  # so that threads that make the first call agree on it\n            return _torch_family(torch)",
+        "        return _torch_family(torch)",
+    ),
+    Mutant("prosparse_cupy/libraries.py", "return _dlpack_families.setdefault(kind, _Dlpack(kind))", "return _Dlpack(kind)"),
     # workspace.py
+    Mutant(
+        "prosparse_cupy/workspace.py",
+        "        with suppress(RuntimeError):\n            torch_cuda.empty_cache()",
+        "        torch_cuda.empty_cache()",
+    ),
     Mutant(
         "prosparse_cupy/workspace.py",
         "        home = _homes[device, ident, nbytes]\n",
@@ -323,7 +345,7 @@ MUTANTS = [
         "of_block = self.rows or self.warps",
     ),
     Mutant("prosparse_cupy/knobs.py", "return needed if needed > _STATIC_BYTES else 0", "return 0"),
-    Mutant("prosparse_cupy/knobs.py", "if self.warps % order.warps or self.warps > order.warps * self.here:", "if False:"),
+    Mutant("prosparse_cupy/knobs.py", "if self.warps < 1 or self.warps % order.warps or self.warps > order.warps * self.here:", "if False:"),
     Mutant(
         "prosparse_cupy/measured.py",
         "if measured is not None and not measured.knobs.legal(problem, target):",
