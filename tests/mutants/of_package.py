@@ -345,7 +345,11 @@ MUTANTS = [
         "of_block = self.rows or self.warps",
     ),
     Mutant("prosparse_cupy/knobs.py", "return needed if needed > _STATIC_BYTES else 0", "return 0"),
-    Mutant("prosparse_cupy/knobs.py", "if self.warps < 1 or self.warps % order.warps or self.warps > order.warps * self.here:", "if False:"),
+    Mutant(
+        "prosparse_cupy/knobs.py",
+        "if self.warps < 1 or self.warps % order.warps or self.warps > order.warps * self.here:",
+        "if False:",
+    ),
     Mutant(
         "prosparse_cupy/measured.py",
         "if measured is not None and not measured.knobs.legal(problem, target):",
