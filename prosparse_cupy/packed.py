@@ -119,9 +119,10 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Entry]:
         }
         checksums = {str(file): str(digest) for file, digest in content["sha256"].items()}
         if any(
-            e.layout not in ("rows", "slices") or type(e.base) is not int or type(e.parts) is not int for e in entries.values()
+            e.layout not in ("rows", "slices") or any(type(n) is not int for n in (e.base, e.escapes, e.parts))
+            for e in entries.values()
         ):
-            raise TypeError("a weight has no layout, base or parts")
+            raise TypeError("a weight has no layout, or its base, escapes or parts are no numbers")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({type(error).__name__}: {error})") from None
     for file, digest in checksums.items():
@@ -129,6 +130,8 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Entry]:
             raise CheckpointError(f"{folder}: {file} is missing")
         if verify and _sha256(folder / file) != digest:
             raise CheckpointError(f"{folder / file}: is not the file that was written: it was cut short or changed")
+    if other := sorted({*files_by_name(folder).values()} - checksums.keys()):
+        raise CheckpointError(f"{folder / _INDEX}: names {other[0]}, which was not written with {MANIFEST}")
     return entries
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bf12 import Packed
+from ..bf12 import ESCAPE, SLICES, Packed
 from ..compressed import CompressedWeight, Layout
 
 Facts = tuple[int, ...]
@@ -18,6 +18,7 @@ Facts = tuple[int, ...]
 FACTS_OF_PLAIN: Facts = (-1, 0, 0)
 
 _LAYOUTS: tuple[Layout, ...] = ("rows", "slices")
+_ESCAPE = ESCAPE - (1 << 32)  # as int32
 
 
 def facts_of(weight: Tensor | CompressedWeight[Tensor]) -> Facts:
@@ -70,6 +71,21 @@ def checked_packed_of(parts: Sequence[Tensor], facts: Facts) -> CompressedWeight
     if packed.misfit:
         raise ValueError(f"a compressed weight whose parts do not fit its facts {facts}: {packed.misfit}")
     return packed
+
+
+def why_not_these_escapes(weight: CompressedWeight[Tensor]) -> str:
+    """Why a weight from elsewhere is not to be read, or nothing: a chunk that escapes says where its plain bytes lie."""
+    first, *others = weight.arrays[:-1]
+    if weight.layout == "rows":
+        places = [(first[..., 0], others[0])]
+    else:
+        where = SLICES.ORDER.argsort()
+        places = [(first[..., where[c]], first[..., where[c + 2]]) for c in range(0, len(where), 3)]
+    for numbers, high in places:
+        wrong = numbers[(high == _ESCAPE) & ((numbers < 0) | (numbers >= weight.escapes))]
+        if len(wrong):
+            return f"a chunk of weights is number {int(wrong[0])} of {weight.escapes} that are kept as they are"
+    return ""
 
 
 def on_host(weight: Tensor | CompressedWeight[Tensor], as_numpy: Callable[[Tensor], np.ndarray]) -> Any:
