@@ -425,7 +425,7 @@ def test_an_interrupt_at_any_moment_of_patching_leaves_the_model_as_it_was():
     def as_it_was() -> bool:
         return not _is_patched(model) and _places(model) == places and _bits(model) == state and not _hooks(model)
 
-    moments = _moments(lambda: patch_model(model, compress=True), 12, seed)
+    moments = _moments(lambda: patch_model(model, compress=True), 8, seed)
     whole = _patched_parts(model)
     for moment in moments:
         unpatch_model(model)
@@ -435,7 +435,7 @@ def test_an_interrupt_at_any_moment_of_patching_leaves_the_model_as_it_was():
         if not _is_patched(model):
             patch_model(model, compress=True)
         assert _patched_parts(model) == whole and _bits(model) == state, f"seed {seed}: interrupted at {where}"
-    for moment in _moments(lambda: unpatch_model(model), 6, seed):
+    for moment in _moments(lambda: unpatch_model(model), 4, seed):
         patch_model(model, compress=True) if not _is_patched(model) else None
         where = _At(moment).run(lambda: unpatch_model(model))
         unpatch_model(model)
@@ -496,7 +496,7 @@ def test_an_interrupt_at_any_moment_of_a_call_leaves_the_next_one_right(made):
         return generate(model, _ids(), **options)
 
     expected, inside = write(), _inside(model)
-    for moment in _moments(write, 6, seed):
+    for moment in _moments(write, 4, seed):
         around = _surroundings()
         where = _At(moment).run(write)
         assert where and _surroundings() == around and _inside(model) == inside, f"seed {seed}: interrupted at {where}"
@@ -699,7 +699,7 @@ def test_patched_and_unpatched_again_and_again(compress, device):
     model = _small(device)
     state, places, around, held = _bits(model), _places(model), _surroundings(device), {}
     layout = [(p.shape, p.stride(), p.is_contiguous()) for p in model.parameters()]
-    last = 49 if device == "cuda" else 19
+    first, last = (9, 49) if device == "cuda" else (4, 14)
     for i in range(last + 1):
         patch_model(model, compress=compress)
         if i in (0, 1, last - 4):
@@ -707,9 +707,9 @@ def test_patched_and_unpatched_again_and_again(compress, device):
         if i == 0:
             expected = text
         unpatch_model(model)
-        if i in (9, last):
+        if i in (first, last):
             held[i] = _tensors(device)
-    assert held[9] == held[last] and torch.equal(text, expected)
+    assert held[first] == held[last] and torch.equal(text, expected)
     assert _bits(model) == state and _places(model) == places and _surroundings(device) == around and not _hooks(model)
     assert [(p.shape, p.stride(), p.is_contiguous()) for p in model.parameters()] == layout
 
@@ -891,7 +891,7 @@ def test_files_that_are_cut_flipped_or_swapped_are_refused_by_name(checkpoints, 
     seed = random.randrange(10**6)
     drawn, state, taken = random.Random(seed), checkpoints[1], 0
     names = sorted(file.name for file in spoiled.iterdir())
-    for i in range(60):
+    for i in range(45):
         name, how = names[i % len(names)], drawn.choice(["cut", "flip", "flip in the header", "swap", "gone"])
         whole, other = {}, drawn.choice([n for n in names if n != name and (n.endswith("s") == name.endswith("s"))])
         for n in (name, other):
@@ -918,7 +918,7 @@ def test_files_that_are_cut_flipped_or_swapped_are_refused_by_name(checkpoints, 
             taken += 1
         for n, own in whole.items():
             (spoiled / n).write_bytes(own)
-    assert taken < 20 and _bits(load_compressed(spoiled, "cpu")) == state
+    assert taken < 16 and _bits(load_compressed(spoiled, "cpu")) == state
 
 
 def _resealed(folder: Path, shard: Path, change=lambda manifest: None) -> None:
