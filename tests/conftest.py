@@ -25,7 +25,15 @@ def _why_no_gpu() -> str:
 _SLOW = {
     *("test_attend", "test_cli_generate", "test_compile", "test_docs", "test_examples", "test_families", "test_generate"),
     *("test_host_batches", "test_host_cuda", "test_host_kernels", "test_packaging", "test_small_model", "test_torch_linears"),
-    *("test_engines", "test_speculation", "test_torch_compressed", "test_torch_patch", "test_types", "test_vllm"),
+    *(
+        "test_engines",
+        "test_abuse_models",
+        "test_speculation",
+        "test_torch_compressed",
+        "test_torch_patch",
+        "test_types",
+        "test_vllm",
+    ),
 }
 _SLOW_TESTS = {"test_batches_measures_a_small_model", "test_compiled_code_has_a_graph_for_few_tokens_and_one_for_many"}
 

@@ -132,19 +132,23 @@ class Choice:
         ids[:, :length] = self._prompt
         ended = torch.zeros(sequences, dtype=torch.bool, device="cpu")
         issued = written = 0
-        while written < limit:
-            while issued < min(limit, written + self.ahead):
-                self._issue(issued)
-                issued += 1
-            ids[:, length + written] = self._take(written)
-            written += 1
+        try:
+            while written < limit:
+                while issued < min(limit, written + self.ahead):
+                    self._issue(issued)
+                    issued += 1
+                ids[:, length + written] = self._take(written)
+                written += 1
+                if streamer is not None:
+                    streamer.put(ids[:, length + written - 1])
+                ended |= self._criteria(ids[:, : length + written], None)
+                if bool(ended.all()):
+                    break
+                if self._padded and self.ahead == 1:
+                    self._ended.copy_(ended[:, None])
             if streamer is not None:
-                streamer.put(ids[:, length + written - 1])
-            ended |= self._criteria(ids[:, : length + written], None)
-            if bool(ended.all()):
-                break
-            if self._padded and self.ahead == 1:
-                self._ended.copy_(ended[:, None])
-        if streamer is not None:
-            streamer.end()
+                streamer.end()
+        finally:
+            if issued > written:
+                self._take(issued - 1)  # what a graph still writes to, page-locked memory among it, is not to be freed
         return ids[:, length : length + written]

@@ -148,12 +148,17 @@ class CompressedLinear(nn.Module):
         """The weight as torch's dispatcher takes it, beside `facts`."""
         return [*self._arrays(), self._numbers]
 
-    def take_place_of(self, linear: nn.Linear) -> None:
-        """Remember what `unpatch_model` puts back, without its weight."""
+    def take_place_of(self, linear: nn.Linear, name: str, *holders: nn.Module | None) -> None:
+        """Be the submodule `name` of these, and remember what `unpatch_model` puts back, without its weight.
+
+        The weight goes last, so that an interrupt at any moment leaves it where `unpatch_model` finds it.
+        """
         self.train(linear.training)
-        self._replaced = (linear,)
         self._split, self._sharding = Split.of(linear.weight), known_sharding(linear)
         self._requires_grad = linear.weight.requires_grad
+        self._replaced = (linear,)
+        for holder in holders:
+            setattr(holder, name, self)
         empty = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
         linear.weight = nn.Parameter(empty, requires_grad=linear.weight.requires_grad)
 

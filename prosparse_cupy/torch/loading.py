@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, files_by_name
+from ..checkpoint import CheckpointError, files_by_name, read_json
 from ..families import MLPFamily
 from ..formula import Formula
 from ..packed import MANIFEST, Entry, read_manifest
@@ -24,6 +24,8 @@ from .mlp import SparseMLP, pack, rounds_twice
 from .patch import made_sparse, mlps, own_formula
 
 _LAYER = re.compile(r"\.\d+\.")
+_GENERATION_CONFIG = "generation_config.json"
+_OF_CONFIGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def load_compressed(folder: str | Path, device: Any = "cuda", *, verify: bool = True, **keywords: Any) -> nn.Module:
@@ -63,11 +65,19 @@ def load_compressed(folder: str | Path, device: Any = "cuda", *, verify: bool = 
     path = Path(folder)
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path}: has no {MANIFEST}: write one with `prosparse-cupy compress CHECKPOINT {path}`")
+    for name in ("config.json", _GENERATION_CONFIG):
+        if name == "config.json" or (path / name).is_file():
+            read_json(path / name)
     entries = read_manifest(path, verify)
-    config = transformers.AutoConfig.from_pretrained(path, **keywords)
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=torch.bfloat16, **keywords)
-    twin = _twin(config, keywords)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **keywords)
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=torch.bfloat16, **keywords)
+        with torch.random.fork_rng(devices=[]):
+            twin = _twin(config, keywords)
+    except _OF_CONFIGS as error:
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: transformers makes no model of its config.json ({said})") from error
     formulas = _checked_formulas(twin)
     _give_buffers(model, twin, device)
     sparse = _made_sparse(model, formulas)
@@ -178,14 +188,14 @@ def _set(model: nn.Module, path: Path, key: str, tensor: Tensor) -> None:
 def _set_packed(model: nn.Module, path: Path, name: str, entry: Entry, parts: list[Tensor]) -> None:
     holder, _, leaf = name.removesuffix(".weight").rpartition(".")
     facts = (("rows", "slices").index(entry.layout), *entry.shape)
-    numbers = torch.tensor([entry.base, entry.escapes], dtype=torch.int64, device="cpu")
     try:
+        numbers = torch.tensor([entry.base, entry.escapes], dtype=torch.int64, device="cpu")
         packed = checked_packed_of([*parts, numbers], facts)
-        if strays := packed.strays():
-            raise ValueError(f"{strays} chunks of 8 weights are not among its {entry.escapes} escapes")
-        linear = CompressedLinear.of_packed(packed, transposed=entry.transposed)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch's, of numbers that are too large
         raise CheckpointError(f"{path}: {name}: {error}") from None
+    if strays := packed.strays():
+        raise CheckpointError(f"{path}: {name}: {strays} chunks of 8 weights are not among its {entry.escapes} escapes")
+    linear = CompressedLinear.of_packed(packed, transposed=entry.transposed)
     try:
         module = model.get_submodule(holder)
         old = getattr(module, leaf)
@@ -201,13 +211,13 @@ def _set_packed(model: nn.Module, path: Path, name: str, entry: Entry, parts: li
     if isinstance(module, SparseMLP):
         linear.register_parameter("bias", old.bias)
         setattr(module.replaced, leaf, linear)
+        setattr(module, leaf, linear)
     else:
-        linear.take_place_of(old)
-    setattr(module, leaf, linear)
+        linear.take_place_of(old, leaf, module)
 
 
 def _take_generation_config(model: Any, path: Path) -> None:
     import transformers
 
-    if (path / "generation_config.json").is_file():
+    if (path / _GENERATION_CONFIG).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)

@@ -129,11 +129,11 @@ def _replace_group(
             place_apart(linear)
         return [MatrixPatch(name, False, "ffn_1 does not take it") for name in names]
     for leaf, linear, new in zip(group, linears, made, strict=True):
-        setattr(module, leaf, new)
         if isinstance(new, CompressedLinear):
-            new.take_place_of(linear)
+            new.take_place_of(linear, leaf, module)
         else:
             new.train(linear.training)._replaced = (linear,)
+            setattr(module, leaf, new)
     return [MatrixPatch(name, True, reason, ratio) for name in names]
 
 
@@ -189,8 +189,7 @@ def rejoin_matrices(model: nn.Module) -> None:
         plain = [linear.linear() for linear in linears]
         made, *_ = _compressed(model, plain) if _fit(plain, True) else ([],)
         for leaf, linear, new in zip(group, linears, made, strict=False):
-            new.take_place_of(linear._replaced[0])
-            setattr(module, leaf, new)
+            new.take_place_of(linear._replaced[0], leaf, module)
 
 
 def put_back_matrices(model: nn.Module) -> None:

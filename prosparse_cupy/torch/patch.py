@@ -29,6 +29,7 @@ from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, held_twice, put_back_matrices, replace_matrices, rows_of_report
 from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, rounds_twice, unpack
 from .parallel import Style, TensorParallel, local_of, parallel_of, sharding_of_all, with_all
+from .runner import Runner
 from .steps import release_generation
 
 
@@ -164,9 +165,15 @@ def patch_model(
         without its threshold, a model that is patched already, one to be compressed whose weights are not bfloat16, or, of a
         model in several processes, calls that differ and a group without NCCL on GPUs. Nothing has been changed.
     RuntimeError
-        Another process of a model that is in several has failed; the message is its.
+        Another process of a model that is in several has failed; the message is its. Or a streamer or criterion of `generate`
+        called it on the model that is writing; other threads that generate with the model or patch it are waited for.
     """
     check_module("patch_model", model)
+    with Runner.of(model).alone("patch_model"):
+        return _patched(model, threshold, compress, linears, example)
+
+
+def _patched(model: nn.Module, threshold: float | None, compress: bool, linears: bool, example: Tensor | None) -> PatchReport:
     parallel = parallel_of(model)
     plan = with_all(parallel, lambda: _planned(model, threshold, compress, linears))
     if parallel is not None:
@@ -190,7 +197,7 @@ def patch_model(
         if linears:
             matrices = with_all(parallel, lambda: replace_matrices(model, compress))
     except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
-        unpatch_model(model)
+        _unpatch(model)
         raise
     finally:
         forget_tensors()
@@ -383,9 +390,7 @@ def _compressed(sparse: Any, layer: LayerPatch, ties: dict[int, object], made: d
         plain += ratio * weight.numel()
         made[id(linear)] = packed
         packed.tie = ties.get(id(linear.weight))
-        packed.take_place_of(linear)
-        for holder in (sparse, sparse.replaced):
-            setattr(holder, name, packed)
+        packed.take_place_of(linear, name, sparse, sparse.replaced)
         del linear, weight
     return replace(layer, ratio=plain / before, plain=", ".join(left))
 
@@ -396,9 +401,22 @@ def unpatch_model(model: nn.Module) -> None:
     Compressed weights become plain ones again, bit for bit, a matrix at a time, and those that were moved side by side get
     memory of their own.
 
-    Projections that were replaced since then, by LoRA adapters for instance, stay.
+    Projections that were replaced since then, by LoRA adapters for instance, stay. Where it is interrupted or finds no memory
+    for plain weights, the model computes what it did, and the next call does the rest.
+
+    Raises
+    ------
+    TypeError
+        `model` is no module.
+    RuntimeError
+        A streamer or criterion of `generate` called it on the model that is writing. Other threads are waited for.
     """
     check_module("unpatch_model", model)
+    with Runner.of(model).alone("unpatch_model"):
+        _unpatch(model)
+
+
+def _unpatch(model: nn.Module) -> None:
     release_generation(model)
     tied: dict[object, Any] = {}
     for name, module in list(model.named_modules()):

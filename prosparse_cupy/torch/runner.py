@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -41,20 +42,29 @@ class Runner:
         return kept_for(model, Runner)
 
     @contextmanager
+    def alone(self, function: str) -> Iterator[None]:
+        """Have the model to oneself: whoever generates with it, patches or unpatches it meanwhile waits."""
+        # The holder counts only while the lock is held: after an interrupt a name may have been left behind.
+        if self._lock.locked() and self._holder == threading.get_ident():
+            raise RuntimeError(f"{function}: called by a streamer or criterion of a call that is generating with this model")
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+
+    @contextmanager
     def turn(self, function: str, device: torch.device) -> Iterator[None]:
         """Have the step to oneself, on the GPU's current stream, behind all that the last one did with it on another."""
-        if self._holder == threading.get_ident():
-            raise RuntimeError(f"{function}: called by a streamer or criterion of a call that is generating with this model")
         on_gpu = device.type == "cuda"
-        with self._lock, torch.cuda.device(device) if on_gpu else nullcontext():
-            self._holder = threading.get_ident()
+        with self.alone(function), torch.cuda.device(device) if on_gpu else nullcontext():
             if self._ended is not None:
                 self._ended.wait()
             try:
                 yield
             finally:
                 self._ended = torch.cuda.current_stream().record_event() if on_gpu else None
-                self._holder = None
 
     def step(self, model: Any, length: int, sequences: int = 1) -> Step:
         """A step for so many sequences of `length` tokens, the last one if it serves."""
@@ -66,12 +76,16 @@ class Runner:
             self._steps.pop(sequences > 1, None)  # its memory first
             if sequences == 1:
                 self._verifiers.clear()
+            step = None
             try:
                 step = self._made(model, (sequences, 1), lambda: Step(model, _capacity_for(length), sequences))
-            except MemoryError:
-                if not self._steps:
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                alike = isinstance(error, MemoryError) or parallel_of(model) is None  # in all processes that have parts
+                if not self._steps or not alike:
                     raise
+            if step is None:  # no longer while the error holds what has been allocated
                 self._drop()  # the step of another number of sequences may have what is missing
+                gc.collect()  # and what is in circles
                 step = self._made(model, (sequences, 1), lambda: Step(model, _capacity_for(length), sequences))
             self._steps[sequences > 1] = step
         return step
@@ -129,6 +143,11 @@ class Runner:
     def _drop(self) -> None:
         self._steps.clear()
         self._verifiers.clear()
+
+    def release(self) -> None:
+        """Free the steps; the next call makes them again, and tries again what was refused."""
+        self._drop()
+        self._state = self._refused = None
 
     def drop_stale(self, model: Any) -> None:
         """Free the steps of a model that has changed."""

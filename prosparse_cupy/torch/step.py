@@ -14,6 +14,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -111,9 +112,11 @@ class Step:
         try:
             self.keys = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
             self.values = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             self.__dict__.pop("keys", None)
-            raise MemoryError(
+            if self.device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise MemoryError(  # torch has no error of its own for host memory
                 f"generate: a cache of {self._size} tokens needs {nbytes / 2**30:.2f} GiB, which {self.device} has not "
                 f"free: ask for fewer tokens ({error})"
             ) from error
@@ -153,7 +156,7 @@ class Step:
         try:
             _let_layers_run(decoder.layers, self._layers, self._cache, _compiled(_forward_of))
             for module in others:
-                module.__dict__["forward"] = partial(_with_keywords, _compiled(_forward_of), module)
+                module.__dict__["forward"] = partial(_with_keywords, _compiled(_forward_of), weakref.ref(module))
             with _recompiling():
                 self._capture()
             self.is_compiled = True
@@ -245,7 +248,11 @@ class Step:
 
         times = _CHECKED if self.tokens == 1 else 1
         checked = times * self.tokens
-        length = min(_PROMPT, self.capacity - checked)
+        # A table of positions may have no more: beyond its end a GPU's context is lost.
+        room = self.capacity if self.positions is None else min(self.capacity, self.positions)
+        length = min(_PROMPT, room - checked)
+        if length < 1:
+            raise CannotStep(f"it has {room} positions, too few to try a step on")
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.logits.shape[-1]
         size = self.sequences, length + checked
@@ -300,15 +307,17 @@ def captured(function: Callable[[], None], device: torch.device, before: Callabl
     side, graph = _side_stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.device(device), _capturing:
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            before()
-            side.synchronize()
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                before()
+                side.synchronize()
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
+        finally:  # after a failure too: the memory that was run on is freed, for the other stream to take
+            torch.cuda.current_stream().wait_stream(side)
     return graph
 
 
@@ -383,7 +392,8 @@ def _copied(module: nn.Module, modules: dict[int, nn.Module], configs: dict[int,
     if forward_is_parallel(module):
         stay_split(module, new)
     else:
-        new.__dict__.pop("forward", None)  # the class's, but bound to `module`, where accelerate has left one behind
+        for own in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, bound to `module`, which would then never go
+            new.__dict__.pop(own, None)
     new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
     new._modules = {name: None if m is None else _copied(m, modules, configs) for name, m in module._modules.items()}
     if "_layer" in new.__dict__:  # of a half of an FFN, whose layer was copied before
@@ -446,20 +456,23 @@ def _parts(whole: Tensor | CompressedLinear, linears: Sequence[Any]) -> Iterator
 
 
 def _let_layers_run(layers: Any, caches: Sequence[LayerCache], step_cache: _StepCache, run: Callable[..., Any]) -> None:
-    """Have each decoder layer of a twin called through `run`, with its own cache."""
+    """Have each decoder layer of a twin called through `run`, with its own cache.
+
+    By weak references: a step's memory is free when nobody has the step any more, not when garbage is next collected.
+    """
     for layer, own in zip(layers, caches, strict=True):
-        layer.__dict__["forward"] = partial(_with_own_cache, run, layer, step_cache, own)
+        layer.__dict__["forward"] = partial(_with_own_cache, run, weakref.ref(layer), step_cache, own)
 
 
 def _with_own_cache(
     run: Callable[..., Any], layer: Any, step_cache: _StepCache, own: LayerCache, /, *arguments: Any, **keywords: Any
 ) -> Any:
     given = {name: own if value is step_cache else value for name, value in keywords.items()}
-    return run(layer, arguments, {**given, "prosparse_cache": own})
+    return run(layer(), arguments, {**given, "prosparse_cache": own})
 
 
 def _with_keywords(run: Callable[..., Any], module: Any, /, *arguments: Any, **keywords: Any) -> Any:
-    return run(module, arguments, keywords)
+    return run(module(), arguments, keywords)
 
 
 def _forward_of(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
