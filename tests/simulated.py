@@ -150,6 +150,8 @@ class Cuda:
         """What was asked of the driver itself, in order: scratch."""
         self.fails: dict[str, int] = {}
         """How many of the next calls of a function of the driver fail, for want of memory."""
+        self.before_launch: Callable[[], None] = lambda: None
+        """Called when the driver is asked for a launch, before it looks at the arguments: for threads to meet there."""
         self.waiting: list[Work] = []
         self.handles = itertools.count(0x5000, 16)
         self._idents = itertools.count(10)
@@ -305,6 +307,7 @@ class Cuda:
 
     def launch(self, handle: int, shape: tuple[int, ...], stream: int, slots: int, overlaps: bool) -> None:
         """`slots` is where pointers to the arguments lie."""
+        self.before_launch()
         function = self.function(handle)
         grid, block, shared = shape[:3], shape[3:6], shape[6]
         if self.thread.device != function.device or self.stream(stream).device != function.device:

@@ -157,11 +157,9 @@ def test_strided_out(operator):
 
 @pytest.mark.parametrize(("dtype", "multiple"), [("bfloat16", 8), ("float16", 8), ("float32", 4)])
 def test_d_model_must_fill_vectors(dtype, multiple):
-    x, w = np.ones(multiple + 2, DTYPES[dtype]), np.ones((3, multiple + 2), DTYPES[dtype])
-    with pytest.raises(
-        ValueError, match=rf"ffn_1: d_model must be a multiple of {multiple} for {dtype}.*got {multiple + 2}: pad"
-    ):
-        psc.ffn_1(x, w)
+    for size in (multiple + 2, multiple + multiple // 2):
+        with pytest.raises(ValueError, match=rf"ffn_1: d_model must be a multiple of {multiple} for {dtype}.*got {size}: pad"):
+            psc.ffn_1(np.ones(size, DTYPES[dtype]), np.ones((3, size), DTYPES[dtype]))
     psc.ffn_1(np.ones(multiple, DTYPES[dtype]), np.ones((3, multiple), DTYPES[dtype]))
 
 

@@ -92,6 +92,14 @@ def test_only_sums_stay_in_float32():
         psc.ffn_1(x.astype(np.float16), w.astype(np.float16), out=np.zeros(8, DTYPES["bfloat16"]))
 
 
+def test_a_result_in_float32_may_not_reach_into_an_input():
+    """It is twice as long as one in the dtype."""
+    memory = np.zeros(4 * 64 + 2 * 64, np.uint8)
+    out, x = memory[: 4 * 64].view(np.float32), memory[3 * 64 : 3 * 64 + 2 * 64].view(DTYPES["bfloat16"])
+    with pytest.raises(ValueError, match="out must not share memory with x"):
+        psc.ffn_1(x, weights(64, 64, "bfloat16"), out=out)
+
+
 @pytest.mark.parametrize("lead", [(), (3,)])
 def test_torch_operators(lead):
     torch = pytest.importorskip("torch")

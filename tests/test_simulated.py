@@ -256,7 +256,7 @@ def test_launches_are_on_the_arrays_gpu(gpu):
         there, ffn = _ffn(gpu)
         x = there.x()
         given = there.put(x)
-        expected = ffn(given).get()
+        expected = psc.ffn_4(psc.ffn_123(given, *there.w[:2], THRESHOLD), there.w[2]).get()
     here, ffn_here = _ffn(gpu, seed=5)
     before = len(gpu.launches)
     y, found = ffn(given), psc.ffn_1(given, there.w[0])
@@ -318,6 +318,68 @@ def test_threads_do_not_disturb_each_other(gpu, streams):
     assert not failed
     gpu.synchronize()
     _assert_same(found, expected)
+
+
+@pytest.mark.parametrize("streams", ["one", "own"])
+def test_threads_that_launch_at_the_same_moment(gpu, streams):
+    """Each has packed its arguments and taken its scratch before the driver looks at any of them."""
+    layer, ffn = _ffn(gpu)
+    tokens = [layer.put(layer.x()) for _ in range(2)]
+    expected = _expected(gpu, ffn, tokens)
+    gpu.before_launch = threading.Barrier(len(tokens), timeout=60).wait
+    found: list[Any] = [None] * len(tokens)
+
+    def run(i: int) -> None:
+        with contextlib.nullcontext() if streams == "one" else gpu.module.cuda.Stream(non_blocking=True):
+            found[i] = ffn(tokens[i])
+
+    for _ in range(2):  # also with scratch that was used before
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tokens))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        gpu.synchronize()
+        _assert_same(found, expected)
+
+
+def test_streams_without_scratch_of_their_own_on_two_gpus(gpu):
+    """A call gets scratch of its own GPU, once what used it before has ended."""
+    layers = []
+    for device in (0, 1):
+        with gpu.module.cuda.Device(device):
+            layer, ffn = _ffn(gpu, seed=device)
+            x = layer.put(layer.x())
+            layers.append((device, ffn, x, _expected(gpu, ffn, [x])[0]))
+    for _ in range(2):
+        found = []
+        for device, ffn, x, expected in layers:
+            with gpu.module.cuda.Device(device):
+                for stream in [gpu.module.cuda.Stream(non_blocking=True) for _ in range(70)]:
+                    with stream:
+                        found.append((ffn(x), expected))
+        gpu.synchronize()
+        _assert_same(*zip(*found, strict=True))
+
+
+def test_more_shared_memory_than_a_block_has_unasked(gpu):
+    layer = Layer(gpu, d_model=16, d_ff=12_000)
+    x1 = np.zeros((4, layer.d_ff), DTYPES[layer.dtype])
+    x1[:, [0, 5_000, 11_999]] = token(12, layer.dtype, layer.rng).reshape(4, 3)
+    found = psc.ffn_4(layer.put(x1), layer.on["w_down_t"]).get()
+    assert gpu.launches[-1].shared_bytes > 48 * 1024
+    _assert_sums(found, [exact_ffn_4(t, layer.host["w_down_t"]) for t in x1], 4)
+
+
+def test_bound_weights_that_have_moved_to_another_gpu_are_refused(gpu):
+    """As torch moves a module's weights: the arrays are the same objects."""
+    layer, ffn = _ffn(gpu)
+    with gpu.module.cuda.Device(1):
+        there, x = Layer(gpu), layer.put(layer.x())
+    for array, other in zip(layer.w, there.w, strict=True):
+        array._array, array._memory = other._array, other._memory
+    with pytest.raises(ValueError, match="its weights have changed since it was built"):
+        ffn(x)
 
 
 def test_two_calls_on_two_streams_while_one_stands_still(gpu):
@@ -426,6 +488,7 @@ def test_another_thread_may_capture_meanwhile(gpu):
     layer, ffn = _ffn(gpu)
     x = layer.put(layer.x())
     expected = _expected(gpu, ffn, [x])
+    assert gpu.thread.capture_mode == 0, "the thread's own captures would not be warned any more"
     stream = gpu.module.cuda.Stream(non_blocking=True)
     stream.begin_capture(0)
     found = []
