@@ -65,6 +65,14 @@ def test_copies_and_pickles(layout, duplicate):
     np.testing.assert_array_equal(bits(other.decompress()), bits(w))
 
 
+def test_rows_are_a_weight_of_their_own():
+    w = weights(24, 64, "bfloat16")
+    part = compress(w).rows(4, 20)
+    assert part.shape == (16, 64)
+    np.testing.assert_array_equal(bits(part.decompress()), bits(w[4:20]))
+    np.testing.assert_array_equal(bits(part.arrays[1]), bits(compress(w).arrays[1][4:20]))
+
+
 def test_slices_of_wide_matrices_lie_in_units():
     w = weights(20, 2680, "bfloat16")
     packed = {layout: compress(w, layout=layout) for layout in ("rows", "slices")}

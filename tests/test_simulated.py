@@ -270,6 +270,16 @@ def test_launches_are_on_the_arrays_gpu(gpu):
         psc.ffn_1(given, here.w[0])
 
 
+def test_the_stream_is_the_current_one_of_the_arrays_gpu(gpu):
+    with gpu.module.cuda.Device(1):
+        layer, ffn = _ffn(gpu)
+        x, stream = layer.put(layer.x()), gpu.module.cuda.Stream(non_blocking=True)
+        before = len(gpu.launches)
+        with stream, gpu.module.cuda.Device(0), gpu.module.cuda.Stream(non_blocking=True):
+            ffn(x)
+    assert {launch.stream for launch in gpu.launches[before:]} == {gpu.stream(stream.ptr).ident}
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_streams_do_not_disturb_each_other(host, seed):
     """Other values, dims, dtypes and numbers of tokens at once, each on a stream of its own."""

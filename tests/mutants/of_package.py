@@ -374,7 +374,12 @@ MUTANTS = [
         'if False:\n            raise ValueError(f"decompress',
     ),
     Mutant("prosparse_cupy/compressed.py", "tuple(array[start:stop] for array in words)", "tuple(words)"),
-    Mutant("prosparse_cupy/bf12.py", "| (words[..., 2] == np.uint32(ESCAPE))] =", "] ="),
+    Mutant(
+        "prosparse_cupy/bf12.py",
+        "| (words[..., 2] == np.uint32(ESCAPE))] =",
+        "] =",
+        "such a chunk is found by its word all the same; of what is left of it only zeros are lost",
+    ),
     Mutant("prosparse_cupy/bf12.py", "(codes >= 0) & (codes < WINDOW)", "(codes >= 0) & (codes <= WINDOW)"),
     Mutant("prosparse_cupy/bf12.py", "return int(held.argmax())", "return 0"),
     # formula.py, reference.py
@@ -382,6 +387,7 @@ MUTANTS = [
         "prosparse_cupy/formula.py",
         "np.logical_and(~(wide < np.float32(self.threshold)), wide != 0)",
         "np.logical_and(~(wide < self.threshold), wide != 0)",
+        "NumPy 2 compares a float32 array with a Python number in float32",
     ),
     Mutant(
         "prosparse_cupy/formula.py",
