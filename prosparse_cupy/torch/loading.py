@@ -16,7 +16,7 @@ from ..checkpoint import CheckpointError, files_by_name, read_json
 from ..families import MLPFamily
 from ..formula import Formula
 from ..packed import MANIFEST, Entry, read_manifest
-from .acceptance import why_another_formula
+from .acceptance import forget_tensors, why_another_formula
 from .compressed import checked_packed_of
 from .linears import CompressedLinear
 from .matrices import rejoin_matrices
@@ -78,7 +78,10 @@ def load_compressed(folder: str | Path, device: Any = "cuda", *, verify: bool = 
     except _OF_CONFIGS as error:
         said = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: transformers makes no model of its config.json ({said})") from error
-    formulas = _checked_formulas(twin)
+    try:
+        formulas = _checked_formulas(twin)
+    finally:
+        forget_tensors()
     _give_buffers(model, twin, device)
     sparse = _made_sparse(model, formulas)
     _load(model, path, entries, device)
