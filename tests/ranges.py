@@ -190,10 +190,14 @@ def ffn_4(
     most = mean * (1 + relative) + norm_eps * (1 + 4 * _U)
     if most * len(x1) >= _LARGEST * (1 - 2.0**-10) or np.any(np.abs(weighted[np.isfinite(weighted)]) >= _LARGEST * (1 - _U)):
         return _anything((columns,))  # the sum of the squares overflows, or a product with a weight
-    # The product with the weight is rounded, and may be so small that it counts as zero.
-    lost = 2 * _U * np.abs(weighted) + _NORMAL
+    # The product with the weight is rounded. It may count as zero if it is so small or made of what is, and so be NaN of infinity.
+    of_small = (_only_subnormals(values) > 0) | (_only_subnormals(norm_weight[on].astype(np.float64)) > 0)
+    is_zero = of_small | (np.abs(weighted) < 2 * _NORMAL)
+    lost = np.where(is_zero, np.abs(weighted), 2 * _U * np.abs(weighted)) + _NORMAL
     slack = _finite_products(np.abs(w.astype(np.float64)), np.where(np.isfinite(lost), lost, 0))
     total = sums(w, weighted).widened(0, slack)
+    spoilt = np.any(of_small & np.isinf(weighted)) | np.any(np.isinf(w) & is_zero, axis=1)
+    total = total._replace(may_be_nan=total.may_be_nan | spoilt)
     scales = 1 / np.sqrt(most) * (1 - 8 * _U), np.inf if least <= 0 else 1 / np.sqrt(least) * (1 + 8 * _U)
     low = np.where(total.low < 0, total.low * scales[1], total.low * scales[0])
     high = np.where(total.high > 0, total.high * scales[1], total.high * scales[0])

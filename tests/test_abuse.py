@@ -321,7 +321,7 @@ def _busy_gpu() -> Iterator[None]:
     """Meanwhile another thread keeps a stream of its own full of another FFN's launches and of another library's."""
     import cupy
 
-    layer, stop, rounds = _layer(9, d_ff=11008), threading.Event(), []
+    layer, began, stop, rounds = _layer(9, d_ff=11008), threading.Event(), threading.Event(), []
 
     def work() -> None:
         with cupy.cuda.Stream(non_blocking=True) as own:
@@ -332,11 +332,13 @@ def _busy_gpu() -> Iterator[None]:
                     cupy.negative(large, out=large)
                 own.synchronize()
                 rounds.append(sum(not np.array_equal(bits(on.get(out)), bits(layer.expected)) for out in outs))
+                began.set()
 
     cupy.cuda.Device().synchronize()
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
+        assert began.wait(60), "the other thread does not get on"
         yield
     finally:
         stop.set()

@@ -1066,7 +1066,7 @@ def test_channel_mix_of_flash_linear_attention(d_model, d_ff, dtype):
             linear.weight.normal_(0, linear.in_features**-0.5)
         feed_forward.x_k.uniform_()
         model = model.to("cuda", dtype).eval()
-        token, text = (torch.randn(1, n, d_model, device="cuda", dtype=dtype) for n in (1, 5))
+        token, text = (torch.randn(1, n, d_model, device="cuda", dtype=dtype) for n in (1, 12))
         before, text_before, share = model(token), model(text), measure_sparsity(model, token).sparsity
         mixed = (token.double() * (1 - feed_forward.x_k.double())).to(dtype).double()
         key = (mixed @ feed_forward.key.weight.double().t()).to(dtype).double()
@@ -1076,7 +1076,8 @@ def test_channel_mix_of_flash_linear_attention(d_model, d_ff, dtype):
         after = model(token)
         own, error = ((y.double() - exact).norm() for y in (before, after))
         assert error <= 2 * own + torch.finfo(dtype).eps * exact.norm()
-        assert torch.equal(model(text), text_before) and measure_sparsity(model, token).sparsity == share > 0.2
+        torch.testing.assert_close(model(text), text_before)  # as dense, of weights that lie differently
+        assert measure_sparsity(model, token).sparsity == share > 0.2
         unpatch_model(model)
         assert torch.equal(model(token), before) and type(feed_forward.key) is nn.Linear
 

@@ -57,8 +57,15 @@ def _only_moves(module: nn.Module, forward: Any) -> bool:
     device = hook.execution_device
     if not is_its or hook.offload or device is None or getattr(before, "__func__", None) is not type(module).forward:
         return False
-    stays = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return all(p is None or p.device == stays for p in module._parameters.values())
+    to = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return all(p is None or _stays(p.device, to) for p in module._parameters.values())
+
+
+def _stays(device: torch.device, to: torch.device) -> bool:
+    """Whether a tensor of this device is left where it is by a move. One to "cuda" goes to the current GPU."""
+    if to.index is None and device.type == to.type == "cuda":
+        return device.index == torch.cuda.current_device()
+    return device == to
 
 
 def is_watched() -> bool:
