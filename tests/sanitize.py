@@ -2,8 +2,8 @@
 
 Each tool is first shown a kernel with the very mistake that it looks for, since a tool that sees nothing also reports nothing.
 Then it watches the GPU tests of the operators, without the pools of CuPy and torch and with scratch of exactly the size that is
-needed, so that every access beyond an array is one beyond an allocation. The command fails where the tool is missing, where no
-test passed or one failed, and where anything was reported.
+needed, so that every access beyond an array is one beyond an allocation. Each tool watches several processes, which divide the
+tests. The command fails where the tool is missing, where no test passed or one failed, and where anything was reported.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
 import click
+import pytest
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -176,9 +178,9 @@ class Outcome:
         return f"{self.tool}: {'clean' if self.is_clean else 'NOT CLEAN'}: {counts}{known}, {self.seconds:.0f} s"
 
 
-def judge(tool: str, log: str, tests: str, seconds: float = 0.0) -> Outcome:
+def judge(tool: str, log: str, tests: str) -> Outcome:
     """Of a tool's log and of what pytest has written about the tests (JUnit's XML)."""
-    outcome, said = Outcome(tool, seconds=seconds), read_log(log)
+    outcome, said = Outcome(tool), read_log(log)
     for report in said.reports:
         if is_discarded_word(tool, report):
             outcome.expected += 1
@@ -189,9 +191,22 @@ def judge(tool: str, log: str, tests: str, seconds: float = 0.0) -> Outcome:
         outcome.problems.append("the tool wrote no summary: it did not run to its end")
     elif said.counted > len(said.reports):
         outcome.problems.append(f"the tool counts {said.counted} reports and shows {len(said.reports)}")
-    if outcome.passed == 0:
-        outcome.problems.append("no test passed, so nothing was looked at")
+    if not tests.strip():
+        outcome.problems.append("pytest ended without a word about its tests")
     return outcome
+
+
+def together(tool: str, outcomes: Sequence[Outcome], seconds: float) -> Outcome:
+    """Of the processes that divided the tests."""
+    whole = Outcome(tool, seconds=seconds, problems=list(dict.fromkeys(p for o in outcomes for p in o.problems)))
+    for outcome in outcomes:
+        whole.passed += outcome.passed
+        whole.failed += outcome.failed
+        whole.expected += outcome.expected
+        whole.reports += outcome.reports
+    if whole.passed == 0:
+        whole.problems.append("no test passed, so nothing was looked at")
+    return whole
 
 
 def _counts(tests: str) -> tuple[int, int]:
@@ -219,8 +234,11 @@ def find_sanitizer() -> str | None:
 @click.option("--tool", "tools", type=click.Choice(TOOLS), multiple=True, help="Only these.  [default: all four]")
 @click.option("--tests", multiple=True, help="Paths or ids of tests, in place of the selection.")
 @click.option("--limit", default=600, show_default=True, help="Seconds for a tool.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=min(os.cpu_count() or 1, 16), help="Processes that divide the tests."
+)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the outcomes here.")
-def main(tools: tuple[str, ...], tests: tuple[str, ...], limit: int, json_path: Path | None) -> None:
+def main(tools: tuple[str, ...], tests: tuple[str, ...], limit: int, jobs: int, json_path: Path | None) -> None:
     """The GPU tests of the operators under compute-sanitizer; exit status 1 unless all is clean."""
     program = find_sanitizer()
     if program is None:
@@ -230,27 +248,33 @@ def main(tools: tuple[str, ...], tests: tuple[str, ...], limit: int, json_path: 
     outcomes = []
     for tool in tools or TOOLS:
         with _shown(tool):
-            outcomes.append(check(program, tool, selected, limit))
+            outcomes.append(check(program, tool, selected, limit, jobs))
         _tell(outcomes[-1])
-    if json_path:
-        json_path.write_text(json.dumps({**_where(), "tools": [o.as_json() for o in outcomes]}, indent=2) + "\n")
+        if json_path:  # after each: a tool can take long
+            json_path.write_text(json.dumps({**_where(), "tools": [o.as_json() for o in outcomes]}, indent=2) + "\n")
     sys.exit(0 if all(outcome.is_clean for outcome in outcomes) else 1)
 
 
-def check(program: str, tool: str, tests: Sequence[str], limit: float) -> Outcome:
+def check(program: str, tool: str, tests: Sequence[str], limit: float, jobs: int) -> Outcome:
     """The control under a tool, then the tests."""
     with tempfile.TemporaryDirectory() as folder:
-        log, junit, start = Path(folder, "log"), Path(folder, "tests.xml"), time.monotonic()
+        log, start = Path(folder, "log"), time.monotonic()
         why_not = _run(program, tool, log, f"sanitize.control({tool!r})", min(limit, 120))
         if why_not or not any(_FOUND[tool] in report for report in read_log(_text(log)).reports):
             problem = f"it does not report the control, a kernel with a known mistake {why_not}\n{_text(log)[-2000:]}"
             return Outcome(tool, seconds=time.monotonic() - start, problems=[problem])
-        log.unlink()
-        arguments = [*tests, "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-        why_not = _run(program, tool, log, f"sanitize.run_tests({arguments!r})", limit)
-        outcome = judge(tool, _text(log), _text(junit), time.monotonic() - start)
-        outcome.problems += [why_not] if why_not else []
-        return outcome
+
+        def watched(share: int) -> Outcome:
+            log, junit = Path(folder, f"log-{share}"), Path(folder, f"tests-{share}.xml")
+            arguments = [*tests, "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+            why_not = _run(program, tool, log, f"sanitize.run_tests({arguments!r}, {share}, {jobs})", limit)
+            outcome = judge(tool, _text(log), _text(junit))
+            outcome.problems += [why_not] if why_not else []
+            return outcome
+
+        with ThreadPoolExecutor(jobs) as pool:
+            outcomes = [*pool.map(watched, range(jobs))]
+        return together(tool, outcomes, time.monotonic() - start)
 
 
 def _text(path: Path) -> str:
@@ -337,9 +361,19 @@ def control(tool: str) -> None:
         cupy.cuda.Device().synchronize()
 
 
-def run_tests(arguments: list[str]) -> None:
-    """Run tests with line numbers in the kernels, which changes none of their instructions."""
-    import pytest
+class Share:
+    """A plug-in of pytest that leaves every ``of``-th test, from ``number`` on."""
+
+    def __init__(self, number: int, of: int) -> None:
+        self._number, self._of = number, of
+
+    @pytest.hookimpl(trylast=True)  # what other options leave is divided
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = items[self._number :: self._of]
+
+
+def run_tests(arguments: list[str], share: int, shares: int) -> None:
+    """Run a share of tests with line numbers in the kernels, which changes none of their instructions."""
 
     from prosparse_cupy import arguments as checked
     from prosparse_cupy import compiler
@@ -348,7 +382,7 @@ def run_tests(arguments: list[str]) -> None:
     options = compiler.compiler_options
     compiler.compiler_options = lambda plan: (*options(plan), "-lineinfo")
     checked.size_class = lambda nbytes: nbytes  # type: ignore[attr-defined]
-    sys.exit(pytest.main(arguments))
+    sys.exit(pytest.main(arguments, plugins=[Share(share, shares)]))
 
 
 if __name__ == "__main__":

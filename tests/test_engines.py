@@ -178,7 +178,7 @@ def test_ffns_decode_sparsely_on_the_engines_own_weights(case: str, dtype: Any, 
     model = _Model(kind(), kind()).to(device, dtype)
     xs = [torch.randn(*shape, D_MODEL).to(device, dtype) for shape in ((1,), (8,), (9,), (1, 3), (1, 20), (0,))]
     for numbers, steps in (*((p, 8) for p in model.parameters()), *((x, 4) for x in xs)):
-        numbers.copy_((numbers * steps).round() / steps)  # bfloat16 holds sums of their products: the same gates pass the threshold
+        numbers.copy_((numbers * steps).round() / steps)  # bfloat16 holds gates exactly, so the same ones pass the threshold
     before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
     expected = [[layer(x) for x in xs] for layer in model.layers]
     report = sparsify(model, config, ENGINE)

@@ -220,8 +220,8 @@ def tool(tmp_path, monkeypatch):
     return says
 
 
-def _run(*arguments):
-    done = CliRunner().invoke(sanitize.main, [*arguments])
+def _run(*arguments, jobs=1):
+    done = CliRunner().invoke(sanitize.main, [*arguments, "--jobs", str(jobs)])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     return done
 
@@ -252,6 +252,30 @@ def test_the_command_fails(tool, said, why):
     tool(**said)
     done = _run("--tool", "racecheck")
     assert done.exit_code == 1 and why in done.output, done.output
+
+
+def test_processes_divide_the_tests(tool, tmp_path):
+    """Each with its own log, and what one reports counts."""
+    tool()
+    done = _run("--tool", "racecheck", "--json", str(tmp_path / "found.json"), jobs=3)
+    assert done.exit_code == 0 and "90 tests passed" in done.output, done.output
+    program = Path(sanitize.find_sanitizer())
+    program.write_text(
+        program.read_text() + f"if ', 1, 3)' in code: pathlib.Path(log).write_text({RACE + _race_summary(1)!r})\n"
+    )
+    done = _run("--tool", "racecheck", jobs=3)
+    assert done.exit_code == 1 and "90 tests passed, 0 failed, 1 reports" in done.output, done.output
+    program.write_text(program.read_text().replace("write_text(said", "write_text('' if ', 2, 3)' in code else said"))
+    done = _run("--tool", "racecheck", jobs=3)
+    assert done.exit_code == 1 and "60 tests passed" in done.output and "without a word" in done.output, done.output
+
+
+def test_shares_are_all_tests():
+    shares = []
+    for number in range(3):
+        shares.append([*range(10)])
+        sanitize.Share(number, 3).pytest_collection_modifyitems(shares[-1])
+    assert sorted(sum(shares, [])) == [*range(10)] and all(shares)
 
 
 def test_the_command_fails_without_the_tool(monkeypatch):
