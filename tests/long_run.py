@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -176,12 +175,11 @@ def where() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the tree that is run, and whether it has changes."""
-    said = [
-        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-    ]
-    return (said[0] or "unknown") + ("-changed" if said[1] else "")
+    """Of this checkout."""
+    from benchmarks.conditions import commit_of_checkout
+
+    name, is_clean = commit_of_checkout()
+    return name if is_clean else f"{name}-changed"
 
 
 def _need_gpu() -> None:

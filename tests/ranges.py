@@ -190,7 +190,7 @@ def ffn_4(
     most = mean * (1 + relative) + norm_eps * (1 + 4 * _U)
     if most * len(x1) >= _LARGEST * (1 - 2.0**-10) or np.any(np.abs(weighted[np.isfinite(weighted)]) >= _LARGEST * (1 - _U)):
         return _anything((columns,))  # the sum of the squares overflows, or a product with a weight
-    # The product with the weight is rounded. If it is so small or made of what is, it may count as zero, which makes NaN of infinity.
+    # The product with the weight is rounded. If it is small or made of what is, it may count as zero: NaN, times infinity.
     of_small = (_only_subnormals(values) > 0) | (_only_subnormals(norm_weight[on].astype(np.float64)) > 0)
     is_zero = of_small | (np.abs(weighted) < 2 * _NORMAL)
     lost = np.where(is_zero, np.abs(weighted), 2 * _U * np.abs(weighted)) + _NORMAL

@@ -31,6 +31,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a program's folder is that of its file
+
+from benchmarks.conditions import commit_of_checkout  # noqa: E402
+
 CONTROLS = {
     "memcheck": "a[threadIdx.x + 64] = 1;",
     "racecheck": "__shared__ int s[64]; s[threadIdx.x] = a[threadIdx.x]; a[threadIdx.x] = s[63 - threadIdx.x];",
@@ -320,19 +324,15 @@ def _tell(outcome: Outcome) -> None:
         click.echo(f"  and {len(outcome.reports) - 20} more")
 
 
-def _where() -> dict[str, str]:
+def _where() -> dict[str, object]:
     """The commit, and the GPU as nvidia-smi names it: this process leaves the GPU to the others."""
-    return {
-        "commit": _said("git", "rev-parse", "HEAD"),
-        "gpu": _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
-    }
-
-
-def _said(*command: str) -> str:
+    commit, clean = commit_of_checkout()
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        smi = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        gpu = "unknown"
+    return {"commit": commit, "clean": clean, "gpu": gpu}
 
 
 # In the process that a tool watches

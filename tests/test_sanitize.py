@@ -275,7 +275,7 @@ def test_shares_are_all_tests():
     for number in range(3):
         shares.append([*range(10)])
         sanitize.Share(number, 3).pytest_collection_modifyitems(shares[-1])
-    assert sorted(sum(shares, [])) == [*range(10)] and all(shares)
+    assert sorted(n for share in shares for n in share) == [*range(10)] and all(shares)
 
 
 def test_the_command_fails_without_the_tool(monkeypatch):
