@@ -287,7 +287,17 @@ def _text(path: Path) -> str:
 
 def _run(program: str, tool: str, log: Path, code: str, limit: float) -> str:
     """Run Python code of this file under a tool: why it was not done in time, or nothing."""
-    options = ["--target-processes", "application-only", "--print-limit", str(_PRINTED), "--log-file", str(log)]
+    # A process that shares the cores with others may take more than the ten seconds that it has to start by itself.
+    options = [
+        "--target-processes",
+        "application-only",
+        "--launch-timeout",
+        "120",
+        "--print-limit",
+        str(_PRINTED),
+        "--log-file",
+        str(log),
+    ]
     command = [program, "--tool", tool, *_OPTIONS[tool], *options, sys.executable, "-c", f"import sanitize; {code}"]
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
