@@ -313,7 +313,7 @@ def parallel(names: tuple[str, ...], json_path: Path | None, quick: bool) -> Non
     """Tokens a second of whole models that transformers has split over the GPUs of this host.
 
     Run it in every process: ``torchrun --nproc-per-node 2 -m benchmarks parallel --model 13B``. The first process measures each
-    model on one GPU first, but for 70B, which does not fit, and writes what was found after each model.
+    model on one GPU first, but for 70B, which does not fit, and writes each row as soon as it is there.
     """
     _need_gpu()
     try:
@@ -343,7 +343,10 @@ def parallel(names: tuple[str, ...], json_path: Path | None, quick: bool) -> Non
     def measure(label: str, make: Callable[[], Any], gpus: int) -> None:
         say(label, f"making the model for {gpus} GPUs")
         model = make()
-        rows.extend(models.measure_parallel(model, label, gpus, repeats, partial(say, label)))
+        for row in models.measure_parallel(model, label, gpus, repeats, partial(say, label)):
+            rows.append(row)
+            if is_first and json_path:
+                write_json(result(), json_path)
         del model
         models.free_memory()
 
@@ -353,8 +356,6 @@ def parallel(names: tuple[str, ...], json_path: Path | None, quick: bool) -> Non
             measure(label, partial(random_model, record), 1)
         dist.barrier()
         measure(label, partial(models.split_model, record, label, mesh), dist.get_world_size())
-        if is_first and json_path:
-            write_json(result(), json_path)
     dist.destroy_process_group()
     if is_first:
         _finish(result(), json_path, None)

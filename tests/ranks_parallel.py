@@ -267,7 +267,10 @@ def benchmarked() -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def compiled_layers(path: str, options: dict[str, Any] | None) -> bool:
-    """Whether a step whose layers torch traces whole, all-reduces among it, gives the logits of one that is not."""
+    """Whether a step whose layers torch traces whole, all-reduces among it, gives the logits of one that is not.
+
+    Both are taken before inductor, which fuses and so rounds otherwise.
+    """
     import types
 
     from prosparse_cupy.torch import step as steps
@@ -278,12 +281,33 @@ def compiled_layers(path: str, options: dict[str, Any] | None) -> bool:
     step = psct.prepare_generation(model, 64)
     step.position.fill_(5)
     step.token.fill_(7)
-    expected = step._outputs().clone()
+    layers = step._twin.get_decoder().layers
+    steps._let_layers_run(layers, step._layers, step._cache, steps._forward_of)
+    with torch.inference_mode():
+        expected = step._outputs().clone()
     own = types.FunctionType(steps._forward_of.__code__.replace(), steps._forward_of.__globals__, "layer")
     traced = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
-    steps._let_layers_run(step._twin.get_decoder().layers, step._layers, step._cache, traced)
-    with steps._recompiling():
-        return torch.equal(step._outputs(), expected)
+    steps._let_layers_run(layers, step._layers, step._cache, traced)
+    with torch.inference_mode(), steps._recompiling():
+        return torch.equal(step._outputs(), expected) and not any(of_parallel.is_split(p) for p in layers.parameters())
+
+
+@torch.no_grad()
+def parts_of_projections(path: str) -> list[bool]:
+    """Whether what a step calls in the place of each projection gives its bits, for one token and for several."""
+    from prosparse_cupy.torch.linears import LinearShard, known_sharding
+
+    model, found = _loaded(path, "bfloat16"), []
+    for name, linear in model.named_modules():
+        if not isinstance(linear, nn.Linear) or (sharding := known_sharding(linear)) is None:
+            continue
+        inputs = linear.in_features // (sharding.parallel.size if sharding.style == "rowwise" else 1)
+        part = LinearShard(linear, sharding)
+        for tokens in (1, 5):
+            torch.manual_seed(len(name) + (dist.get_rank() if sharding.style == "rowwise" else 0))
+            x = torch.randn(1, tokens, inputs).to(model.device, torch.bfloat16)
+            found.append(torch.equal(part(x), linear(x)))
+    return found
 
 
 @torch.no_grad()

@@ -308,9 +308,14 @@ def test_other_models_that_transformers_splits(two, folder, kind):
     assert two.run(ranks_parallel.written, path, IDS) == [([True, True], own)] * 2
 
 
-@pytest.mark.parametrize("options", [None, {}, {"compress": True}])
+@pytest.mark.parametrize("options", [None, {}, {"compress": True}, {"linears": False}])
 def test_layers_of_a_step_are_traced_whole(two, folder, options):
     assert two.run(ranks_parallel.compiled_layers, folder("bfloat16"), options) == [True, True]
+
+
+def test_parts_of_projections_give_the_bits_of_their_projections(two, folder):
+    path = folder("bfloat16", attention_bias=True, mlp_bias=True)
+    assert two.run(ranks_parallel.parts_of_projections, path) == [[True] * 30] * 2
 
 
 def test_the_benchmark_measures_a_small_model(two):

@@ -73,6 +73,29 @@ class DecodingLinear(nn.Linear):
         return sharding.whole(nn.functional.linear(input, weight), input.dtype) if y is None else y
 
 
+class LinearShard(nn.Module):
+    """What a process does of a projection that transformers has split, with its part of the parameters as plain ones.
+
+    It has the results of the projection, to the bit. The projection itself swaps its `DTensor` parameters for their parts while
+    it runs, which torch.compile does not follow everywhere.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear, sharding: Sharding) -> None:
+        super().__init__()
+        self._sharding = sharding
+        self.weight = nn.Parameter(local_of(linear.weight).detach(), requires_grad=False)
+        bias = None if linear.bias is None else nn.Parameter(local_of(linear.bias).detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) or this process's share of them, to (..., out_features) or its share."""
+        if self._sharding.style != "rowwise" or self.bias is None:
+            return self._sharding.joined(nn.functional.linear(input, self.weight, self.bias))
+        return self._sharding.joined(nn.functional.linear(input, self.weight)) + self.bias  # once
+
+
 class CompressedLinear(nn.Module):
     """`torch.nn.Linear` whose bfloat16 weight is in 12 bits, without loss; a bias stays as it is.
 

@@ -169,8 +169,12 @@ class Sharding(NamedTuple):
 
     def whole(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """What the projection's `forward` returns of this process's result; sums are added in float32 whoever made them."""
+        return self.joined(y.float()).to(dtype) if self.style == "rowwise" else self.joined(y)
+
+    def joined(self, y: Tensor) -> Tensor:
+        """The same of a result that is added in its own dtype, as transformers does."""
         if self.style == "rowwise":
-            return self.parallel.sum(y.float()).to(dtype)
+            return self.parallel.sum(y)
         return self.parallel.gather(y) if self.style == "gathered" else y
 
     def decoded(self, x: Tensor, weight: TorchWeight) -> Tensor | None:

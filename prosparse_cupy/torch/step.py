@@ -27,7 +27,7 @@ from ..attention import Attention
 from .attention import NAME, LayerCache, register_attention
 from .dispatch import TorchWeight, dispatched, few_tokens, is_taken
 from .eligibility import attention_of
-from .linears import CompressedLinear, DecodingLinear, whole_of
+from .linears import CompressedLinear, DecodingLinear, LinearShard, known_sharding, whole_of
 from .matrices import groups_of
 from .mlp import SparseMLP
 from .parallel import forward_is_parallel, hold_parts, local_of, parallel_of, stay_split
@@ -361,6 +361,11 @@ def _twin(model: Any) -> Any:
     configs: dict[int, Any] = {}
     modules: dict[int, nn.Module] = {}
     twin: Any = _copied(model, modules, configs)
+    for module in list(twin.modules()):
+        if not isinstance(module, SparseMLP):
+            for name, child in module._modules.items():
+                if type(child) is nn.Linear and (sharding := known_sharding(child)) is not None:
+                    module._modules[name] = LinearShard(child, sharding)
     for module in twin.modules():
         if isinstance(module, DecodingLinear):
             hold_parts(module)
