@@ -135,8 +135,7 @@ static_assert(LISTS == 1 || (LISTS == 2 && OWN > 1), "two lists are of two token
 
 struct Shared {
     unsigned short lists[WARPS][LISTS][LISTED];
-    float partial[HERE][SHARES][SLICE];
-    float squares_of[HERE][SHARES];
+    float partial[HERE][SHARES][SLICE + NORM_WEIGHT];  // of each column, and, with a norm, of the squares
 };
 
 // Adds the products of the rows of N lists, so many each, with T tokens' x1 each, in the order in which a token alone adds them: its
@@ -153,7 +152,7 @@ __device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsign
 #pragma unroll
         for (int i = 0; i < N * LOADS; ++i) {
             const int n = i / LOADS, place = first + i % LOADS * GROUPS;
-            const bool valid = place < active[n] && is_column;
+            const bool valid = active[n] - first > i % LOADS * GROUPS && is_column;  // compares with a constant
             const unsigned row = tile + (valid ? lists[n][place] : 0u);
             w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
 #pragma unroll
@@ -186,7 +185,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     __shared__ Shared shared;
 #endif
     const int rows = D_FF(d_ff), columns = D_MODEL(d_model), chunks = columns / VEC;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = warp % SHARES;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // Without a division where every warp has a share of its own: the compiler does not know how many warps there are.
+    const int share = SPLIT == 1 ? warp : warp % SHARES, first_own = SPLIT == 1 ? 0 : warp / SHARES * OWN;
 
     const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
     const bool is_column = WHOLE_SLICES || chunk < stored<W_DOWN>(chunks);
@@ -202,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     const unsigned base = first_row(0, share);
 
 #pragma unroll 1
-    for (int first_token = warp / SHARES * OWN, last = min(first_token + OWN, here); first_token < last; first_token += JOINT) {
+    for (int first_token = first_own, last = min(first_own + OWN, here); first_token < last; first_token += JOINT) {
         const scalar* x1_of = x1 + (long long)first_token * rows;
         float sums[JOINT][VEC] = {}, squares[JOINT][2] = {};
         for (int tile = 0; tile < rows; tile += TILE) {
@@ -252,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
             for (int e = 0; e < VEC / GROUPS + (VEC < GROUPS); ++e) shared.partial[token][share][column + e] = sums[t][e];
             if constexpr (NORM_WEIGHT) {
                 const float all = warp_sum(squares[t][0] + squares[t][1]);
-                if (lane == 0) shared.squares_of[token][share] = all;
+                if (lane == 0) shared.partial[token][share][SLICE] = all;
             }
         }
     }
@@ -268,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         for (int i = 0; i < SHARES; ++i) total += shared.partial[token][i][output % SLICE];
         if constexpr (NORM_WEIGHT) {
 #pragma unroll
-            for (int i = 0; i < SHARES; ++i) all += shared.squares_of[token][i];
+            for (int i = 0; i < SHARES; ++i) all += shared.partial[token][i][SLICE];
         }
         y[(long long)token * columns + c] = finished(total, all, rows, norm_eps, bias, c);
     }

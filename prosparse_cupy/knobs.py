@@ -390,7 +390,7 @@ class ColumnKnobs(Knobs):
         return (*order_of_ffn_4(problem).defines(), *super().defines(problem))
 
     def shared_bytes(self, problem: Problem) -> int:
-        """As `Shared` in `ffn_4.cu`, where that is more than a block has without being asked."""
+        """As `Shared` in `ffn_4.cu` with a norm, where that is more than a block has without being asked."""
         order = order_of_ffn_4(problem)
         columns = order.lanes * vector_length(problem.dtype)
         lists, sums = 2 * self.lists * self.warps * order.listed, 4 * self.here * order.warps * (columns + 1)

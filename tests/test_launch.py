@@ -38,8 +38,8 @@ def static_shared_bytes(plan: launch.Launch) -> int:
     if plan.kernel == "ffn_4":
         if plan.shared_bytes:  # then it is dynamic
             return 0
-        lists, sums = 2 * defines["WARPS"] * defines["LISTED"], 4 * defines["WARPS"] * (defines["LANES"] * 16 // itemsize + 1)
-        return lists + sums
+        columns = defines["LANES"] * 16 // itemsize + defines["NORM_WEIGHT"]
+        return 2 * defines["WARPS"] * defines["LISTED"] + 4 * defines["WARPS"] * columns
     if plan.kernel == "ffn_23" and "ROWS" in defines:
         return 4 * 32 * defines["WARPS"] // 2 + 4
     return 32 * 33 * itemsize if plan.kernel == "pack_down" else 0
