@@ -162,7 +162,8 @@ def _ran_long(run: dict[str, Any]) -> tuple[str, str]:
 def _mutated(run: dict[str, Any]) -> tuple[str, str]:
     mutants = run["mutants"]
     alive = [m for m in mutants if not m["noticed_by"]]
-    return f"{len(mutants)} mutants", f"{len(mutants) - len(alive)} noticed, {len(alive)} named below"
+    of_all = f" of {run['listed']}" if len(mutants) < run["listed"] else ""
+    return f"{len(mutants)}{of_all} mutants", f"{len(mutants) - len(alive)} noticed, {len(alive)} named below"
 
 
 RUNS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], tuple[str, str]]], ...] = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from checks import (
@@ -450,3 +452,58 @@ def test_conversions_round_to_nearest_even(host, dtype):
             dot = np.float32(x[0]) * w[:, 0].astype(np.float32)
             expected = np.where(active, g.astype(np.float32) * dot, np.float32(0)).astype(DTYPES[dtype])
         np.testing.assert_array_equal(out.astype(np.float32), expected.astype(np.float32))
+
+
+def test_the_largest_halves_stay_finite(host):
+    """65519 and less round to 65504, 65520 to infinity: on the host the kernels round by themselves."""
+    w = np.zeros((4, 8), np.float16)
+    w[:, 0], w[:, 1] = 65504, (0, 15, 16, 0)
+    w[3] = -w[1]
+    x = np.asarray([1, 1, *[0] * 6], np.float16)
+    out = _run_twice(host, "ffn_1", Shape(8, 4, "float16"), [x, w, None], poisoned(4, "float16"))
+    np.testing.assert_array_equal(out, np.asarray([65504, 65504, np.inf, -65504], np.float16))
+
+
+# Of results on fixed inputs. Whoever changes the order of a sum changes these, and tells so under *Numerics* in the changelog.
+BITS = {
+    ("ffn_1", "bfloat16"): "da3834654100ddb0",
+    ("ffn_1", "float16"): "160f1d5715d9ebe6",
+    ("ffn_1", "float32"): "9c010955e592d751",
+    ("ffn_12", "bfloat16"): "5710f9d95912d42b",
+    ("ffn_12", "float16"): "cde887f608324830",
+    ("ffn_12", "float32"): "eef2c8abe5f7ba3d",
+    ("ffn_123", "bfloat16"): "8b1d3d2ef0d74470",
+    ("ffn_123", "float16"): "733b49d2f2f5c8a4",
+    ("ffn_123", "float32"): "a405ba27acf00f51",
+    ("ffn_23", "bfloat16"): "f5185eff76d624bb",
+    ("ffn_23", "float16"): "5578ac07fdad4b36",
+    ("ffn_23", "float32"): "0586cfb5fbb8fb7a",
+    ("ffn_4", "bfloat16"): "843766b4e78dbc13",
+    ("ffn_4", "float16"): "e5c832311322a32d",
+    ("ffn_4", "float32"): "7c3c7ef732495ede",
+}
+
+
+def _fixed(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
+    """Numbers from -1 to 1, by integer arithmetic alone: no library may change them."""
+    mixed = (np.arange(np.prod(shape), dtype=np.uint64) + np.uint64(1 + 7919 * seed)) * np.uint64(0x9E3779B97F4A7C15)
+    return ((mixed >> np.uint64(40)).astype(np.float64) / 2**23 - 1).reshape(shape).astype(np.float32).astype(DTYPES[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_12", "ffn_123", "ffn_23", "ffn_4"])
+def test_sums_keep_their_order(host, kernel, dtype):
+    d_model, d_ff = (40, 700) if kernel == "ffn_4" else (2312, 41)
+    x, w_gate, w_up = _fixed((d_model,), dtype, 1), _fixed((d_ff, d_model), dtype, 2), _fixed((d_ff, d_model), dtype, 3)
+    g, x1 = _fixed((d_ff,), dtype, 4), _fixed((d_ff,), dtype, 5)
+    inputs = {
+        "ffn_1": [x, w_gate, None],
+        "ffn_12": [x, w_up, None, 0.25],
+        "ffn_123": [x, w_gate, w_up, None, 0.25],
+        "ffn_23": [g, x, w_up, None, 0.25],
+        "ffn_4": [x1, w_up, None],
+    }[kernel]
+    x1[x1 < 0] = 0
+    out = _run_twice(host, kernel, Shape(d_model, d_ff, dtype), inputs, poisoned(d_model if kernel == "ffn_4" else d_ff, dtype))
+    assert np.count_nonzero(out) > out.size / 4
+    assert hashlib.sha256(bits(out).tobytes()).hexdigest()[:16] == BITS[kernel, dtype]

@@ -105,12 +105,21 @@ class Trees:
 @click.command(help="Break kernels and Python on purpose, one text at a time, and tell which breaks no CPU test notices.")
 @click.option("--only", default="", help="Mutants whose name has this text.")
 @click.option("--jobs", default=max(1, (os.cpu_count() or 2)), show_default=True, help="How many at a time.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was found.")
-def main(only: str, jobs: int, json_file: Path | None) -> None:
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write here what is found, as it is found."
+)
+@click.option("--again", is_flag=True, help="Also run those of which the file of --json tells already.")
+def main(only: str, jobs: int, json_file: Path | None, again: bool) -> None:
     console = Console()
     chosen = [m for m in MUTANTS if only in m.name]
     if not chosen:
         raise click.UsageError(f"no mutant has {only!r} in its name")
+    kept = Kept(json_file)
+    if not again:
+        chosen = [m for m in chosen if not kept.has(m)]
+        if not chosen:
+            console.print("all of them have been run: --again runs them once more")
+            return
     for mutant in chosen:
         if mutant.old not in (ROOT / mutant.file).read_text(encoding="utf-8"):
             raise click.ClickException(f"{mutant.file} has no text {mutant.old!r}: mend the list of mutants")
@@ -127,14 +136,43 @@ def main(only: str, jobs: int, json_file: Path | None) -> None:
             outcomes = []
             for outcome in pool.map(lambda m: trees.outcome(m, tests_of(m.file)), chosen):
                 outcomes.append(outcome)
+                kept.add(outcome)
                 progress.advance(task)
                 if not outcome.noticed_by and outcome.mutant and not outcome.mutant.survives:
                     progress.console.print(f"alive: {outcome.mutant.name}", markup=False, highlight=False)
-    sys.exit(_report(console, outcomes, json_file))
+    sys.exit(_report(console, outcomes))
 
 
-def _report(console: Console, outcomes: list[Outcome], json_file: Path | None) -> int:
-    """Print and write what was found; 1 if a mutant lives that should not, or one died that is said to live."""
+class Kept:
+    """What a file tells of mutants that have been run, each with its commit, so that a long run can be taken up again.
+
+    Mutants whose texts or reasons have changed since count as new ones, and those that are gone are dropped.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        rows = json.loads(file.read_text(encoding="utf-8"))["mutants"] if file is not None and file.is_file() else []
+        listed = {(m.name, m.survives) for m in MUTANTS}
+        self._rows = {row["mutant"]: row for row in rows if (row["mutant"], row["survives"]) in listed}
+        said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+        self._commit = said.stdout.strip() or "unknown"
+
+    def has(self, mutant: Mutant) -> bool:
+        return mutant.name in self._rows
+
+    def add(self, outcome: Outcome) -> None:
+        if self._file is None or outcome.mutant is None:
+            return
+        facts = {"noticed_by": outcome.noticed_by, "survives": outcome.mutant.survives, "seconds": round(outcome.seconds, 1)}
+        self._rows[outcome.mutant.name] = {"mutant": outcome.mutant.name, **facts, "commit": self._commit}
+        found = {"commit": self._commit, "listed": len(MUTANTS), "mutants": list(self._rows.values())}
+        beside = self._file.with_suffix(".new")
+        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self._file)
+
+
+def _report(console: Console, outcomes: list[Outcome]) -> int:
+    """Print what was found; 1 if a mutant lives that should not, or one died that is said to live."""
     alive = [o.mutant for o in outcomes if o.mutant and not o.noticed_by]
     unexpected = [m for m in alive if not m.survives]
     wrong = [o for o in outcomes if o.mutant and o.mutant.survives and o.noticed_by]
@@ -147,16 +185,6 @@ def _report(console: Console, outcomes: list[Outcome], json_file: Path | None) -
     console.print(
         f"{len(outcomes) - len(alive)} of {len(outcomes)} mutants are noticed, {len(unexpected)} live without a reason"
     )
-    if json_file:
-        rows = [
-            {"mutant": o.mutant.name, "noticed_by": o.noticed_by, "survives": o.mutant.survives, "seconds": round(o.seconds, 1)}
-            for o in outcomes
-            if o.mutant
-        ]
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        json_file.write_text(json.dumps({"commit": commit, "mutants": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if unexpected or wrong else 0
 
 

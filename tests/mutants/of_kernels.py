@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import Mutant
 
 _ON_GPU = "the host build has no PTX: tests of the results on a GPU notice it"
+_FULL_NAN = "only a NaN with all its bits set would overflow, and sums of numbers of 16 bits have none"
 _LARGE = "indexes beyond 2**31 need 4 GB and more of one array: test_large.py does, on a GPU"
 
 MUTANTS = [
@@ -27,7 +28,7 @@ MUTANTS = [
     Mutant("kernels/elements.cuh", "cvt.rn.f16.f32", "cvt.rz.f16.f32", _ON_GPU),
     Mutant("kernels/elements.cuh", "return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;", "return bits >> 16;"),
     Mutant("kernels/elements.cuh", "return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;", "return (bits + 0x8000u) >> 16;"),
-    Mutant("kernels/elements.cuh", "if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;", ""),
+    Mutant("kernels/elements.cuh", "if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;", "", _FULL_NAN),
     Mutant("kernels/elements.cuh", "if (magnitude > 0x7f800000u) return 0x7fff;", ""),
     Mutant("kernels/elements.cuh", "magnitude >= 0x477ff000u", "magnitude >= 0x477fe000u"),
     Mutant("kernels/elements.cuh", "0xfffu + ((magnitude >> 13) & 1u)", "0x1000u"),
@@ -55,12 +56,22 @@ MUTANTS = [
     ),
     Mutant("kernels/row_dot.cuh", "halves[0] = sums.even[0] + sums.even[1];", "halves[0] = sums.even[0];"),
     Mutant("kernels/row_dot.cuh", "halves[i] += halves_of[warp ^ 1][i][lane];", "halves[i] += halves_of[warp][i][lane];"),
-    Mutant("kernels/row_dot.cuh", "constexpr int MANY = TOKENS > 2 ? TOKENS / 2 + 1 : TOKENS + 1;", "constexpr int MANY = 1;"),
+    Mutant(
+        "kernels/row_dot.cuh",
+        "constexpr int MANY = TOKENS > 2 ? TOKENS / 2 + 1 : TOKENS + 1;",
+        "constexpr int MANY = 1;",
+        "rows are multiplied with tokens that do not need them, and the products left out: it takes longer",
+    ),
     Mutant("kernels/row_dot.cuh", "if (!(tokens >> t & 1)) continue;", "if (tokens >> t & 1) continue;"),
     Mutant("kernels/row_dot.cuh", "const uint4 v = x[t * chunks + 64 * i];", "const uint4 v = x[64 * i];"),
     Mutant("kernels/row_dot.cuh", "first + 64 * LOADS < chunks", "first + 64 * LOADS < chunks - 64"),
     Mutant("kernels/row_dot.cuh", "WHOLE_GROUPS<N> || row < rows ? row : rows - 1, chunks", "row, chunks"),
-    Mutant("kernels/row_dot.cuh", "lane < N * PLACES && token < TOKENS && inside", "token < TOKENS && inside"),
+    Mutant(
+        "kernels/row_dot.cuh",
+        "lane < N * PLACES && token < TOKENS && inside",
+        "token < TOKENS && inside",
+        "lanes without a place of their own then store once more what another stores",
+    ),
     Mutant(
         "kernels/row_dot.cuh",
         "row = first + lane / PLACES % N, token = lane % PLACES",
@@ -214,8 +225,8 @@ MUTANTS = [
     Mutant("kernels/ffn_4.cu", "sqrtf(squares / rows + norm_eps)", "sqrtf(squares + norm_eps)"),
     Mutant(
         "kernels/ffn_4.cu",
-        "const bool valid = place < active[n] && is_column;",
-        "const bool valid = place <= active[n] && is_column;",
+        "const bool valid = active[n] - first > i % LOADS * GROUPS && is_column;",
+        "const bool valid = active[n] - first >= i % LOADS * GROUPS && is_column;",
     ),
     Mutant("kernels/ffn_4.cu", "x1 + (long long)(n * T + t) * rows", "x1"),
     Mutant("kernels/ffn_4.cu", "if (valid) s[i][t] *= to_float(*advanced(norm_weight, row, sizeof(scalar)));", ""),
