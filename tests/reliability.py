@@ -150,7 +150,10 @@ def _sanitized(run: dict[str, Any]) -> tuple[str, str]:
     tools = run["tools"]
     passed = sum(tool["passed"] for tool in tools)
     unclean = [tool["tool"] for tool in tools if not tool["is_clean"]]
-    return f"{passed:,} tests under {len(tools)} tools", f"not clean: {', '.join(unclean)}" if unclean else "nothing reported"
+    before = {tool["commit"] for tool in tools if tool.get("commit", run["commit"]) != run["commit"]}
+    others = f", some at {' and '.join(sorted(before))}" if before else ""  # a tool may have been run again by itself
+    result = f"not clean: {', '.join(unclean)}" if unclean else "nothing reported"
+    return f"{passed:,} tests under {len(tools)} tools{others}", result
 
 
 def _ran_long(run: dict[str, Any]) -> tuple[str, str]:
