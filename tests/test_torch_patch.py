@@ -21,6 +21,7 @@ from prosparse_cupy.torch import (  # noqa: E402
     FATReLU,
     SparseGatedMLP,
     SparsityMeter,
+    dispatch,
     measure_sparsity,
     patch_model,
     register_fatrelu,
@@ -630,6 +631,23 @@ def test_offloading_after_patching(device):
     accelerate.cpu_offload(model, execution_device=torch.device(device))
     with torch.inference_mode():
         assert torch.equal(model.generate(_ids(device), max_new_tokens=20, do_sample=False), before)
+
+
+@pytest.mark.parametrize(
+    ("device", "to", "stays"),
+    [
+        ("cuda:1", "cuda:1", True),
+        ("cuda:1", "cuda", True),  # the current GPU
+        ("cuda:0", "cuda", False),
+        ("cuda:0", "cuda:1", False),
+        ("cpu", "cpu", True),
+        ("cpu", "cuda", False),
+        ("cuda:1", "cpu", False),
+    ],
+)
+def test_what_a_hook_moves_nowhere(device, to, stays, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert dispatch._stays(torch.device(device), torch.device(to)) is stays
 
 
 @pytest.mark.parametrize("compress", [False, True])
