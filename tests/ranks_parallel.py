@@ -311,6 +311,26 @@ def parts_of_projections(path: str) -> list[bool]:
 
 
 @torch.no_grad()
+def weights_go_with_the_step(path: str) -> bool:
+    """Whether a weight that the model has dropped is gone with a step's modules, before any collection."""
+    from prosparse_cupy.torch import step as steps
+
+    model = _loaded(path, "bfloat16")
+    gc.collect()
+    gc.disable()
+    try:
+        twin = steps._twin(model)
+        linear = twin.get_decoder().layers[0].mlp.up_proj
+        assert type(linear).__name__ == "LinearShard", type(linear)
+        projection = model.model.layers[0].mlp.up_proj
+        weight = weakref.ref(projection._parameters.pop("weight"))
+        del twin, linear
+        return weight() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
 def uneven(path: str, ids: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
     """Shards of different sizes, of which operators may take one and not the other; a hook that one process has."""
     model = _loaded(path, "bfloat16")

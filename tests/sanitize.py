@@ -255,8 +255,16 @@ def main(tools: tuple[str, ...], tests: tuple[str, ...], limit: int, jobs: int, 
             outcomes.append(check(program, tool, selected, limit, jobs))
         _tell(outcomes[-1])
         if json_path:  # after each: a tool can take long
-            json_path.write_text(json.dumps({**_where(), "tools": [o.as_json() for o in outcomes]}, indent=2) + "\n")
+            _keep(outcomes, json_path)
     sys.exit(0 if all(outcome.is_clean for outcome in outcomes) else 1)
+
+
+def _keep(outcomes: Sequence[Outcome], json_path: Path) -> None:
+    """Write them; what a file tells of other tools stays, with the commit that they ran on."""
+    where, mine = _where(), {o.tool for o in outcomes}
+    known = json.loads(json_path.read_text())["tools"] if json_path.is_file() else []
+    tools = [t for t in known if t["tool"] not in mine] + [{**o.as_json(), "commit": where["commit"]} for o in outcomes]
+    json_path.write_text(json.dumps({**where, "tools": tools}, indent=2) + "\n")
 
 
 def check(program: str, tool: str, tests: Sequence[str], limit: float, jobs: int) -> Outcome:

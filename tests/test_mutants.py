@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from click.testing import CliRunner
 from mutants import Mutant
 from mutants import __main__ as command
 
@@ -37,8 +38,23 @@ def test_a_run_is_taken_up_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "MUTANTS", [noticed, alive._replace(survives="for another reason"), new])
     changed = command.Kept(file)
     assert [changed.has(m) for m in (noticed, alive, new)] == [True, False, False]
+    assert changed.outcome(noticed) == command.Outcome(noticed, "tests/test_a.py::test", 1.2)
     changed.add(command.Outcome(new, "", 1.0))
     assert [m["mutant"] for m in json.loads(file.read_text())["mutants"]] == [noticed.name, new.name]
+
+
+def test_long_texts_that_differ_at_their_end_are_two():
+    first, last = (Mutant("a.py", "x" * 80 + end, "y") for end in "ab")
+    assert first.name == last.name and first.digest != last.digest
+
+
+@pytest.mark.parametrize(("survives", "status"), [("", 1), ("nothing reads it", 0)])
+def test_survivors_of_an_earlier_run_count(tmp_path, monkeypatch, survives, status):
+    mutant = Mutant("pyproject.toml", "[project]", "[project ]", survives)
+    monkeypatch.setattr(command, "MUTANTS", [mutant])
+    command.Kept(tmp_path / "found.json").add(command.Outcome(mutant, "", 1.0))
+    done = CliRunner().invoke(command.main, ["--json", str(tmp_path / "found.json")])
+    assert done.exit_code == status and "all of them have been run" in done.output, done.output
 
 
 def test_without_a_file_nothing_is_kept():

@@ -318,6 +318,10 @@ def test_parts_of_projections_give_the_bits_of_their_projections(two, folder):
     assert two.run(ranks_parallel.parts_of_projections, path) == [[True] * 30] * 2
 
 
+def test_weights_go_with_the_step(two, folder):
+    assert two.run(ranks_parallel.weights_go_with_the_step, folder("bfloat16")) == [True, True]
+
+
 def test_the_benchmark_measures_a_small_model(two):
     first, last = two.run(ranks_parallel.benchmarked)
     ours = [(variant, weights) for weights in ("unpatched", "plain", "bf12") for variant in ("step", "generate()")]

@@ -235,6 +235,18 @@ def test_the_command_passes_where_all_tools_see_nothing(tool, tmp_path):
     assert [(t["passed"], t["is_clean"]) for t in found["tools"]] == [(30, True)] * 4 and {"commit", "gpu"} <= found.keys()
 
 
+def test_a_tool_is_run_again_by_itself(tool, tmp_path, monkeypatch):
+    path = tmp_path / "found.json"
+    tool()
+    monkeypatch.setattr(sanitize, "commit_of_checkout", lambda: ("before", True))
+    _run("--json", str(path))
+    monkeypatch.setattr(sanitize, "commit_of_checkout", lambda: ("after", True))
+    _run("--tool", "racecheck", "--json", str(path))
+    found = json.loads(path.read_text())
+    assert found["commit"] == "after" and len(found["tools"]) == len(sanitize.TOOLS)
+    assert {t["tool"] for t in found["tools"] if t["commit"] == "after"} == {"racecheck"}
+
+
 @pytest.mark.parametrize(
     ("said", "why"),
     [

@@ -85,6 +85,7 @@ class LinearShard(nn.Module):
     def __init__(self, linear: nn.Linear, sharding: Sharding) -> None:
         super().__init__()
         self._sharding = sharding
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(local_of(linear.weight).detach(), requires_grad=False)
         bias = None if linear.bias is None else nn.Parameter(local_of(linear.bias).detach(), requires_grad=False)
         self.register_parameter("bias", bias)

@@ -366,6 +366,7 @@ def _twin(model: Any) -> Any:
             for name, child in module._modules.items():
                 if type(child) is nn.Linear and (sharding := known_sharding(child)) is not None:
                     module._modules[name] = LinearShard(child, sharding)
+                    child.__dict__.pop("forward", None)  # which keeps the copy, and so the model's weights, until a collection
     for module in twin.modules():
         if isinstance(module, DecodingLinear):
             hold_parts(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 
@@ -17,3 +18,8 @@ class Mutant(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.file}: {self.old.strip()!r:.70} -> {self.new.strip()!r:.50}"
+
+    @property
+    def digest(self) -> str:
+        """What tells it from every other, whole texts among it, which the name cuts."""
+        return hashlib.sha256(repr(tuple(self)).encode()).hexdigest()[:16]

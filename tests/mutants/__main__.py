@@ -114,12 +114,13 @@ def main(only: str, jobs: int, json_file: Path | None, again: bool) -> None:
     chosen = [m for m in MUTANTS if only in m.name]
     if not chosen:
         raise click.UsageError(f"no mutant has {only!r} in its name")
-    kept = Kept(json_file)
+    kept, outcomes = Kept(json_file), list[Outcome]()
     if not again:
-        chosen = [m for m in chosen if not kept.has(m)]
+        known, chosen = [m for m in chosen if kept.has(m)], [m for m in chosen if not kept.has(m)]
+        outcomes = [kept.outcome(m) for m in known]
         if not chosen:
             console.print("all of them have been run: --again runs them once more")
-            return
+            sys.exit(_report(console, outcomes))
     for mutant in chosen:
         if mutant.old not in (ROOT / mutant.file).read_text(encoding="utf-8"):
             raise click.ClickException(f"{mutant.file} has no text {mutant.old!r}: mend the list of mutants")
@@ -133,7 +134,6 @@ def main(only: str, jobs: int, json_file: Path | None, again: bool) -> None:
                 raise click.ClickException(f"the tests fail on the tree as it is: {failure}")
             progress.update(task, completed=1)
             task = progress.add_task("mutants", total=len(chosen))
-            outcomes = []
             for outcome in pool.map(lambda m: trees.outcome(m, tests_of(m.file)), chosen):
                 outcomes.append(outcome)
                 kept.add(outcome)
@@ -146,25 +146,32 @@ def main(only: str, jobs: int, json_file: Path | None, again: bool) -> None:
 class Kept:
     """What a file tells of mutants that have been run, each with its commit, so that a long run can be taken up again.
 
-    Mutants whose texts or reasons have changed since count as new ones, and those that are gone are dropped.
+    Mutants whose texts or reasons have changed count as new ones, and those that are gone are dropped. What the tests and the
+    rest of the tree have become since does not count: ``--again`` runs all.
     """
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
         rows = json.loads(file.read_text(encoding="utf-8"))["mutants"] if file is not None and file.is_file() else []
-        listed = {(m.name, m.survives) for m in MUTANTS}
-        self._rows = {row["mutant"]: row for row in rows if (row["mutant"], row["survives"]) in listed}
+        listed = {m.digest for m in MUTANTS}
+        self._rows = {row["digest"]: row for row in rows if row["digest"] in listed}
         said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
         self._commit = said.stdout.strip() or "unknown"
 
     def has(self, mutant: Mutant) -> bool:
-        return mutant.name in self._rows
+        return mutant.digest in self._rows
+
+    def outcome(self, mutant: Mutant) -> Outcome:
+        """Of one that has been run."""
+        row = self._rows[mutant.digest]
+        return Outcome(mutant, row["noticed_by"], row["seconds"])
 
     def add(self, outcome: Outcome) -> None:
         if self._file is None or outcome.mutant is None:
             return
-        facts = {"noticed_by": outcome.noticed_by, "survives": outcome.mutant.survives, "seconds": round(outcome.seconds, 1)}
-        self._rows[outcome.mutant.name] = {"mutant": outcome.mutant.name, **facts, "commit": self._commit}
+        mutant, seconds = outcome.mutant, round(outcome.seconds, 1)
+        facts = {"noticed_by": outcome.noticed_by, "survives": mutant.survives, "seconds": seconds, "commit": self._commit}
+        self._rows[mutant.digest] = {"mutant": mutant.name, "digest": mutant.digest, **facts}
         found = {"commit": self._commit, "listed": len(MUTANTS), "mutants": list(self._rows.values())}
         beside = self._file.with_suffix(".new")
         beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
