@@ -493,9 +493,7 @@ def _fixed(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
 @dtypes
 @pytest.mark.parametrize("kernel", ["ffn_1", "ffn_12", "ffn_123", "ffn_23", "ffn_4"])
 def test_sums_keep_their_order(host, kernel, dtype):
-    d_model, d_ff = {"ffn_4": (40, 700), "ffn_23": (2312, 41)}.get(
-        kernel, (264, 101)
-    )  # built for tests above
+    d_model, d_ff = {"ffn_4": (40, 700), "ffn_23": (2312, 41)}.get(kernel, (264, 101))  # built for tests above
     x, w_gate, w_up = _fixed((d_model,), dtype, 1), _fixed((d_ff, d_model), dtype, 2), _fixed((d_ff, d_model), dtype, 3)
     g, x1 = _fixed((d_ff,), dtype, 4), _fixed((d_ff,), dtype, 5)
     inputs = {
