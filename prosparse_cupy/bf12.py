@@ -162,8 +162,6 @@ def _base(xp: ModuleType, bits: Any) -> int:
     for part in _parts(len(bits)):
         counts += xp.bincount((bits[part] >> 7 & 0xFF).ravel(), minlength=256)
     upto = np.concatenate([[0], np.cumsum(counts.get() if hasattr(counts, "get") else counts)])
-    if upto[-1] != bits.size:  # CuPy's histogram says nothing when it has no memory to count in
-        raise MemoryError("prosparse_cupy: the GPU has no memory left to count the exponents of a matrix")
     held = upto[WINDOW::2] - upto[: 2 * LARGEST_BASE + 1 : 2]
     return int(held.argmax())
 

@@ -396,7 +396,9 @@ class _Allocations:
     def of_cupy(self, nbytes: int) -> Any:
         if self._fails("CuPy"):
             raise self._cuda.memory.OutOfMemoryError(nbytes, 0)
-        return self._pool.malloc(nbytes)
+        memory = self._pool.malloc(nbytes)
+        memory.memset_async(0xFF, nbytes)  # so that nobody takes an earlier call's results for its own
+        return memory
 
     def of_driver(self, nbytes: int) -> int:
         if self._fails("driver"):
@@ -447,7 +449,9 @@ def test_out_of_memory_in_every_allocation(name, fail, monkeypatch):
             except MemoryError:
                 refused, results = refused + 1, []
             else:
-                assert allocations.failed in ([], ["driver"]), "it went on without an array"
+                # CuPy's histogram counts in another way where CUB has no workspace.
+                ways_out = [[], ["driver"], ["CuPy"]] if name == "compress" else [[], ["driver"]]
+                assert allocations.failed in ways_out, "it went on without an array"
         for arrays in (*results, call()):
             for array, right in zip(arrays, expected, strict=True):
                 _assert_same(array, right)
