@@ -147,8 +147,9 @@ __device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsign
     const int most = N == 1 ? active[0] : max(active[0], active[N - 1]);
     for (int begin = 0; begin < most; begin += GROUPS * LOADS) {  // all lanes stay together
         const int first = begin + threadIdx.x % 32 / LANES;
+        // Every load of the batch before the first use. What lies beyond a list reads x1[0], and counts as zero.
         W_DOWN::Chunk w[N * LOADS];
-        float s[N * LOADS][T];
+        scalar values[N * LOADS][T], norms[N * LOADS];
 #pragma unroll
         for (int i = 0; i < N * LOADS; ++i) {
             const int n = i / LOADS, place = first + i % LOADS * GROUPS;
@@ -156,10 +157,18 @@ __device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsign
             const unsigned row = tile + (valid ? lists[n][place] : 0u);
             w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
 #pragma unroll
+            for (int t = 0; t < T; ++t) values[i][t] = *advanced(x1 + (long long)(n * T + t) * rows, row, sizeof(scalar));
+            if constexpr (NORM_WEIGHT) norms[i] = *advanced(norm_weight, row, sizeof(scalar));
+        }
+        float s[N * LOADS][T];
+#pragma unroll
+        for (int i = 0; i < N * LOADS; ++i) {
+            const bool valid = active[i / LOADS] - first > i % LOADS * GROUPS && is_column;
+#pragma unroll
             for (int t = 0; t < T; ++t) {
-                s[i][t] = valid ? to_float(*advanced(x1 + (long long)(n * T + t) * rows, row, sizeof(scalar))) : 0.0f;
+                s[i][t] = valid ? to_float(values[i][t]) : 0.0f;
                 if constexpr (NORM_WEIGHT)
-                    if (valid) s[i][t] *= to_float(*advanced(norm_weight, row, sizeof(scalar)));
+                    if (valid) s[i][t] *= to_float(norms[i]);
             }
         }
         W_DOWN::Words words[N * LOADS];

@@ -333,20 +333,21 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def _of_tokens(cls, problem: Problem, target: Target, alone: bool) -> ColumnKnobs:
-        """Of two to four tokens all are in a block, with twice as many warps where a multiprocessor has one block."""
+        """A block has one token, or, where a multiprocessor has one block, all tokens and twice as many warps, if that fits."""
         tokens, warps = problem.tokens, order_of_ffn_4(problem).warps
         blocks, newest = _MOST_WARPS // warps, target.capability >= 100
         if not problem.specialize:
             return cls(warps, min_blocks=1, loads=3, here=tokens)._fitting(problem, target)
-        if tokens > 4:
-            knobs = cls(warps, blocks, loads=3 if newest else 4, here=4) if alone else cls(warps, blocks, loads=3)
-            return knobs._fitting(problem, target)
-        if alone and 2 * warps <= _MOST_WARPS:
+        if not alone:  # with few loads at once three blocks of 16 warps have registers enough
+            return cls(warps, blocks + (tokens > 4 or not problem.is_plain), loads=2 if tokens <= 4 else 3)
+        if 2 * warps <= _MOST_WARPS and (tokens <= 4 or problem.is_plain):
             lists, loads = (1, 6 if problem.is_plain else 4) if tokens == 2 else (2, 2)
             twice = cls(2 * warps, min_blocks=1, loads=loads, lists=lists, here=tokens)
             if twice.shared_bytes(problem) <= target.shared_bytes:
                 return twice
-        return cls(warps, blocks, loads=4 if problem.is_plain and not newest else 3, here=tokens)._fitting(problem, target)
+        most = 4 if tokens > 4 else tokens
+        loads = 4 if not newest and (problem.is_plain or tokens > 4) else 3
+        return cls(warps, blocks, loads, here=most)._fitting(problem, target)
 
     def _fitting(self, problem: Problem, target: Target) -> ColumnKnobs:
         """These, with so few tokens in a block that they fit its shared memory."""
@@ -361,7 +362,7 @@ class ColumnKnobs(Knobs):
         if tokens > 1:
             for here in sorted({tokens, ceil_div(tokens, 2), 1}, reverse=True):
                 for of_block, lists in ((warps, 1), (warps, 2), (2 * warps, 1), (2 * warps, 2)):
-                    for loads, min_blocks in itertools.product((2, 3, 4, 6), (1, 2)):
+                    for loads, min_blocks in itertools.product((2, 3, 4, 6), (1, 2, 3) if here == 1 else (1, 2)):
                         yield ColumnKnobs(of_block, min_blocks, loads, lists, here)
             return
         for loads in (2, 3, 4, 5, 6, 8):
