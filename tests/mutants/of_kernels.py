@@ -229,7 +229,7 @@ MUTANTS = [
         "const bool valid = active[n] - first >= i % LOADS * GROUPS && is_column;",
     ),
     Mutant("kernels/ffn_4.cu", "x1 + (long long)(n * T + t) * rows", "x1"),
-    Mutant("kernels/ffn_4.cu", "if (valid) s[i][t] *= to_float(*advanced(norm_weight, row, sizeof(scalar)));", ""),
+    Mutant("kernels/ffn_4.cu", "if (valid) s[i][t] *= to_float(norms[i]);", ""),
     Mutant("kernels/ffn_4.cu", "alike &= bits[t] == bits[0];", ""),
     Mutant("kernels/ffn_4.cu", "chunk < stored<W_DOWN>(chunks)", "chunk < chunks"),
     Mutant("kernels/ffn_4.cu", "x1 += (long long)blockIdx.y * HERE * rows;", "x1 += (long long)blockIdx.y * rows;"),
