@@ -124,6 +124,7 @@ def measure_parallel(
         times = times_on_the_host(call, new, max(2, repeats // 16), model.device)
         yield _row(model, label, GENERATE, times, **known, peak_MiB=_peak(model))
         release_generation(model)
+        del step, call  # which would keep these weights beside the next ones
 
 
 def _row(model: Any, label: str, variant: str, times: Times, **known: Any) -> DecodeRow:
