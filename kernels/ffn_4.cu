@@ -157,7 +157,10 @@ __device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsign
             const unsigned row = tile + (valid ? lists[n][place] : 0u);
             w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
 #pragma unroll
-            for (int t = 0; t < T; ++t) values[i][t] = *advanced(x1 + (long long)(n * T + t) * rows, row, sizeof(scalar));
+            for (int t = 0; t < T; ++t) {  // the second list's token may not exist
+                const scalar* of_token = x1 + (long long)(n * T + t) * rows;
+                values[i][t] = n == 0 || valid ? *advanced(of_token, row, sizeof(scalar)) : scalar{};
+            }
             if constexpr (NORM_WEIGHT) norms[i] = *advanced(norm_weight, row, sizeof(scalar));
         }
         float s[N * LOADS][T];
