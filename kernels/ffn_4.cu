@@ -147,31 +147,33 @@ __device__ __forceinline__ void add_rows(float (&sums)[N * T][VEC], const unsign
     const int most = N == 1 ? active[0] : max(active[0], active[N - 1]);
     for (int begin = 0; begin < most; begin += GROUPS * LOADS) {  // all lanes stay together
         const int first = begin + threadIdx.x % 32 / LANES;
-        // Every load of the batch before the first use. What lies beyond a list reads x1[0], and counts as zero.
+        // Compares with a constant.
+        const auto is_listed = [&](int i) { return active[i / LOADS] - first > i % LOADS * GROUPS && is_column; };
+        // Every load of the batch before the first use: a lane whose row is not listed reads x1 all the same, at the tile's first
+        // row, for a branch would share a scoreboard with the weights. But the token of the second list may not exist.
         W_DOWN::Chunk w[N * LOADS];
         scalar values[N * LOADS][T], norms[N * LOADS];
 #pragma unroll
         for (int i = 0; i < N * LOADS; ++i) {
-            const int n = i / LOADS, place = first + i % LOADS * GROUPS;
-            const bool valid = active[n] - first > i % LOADS * GROUPS && is_column;  // compares with a constant
-            const unsigned row = tile + (valid ? lists[n][place] : 0u);
-            w[i] = valid ? mine.load(row) : W_DOWN::Chunk{};
+            const int n = i / LOADS;
+            const bool listed = is_listed(i);
+            const unsigned row = tile + (listed ? lists[n][first + i % LOADS * GROUPS] : 0u);
+            w[i] = listed ? mine.load(row) : W_DOWN::Chunk{};
 #pragma unroll
-            for (int t = 0; t < T; ++t) {  // the second list's token may not exist
+            for (int t = 0; t < T; ++t) {
                 const scalar* of_token = x1 + (long long)(n * T + t) * rows;
-                values[i][t] = n == 0 || valid ? *advanced(of_token, row, sizeof(scalar)) : scalar{};
+                values[i][t] = n == 0 || listed ? *advanced(of_token, row, sizeof(scalar)) : scalar{};
             }
             if constexpr (NORM_WEIGHT) norms[i] = *advanced(norm_weight, row, sizeof(scalar));
         }
         float s[N * LOADS][T];
 #pragma unroll
         for (int i = 0; i < N * LOADS; ++i) {
-            const bool valid = active[i / LOADS] - first > i % LOADS * GROUPS && is_column;
 #pragma unroll
             for (int t = 0; t < T; ++t) {
-                s[i][t] = valid ? to_float(values[i][t]) : 0.0f;
+                s[i][t] = is_listed(i) ? to_float(values[i][t]) : 0.0f;
                 if constexpr (NORM_WEIGHT)
-                    if (valid) s[i][t] *= to_float(norms[i]);
+                    if (is_listed(i)) s[i][t] *= to_float(norms[i]);
             }
         }
         W_DOWN::Words words[N * LOADS];

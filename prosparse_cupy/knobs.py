@@ -339,7 +339,8 @@ class ColumnKnobs(Knobs):
         if not problem.specialize:
             return cls(warps, min_blocks=1, loads=3, here=tokens)._fitting(problem, target)
         if not alone:  # with few loads at once three blocks of 16 warps have registers enough
-            return cls(warps, blocks + (tokens > 4 or not problem.is_plain), loads=2 if tokens <= 4 else 3)
+            loads, more = (3, 1) if tokens > 4 else (2, 0 if problem.is_plain else 1)
+            return cls(warps, blocks + more, loads)
         if 2 * warps <= _MOST_WARPS and (tokens <= 4 or problem.is_plain):
             lists, loads = (1, 6 if problem.is_plain else 4) if tokens == 2 else (2, 2)
             twice = cls(2 * warps, min_blocks=1, loads=loads, lists=lists, here=tokens)
