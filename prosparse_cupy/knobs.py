@@ -333,7 +333,7 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def _of_tokens(cls, problem: Problem, target: Target, alone: bool) -> ColumnKnobs:
-        """A block has one token, or, where a multiprocessor has one block, all tokens and twice as many warps, if that fits."""
+        """A block has one token, or, where a multiprocessor has one block, up to four, with twice as many warps if it has all."""
         tokens, warps = problem.tokens, order_of_ffn_4(problem).warps
         blocks, newest = _MOST_WARPS // warps, target.capability >= 100
         if not problem.specialize:
@@ -341,14 +341,14 @@ class ColumnKnobs(Knobs):
         if not alone:  # with few loads at once three blocks of 16 warps have registers enough
             loads, more = (3, 1) if tokens > 4 else (2, 0 if problem.is_plain else 1)
             return cls(warps, blocks + more, loads)
-        if 2 * warps <= _MOST_WARPS and (tokens <= 4 or problem.is_plain):
+        if tokens > 4:
+            return cls(warps, blocks, loads=3 if newest else 4, here=4)._fitting(problem, target)
+        if 2 * warps <= _MOST_WARPS:
             lists, loads = (1, 6 if problem.is_plain else 4) if tokens == 2 else (2, 2)
             twice = cls(2 * warps, min_blocks=1, loads=loads, lists=lists, here=tokens)
             if twice.shared_bytes(problem) <= target.shared_bytes:
                 return twice
-        most = 4 if tokens > 4 else tokens
-        loads = 4 if not newest and (problem.is_plain or tokens > 4) else 3
-        return cls(warps, blocks, loads, here=most)._fitting(problem, target)
+        return cls(warps, blocks, loads=4 if problem.is_plain and not newest else 3, here=tokens)._fitting(problem, target)
 
     def _fitting(self, problem: Problem, target: Target) -> ColumnKnobs:
         """These, with so few tokens in a block that they fit its shared memory."""
