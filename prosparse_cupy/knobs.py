@@ -333,7 +333,7 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def _of_tokens(cls, problem: Problem, target: Target, alone: bool) -> ColumnKnobs:
-        """A block has one token, or, where a multiprocessor has one block, up to four, with twice as many warps if it has all."""
+        """A block has one token; where a multiprocessor has one block, up to four, with twice as many warps if it has all."""
         tokens, warps = problem.tokens, order_of_ffn_4(problem).warps
         blocks, newest = _MOST_WARPS // warps, target.capability >= 100
         if not problem.specialize:
