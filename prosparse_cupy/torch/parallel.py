@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..peers import SharedMemory
 from .dispatch import TorchWeight, decoded, few_tokens, is_watched
 
 Style = Literal["colwise", "rowwise", "gathered"]
@@ -44,6 +45,7 @@ class TensorParallel:
         self._group = weakref.ref(group)  # whoever keeps a destroyed group keeps its threads, which abort a process that ends
         self.name: str = group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.shared_memories, self.idle_memory = 0, list[SharedMemory]()  # made so far, and those that no step has
 
     @property
     def group(self) -> Any:

@@ -30,7 +30,8 @@ from .eligibility import attention_of
 from .linears import CompressedLinear, DecodingLinear, LinearShard, known_sharding, whole_of
 from .matrices import groups_of
 from .mlp import SparseMLP
-from .parallel import forward_is_parallel, hold_parts, local_of, parallel_of, stay_split
+from .parallel import Sharding, TensorParallel, forward_is_parallel, hold_parts, local_of, parallel_of, stay_split
+from .peers import PeerParallel
 
 _PROMPT, _CHECKED = 48, 3  # tokens behind which a step is compared with the model, and on which
 _REFUSALS = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, AttributeError, LookupError, OSError)
@@ -80,7 +81,7 @@ class Step:
             else:
                 self._share(cache_of)
             self._attach(attention)
-            self._twin = _twin(model)
+            self._twin = _twin(model, self._summing(config.hidden_size))
         self.is_compiled = False
         self._cache = _StepCache()
         self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -125,6 +126,15 @@ class Step:
 
     def _share(self, other: Step) -> None:
         self.keys, self.values, self.nbytes, self.position = other.keys, other.values, other.nbytes, other.position
+
+    def _summing(self, d_model: int) -> TensorParallel | None:
+        """Who adds the parts: the GPUs by themselves, where they see each other's memory."""
+        if self.parallel is None or self.device.type != "cuda":
+            return self.parallel
+        try:
+            return PeerParallel(self.parallel, self.device, self.sequences * self.tokens * d_model)
+        except OSError:
+            return self.parallel
 
     @property
     def _size(self) -> str:
@@ -353,10 +363,11 @@ def _last(logits: Tensor, tokens: int) -> Tensor:
     return logits[:, -1] if tokens == 1 else logits[:, -tokens:].flatten(0, 1)
 
 
-def _twin(model: Any) -> Any:
+def _twin(model: Any, parallel: TensorParallel | None = None) -> Any:
     """Modules of their own on the same parameters, whose attention is `attend` and whose projections are together.
 
-    Where a model is split over processes, those that the operators serve have this one's part of their parameters.
+    Where a model is split over processes, those that the operators serve have this one's part of their parameters, and leave
+    the sums of all parts to `parallel`.
     """
     configs: dict[int, Any] = {}
     modules: dict[int, nn.Module] = {}
@@ -368,6 +379,11 @@ def _twin(model: Any) -> Any:
                     module._modules[name] = LinearShard(child, sharding)
                     child.__dict__.pop("forward", None)  # which keeps the copy, and so the model's weights, until a collection
     for module in twin.modules():
+        if parallel is not None:
+            if isinstance(module, SparseMLP) and module.parallel is not None:
+                module.parallel = parallel
+            elif isinstance(sharding := module.__dict__.get("_sharding"), Sharding):
+                module.__dict__["_sharding"] = sharding._replace(parallel=parallel)
         if isinstance(module, DecodingLinear):
             hold_parts(module)
         elif isinstance(module, SparseMLP) and module.parallel is not None:

@@ -31,8 +31,16 @@ struct alignas(8) uint2 {
     unsigned x, y;
 };
 
+struct alignas(8) float2 {
+    float x, y;
+};
+
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+
+struct alignas(16) ulonglong2 {
+    unsigned long long x, y;
 };
 
 namespace host_cuda {

@@ -1,0 +1,356 @@
+"""Sums over the GPUs of one host: the kernel on the host under sanitizers and on one GPU, and the memory that processes share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from checks import bits
+from host_cuda import HostKernels, HostRunError, why_unavailable
+from test_compile import ARCHITECTURES, compile_for
+
+from prosparse_cupy import peers
+from prosparse_cupy.compiler import source
+from prosparse_cupy.peers import CAPACITY, SharedMemory, all_reduce_plan, blocks_of, mail_words
+
+SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 3e38], np.float32)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory):
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    kernels = HostKernels(tmp_path_factory.mktemp("builds"))
+    yield kernels
+    kernels.close()
+
+
+def _parts(ranks: int, numbers: int, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng([ranks, numbers, seed])
+    parts = [(rng.standard_normal(numbers) * 10.0 ** rng.integers(-20, 20)).astype(np.float32) for _ in range(ranks)]
+    for part in parts:
+        part[rng.integers(0, numbers, numbers // 3)] = rng.choice(SPECIAL, numbers // 3)
+    return parts
+
+
+def _sum(parts: list[np.ndarray]) -> np.ndarray:
+    """In the order of ranks, in float32."""
+    total = parts[0]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for part in parts[1:]:
+            total = total + part
+    return total
+
+
+def _same(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Bits, but for a NaN's, which hosts and GPUs choose otherwise."""
+    numbers = ~np.isnan(expected)
+    return np.array_equal(bits(found[numbers]), bits(expected[numbers])) and bool(np.isnan(found[~numbers]).all())
+
+
+class Rank:
+    """What one GPU has: poisoned mail, and what its kernel leaves."""
+
+    def __init__(self, host: HostKernels, rank: int, ranks: int, numbers: int, capacity: int, exchange: int, seed: int) -> None:
+        self.host, self.rank, self.ranks, self.numbers, self.capacity = host, rank, ranks, numbers, capacity
+        self.plan = all_reduce_plan(ranks, numbers, programmatic=False)
+        self.exchange = exchange % 2**32
+        rng = np.random.default_rng([seed, rank])
+        mail = rng.integers(0, 2**64, (ranks, 2, ranks, capacity, 2), dtype=np.uint64)  # of all, this one's among them
+        self.mails = np.where(mail >> np.uint64(32) == self.exchange, mail ^ np.uint64(1 << 40), mail)
+        self.exchanges = np.full(blocks_of(capacity), (exchange - 1) % 2**32, np.uint32)
+
+    def words(self, part: np.ndarray) -> np.ndarray:
+        """What is sent of a vector: pairs, the last of which may be half."""
+        padded = np.zeros(2 * -(-self.numbers // 2), np.float32)
+        padded[: self.numbers] = part
+        return (np.uint64(self.exchange) << np.uint64(32) | padded.view(np.uint32).astype(np.uint64)).reshape(-1, 2)
+
+    def sent(self, parts: list[np.ndarray]) -> None:
+        """The others' words have come."""
+        for other, part in enumerate(parts):
+            if other != self.rank:
+                words = self.words(part)
+                self.mails[self.rank, self.exchange % 2, other, : len(words)] = words
+
+    def run(self, part: np.ndarray, *, code: str | None = None, in_place: bool = False, seed: int = 0) -> np.ndarray:
+        """The kernel's out; `mails` and `exchanges` are what it leaves."""
+        library = self.host.build("all_reduce", code or source("all_reduce"), self.plan.defines)
+        size = self.mails[0].nbytes
+        offsets = np.array([(r - self.rank) * size for r in range(self.ranks)], np.int64)
+        out = np.full(self.numbers, np.nan, np.float32)
+        arrays = [out, np.ascontiguousarray(part), self.mails, offsets, self.exchanges]
+        pointers = [(1, 0), (1 if in_place else 0, 0), (2, self.rank * size), (3, 0), (4, 0)]
+        numbers = [n.to_bytes(8, "little") for n in (self.rank, self.numbers, self.capacity, 1)]
+        slots = [(slot,) for slot in (*pointers, *numbers)]
+        buffers = [a.tobytes() for a in arrays]
+        changed = self.host.launch(library, self.plan.grid, self.plan.block, slots, buffers, seed)
+        left = [
+            np.frombuffer(changed.get(i, b), a.dtype).reshape(a.shape)
+            for i, (a, b) in enumerate(zip(arrays, buffers, strict=True))
+        ]
+        self.mails, self.exchanges = left[2].copy(), left[4].copy()
+        assert (1 in changed) <= in_place and 3 not in changed
+        return left[1] if in_place else left[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("numbers", [1, 2, 255, 256, 257, 600])
+def test_sums_on_the_host(host, ranks, numbers):
+    for rank in {0, ranks // 2, ranks - 1}:
+        for exchange in (1, 2, 2**32 - 1, 2**32):
+            capacity = numbers // 2 + 1 + exchange % 3
+            parts = _parts(ranks, numbers, exchange % 7)
+            own = Rank(host, rank, ranks, numbers, capacity, exchange, seed=numbers)
+            own.sent(parts)
+            expected = own.mails.copy()
+            words = own.words(parts[rank])
+            for other in range(ranks):
+                if other != rank:
+                    expected[other, own.exchange % 2, rank, : len(words)] = words
+            before = own.exchanges.copy()
+            out = own.run(parts[rank], in_place=exchange == 2, seed=exchange % 5)
+            assert _same(out, _sum(parts))
+            assert np.array_equal(own.mails, expected)  # the words, and nothing else
+            launched = own.plan.grid[0]
+            assert (own.exchanges[:launched] == own.exchange).all() and (own.exchanges[launched:] == before[launched:]).all()
+
+
+@pytest.mark.parametrize("kept", ["nothing", "the exchange before", "half a pair"])
+def test_a_word_that_was_not_sent_is_not_taken(host, kept):
+    parts, own = _parts(2, 40, 0), Rank(host, 0, 2, 40, 20, 5, seed=1)
+    own.sent(parts)
+    slot = own.mails[0, 1, 1]
+    if kept == "half a pair":
+        slot[7, 1] ^= np.uint64(3) << np.uint64(32)
+    elif kept == "nothing":
+        slot[7] = 0
+    else:
+        slot[7] -= np.uint64(2) << np.uint64(32)
+    with pytest.raises(HostRunError, match="nobody has sent"):
+        own.run(parts[0])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_without_spills(architecture):
+    for ranks in (2, 4, 8):
+        _, report = compile_for(all_reduce_plan(ranks, 5120, programmatic=architecture >= 90), architecture)
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report and "warning" not in report
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("ranks", "numbers"), [(1, 8), (9, 8), (2, 0), (2, 2 * CAPACITY + 1)])
+def test_what_the_kernel_does_not_take(ranks, numbers):
+    with pytest.raises(ValueError, match="all_reduce"):
+        all_reduce_plan(ranks, numbers, programmatic=False)
+
+
+class _Driver:
+    """As much of CuPy as `SharedMemory` uses, of two processes: what is allocated, opened and given back."""
+
+    class CUDARuntimeError(Exception):
+        pass
+
+    def __init__(self, rank: int, failing: str) -> None:
+        self.rank, self.failing, self.held = rank, failing, set[str]()
+        self.cuda = SimpleNamespace(runtime=self, Device=lambda _: threading.RLock())
+
+    def _perhaps_fail(self, what: str) -> None:
+        if self.failing == what:
+            raise self.CUDARuntimeError(f"no {what}, says the test")
+
+    def malloc(self, nbytes: int) -> int:
+        self._perhaps_fail("memory")
+        self.held.add("own")
+        return 1000 * (self.rank + 1)
+
+    def ipcGetMemHandle(self, address: int) -> bytes:
+        return b"handle of %d" % address
+
+    def ipcOpenMemHandle(self, handle: bytes, flags: int) -> int:
+        self._perhaps_fail("link")
+        self.held.add("other's")
+        return 50_000 + int(handle.split()[-1])
+
+    def ipcCloseMemHandle(self, address: int) -> None:
+        self.held.remove("other's")
+
+    def free(self, address: int) -> None:
+        self.held.remove("own")
+
+    def deviceSynchronize(self) -> None:
+        pass
+
+    def memset(self, address: int, value: int, nbytes: int) -> None:
+        assert value == 0 and nbytes == 64
+        self.held.add("zeros")
+
+
+def _shared(
+    monkeypatch: pytest.MonkeyPatch, failing: dict[int, str], hosts: tuple[str, str] = ("a", "a")
+) -> tuple[list[Any], list[_Driver]]:
+    """What two processes, threads here, have or raise."""
+    drivers = [_Driver(rank, failing.get(rank, "")) for rank in range(2)]
+    said, barrier, found = [None, None], threading.Barrier(2), [None, None]
+    here = threading.local()
+    monkeypatch.setattr(peers, "cupy", lambda: drivers[here.rank])
+    monkeypatch.setattr(peers, "_host", lambda: hosts[here.rank])
+
+    def process(rank: int) -> None:
+        here.rank = rank
+
+        def tell(what: Any) -> list[Any]:
+            said[rank] = what
+            barrier.wait(10)
+            all_said = [*said]
+            barrier.wait(10)
+            return all_said
+
+        try:
+            found[rank] = SharedMemory(1, 64, 0, rank, tell)
+        except OSError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found, drivers
+
+
+@pytest.mark.quick
+def test_processes_find_each_others_memory(monkeypatch):
+    found, drivers = _shared(monkeypatch, {})
+    assert [m.offsets for m in found] == [[0, 51_000], [49_000, 0]]
+    assert all(d.held == {"own", "other's", "zeros"} for d in drivers)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("failing", "hosts", "message"),
+    [
+        ({1: "memory"}, ("a", "a"), "rank 1: no memory"),
+        ({0: "link"}, ("a", "a"), "rank 0: no link"),
+        ({0: "link", 1: "memory"}, ("a", "a"), "rank 1: no memory"),
+        ({}, ("a", "b"), "rank 0: the processes run on different hosts"),
+    ],
+)
+def test_what_one_process_cannot_see_all_do_without(monkeypatch, failing, hosts, message):
+    found, drivers = _shared(monkeypatch, failing, hosts)
+    assert all(isinstance(error, str) and message in error for error in found), found
+    assert not any(d.held for d in drivers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_on_one_gpu(ranks):
+    """Each on a stream of its own: many exchanges of several sizes, launched apart and from graphs."""
+    torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+    import prosparse_cupy.torch.peers  # noqa: F401
+
+    capacity, sizes = 1100, (1, 2, 257, 2048, 2199, 2200)
+    mails = [torch.zeros(mail_words(ranks, capacity), dtype=torch.int64, device="cuda") for _ in range(ranks)]
+    offsets = [torch.tensor([m.data_ptr() - own.data_ptr() for m in mails], device="cuda") for own in mails]
+    exchanges = [torch.zeros(blocks_of(capacity), dtype=torch.int32, device="cuda") for _ in range(ranks)]
+    streams = [torch.cuda.Stream() for _ in range(ranks)]
+    inputs = {n: [torch.from_numpy(p).cuda() for p in _parts(ranks, n, 5)] for n in sizes}
+    expected = {n: _sum(_parts(ranks, n, 5)) for n in sizes}
+
+    def summed(rank: int, numbers: int) -> Any:
+        own = inputs[numbers][rank], mails[rank], offsets[rank], exchanges[rank], rank, 20
+        return torch.ops.prosparse.all_reduce(*own)
+
+    def check(outs: list[Any], numbers: int) -> None:
+        torch.cuda.synchronize()
+        found = [out.cpu().numpy() for out in outs]
+        assert all(_same(own, expected[numbers]) for own in found), numbers
+        assert all(np.array_equal(bits(own), bits(found[0])) for own in found)
+
+    torch.cuda.synchronize()
+    order = np.random.default_rng(ranks).choice(sizes, 60)
+    for numbers in map(int, order):
+        outs = []
+        for rank in np.random.default_rng(numbers).permutation(ranks):
+            with torch.cuda.stream(streams[rank]):
+                outs.append(summed(int(rank), numbers))
+        check(outs, numbers)
+
+    graphs, kept = [], []
+    for rank in range(ranks):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=streams[rank]):
+            kept.append([summed(rank, numbers) for numbers in sizes])
+        graphs.append(graph)
+    for _ in range(200):
+        for rank in range(ranks):
+            with torch.cuda.stream(streams[rank]):
+                graphs[rank].replay()
+    for of_size, numbers in zip(zip(*kept, strict=True), sizes, strict=True):
+        check([*of_size], numbers)
+
+
+@pytest.mark.gpu
+def test_a_gpu_does_not_wait_for_ever():
+    """The other rank never sends: an error after the time given, in a process of its own, since its CUDA is lost with it."""
+    pytest.importorskip("torch", reason='the extra "torch" brings it')
+    code = """
+        import time, torch, prosparse_cupy.torch.peers
+        from prosparse_cupy.peers import blocks_of, mail_words
+        mail = torch.zeros(mail_words(2, 64), dtype=torch.int64, device="cuda")
+        exchanges = torch.zeros(blocks_of(64), dtype=torch.int32, device="cuda")
+        part, offsets = torch.ones(100, device="cuda"), torch.tensor([0, 0], device="cuda")
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.ops.prosparse.all_reduce(part, mail, offsets, exchanges, 0, 2)
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print("raised", 1.5 < time.perf_counter() - start < 30)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert ran.stdout.split() == ["raised", "True"], ran.stdout + ran.stderr
+
+
+@pytest.mark.gpu
+def test_bad_tensors_are_refused_before_a_launch():
+    torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+    import prosparse_cupy.torch.peers  # noqa: F401
+
+    mail = torch.zeros(mail_words(2, 64), dtype=torch.int64, device="cuda")
+    good = {
+        "part": torch.ones(100, device="cuda"),
+        "mail": mail,
+        "offsets": torch.zeros(2, dtype=torch.int64, device="cuda"),
+        "exchanges": torch.zeros(blocks_of(64), dtype=torch.int32, device="cuda"),
+        "rank": 0,
+        "seconds": 1,
+    }
+    for bad, message in (
+        ({"part": good["part"].half()}, "part must be contiguous float32"),
+        ({"part": good["part"][::2]}, "part must be contiguous"),
+        ({"part": torch.ones(129, device="cuda")}, "room for 1 to 128"),
+        ({"part": torch.ones(0, device="cuda")}, "room for 1 to 128"),
+        ({"rank": 2}, "rank 2"),
+        ({"offsets": good["offsets"].cpu()}, "offsets must be"),
+        ({"exchanges": good["exchanges"].long()}, "exchanges must be"),
+        ({"exchanges": good["exchanges"][:0]}, "room"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.prosparse.all_reduce(**{**good, **bad})
+    torch.cuda.synchronize()
+    assert not mail.any()
