@@ -9,7 +9,7 @@
 //   exchanges (ceil(capacity / THREADS),) zeros at first: in how many exchanges each block has been
 //   launch    a thread has two numbers, which it sends to all others and receives from them; grid ceil(numbers / 2 / THREADS),
 //             at most capacity / THREADS. All its blocks have to fit on the GPU at once, since each waits for the other GPUs'
-//   numerics  float32, in the order of ranks: the same bits on every GPU
+//   numerics  float32, in the order of ranks, subnormals kept: the same bits on every GPU
 //   order     a GPU sends in exchange e once its exchange e - 1 has ended. That had words of every other GPU's exchange e - 1,
 //             which had sent them after its own exchange e - 2 had ended. So nobody reads what is overwritten: of exchange e - 2
 //   waiting   a GPU that has waited for `seconds` ends its launch with an error, as NCCL ends its group after a timeout
@@ -42,10 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int r = 0; r < RANKS; ++r) {
             const float2 other = r == rank ? own : receive(mail + (parity * RANKS + r) * capacity + pair, exchange, seconds);
-            if (r == 0)
-                sum = other;
-            else
-                sum.x += other.x, sum.y += other.y;
+            sum = r == 0 ? other : float2{sum_of(sum.x, other.x), sum_of(sum.y, other.y)};
         }
     }
     let_successor_in();

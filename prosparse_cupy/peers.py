@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .compiler import Kernel, loading, target_of
 from .device import cupy
 from .launch import Launch
 
 _THREADS = 128
-_MOST_BLOCKS = 128  # at once on any GPU from sm_80 on, since each waits for those of the others
+_BLOCKS = 8  # that a multiprocessor has room for at once, whatever else it does: each waits for the other GPUs'
+_MOST_BLOCKS = 256
 _MOST_RANKS = 8  # of one host
 CAPACITY = _THREADS * _MOST_BLOCKS
-"""Pairs of numbers that one launch can add up."""
+"""Pairs of numbers that one launch can add up: eight tokens of 8192."""
 SECONDS = 600
 """That a GPU waits for the others, as NCCL does unless told otherwise."""
 _OPEN_LAZILY = 1  # cudaIpcMemLazyEnablePeerAccess, the only flag there is
@@ -50,14 +51,33 @@ def _load_once(ranks: int, numbers: int, device: int) -> Kernel:
     return Kernel(all_reduce_plan(ranks, numbers, target_of(device).is_programmatic), device)
 
 
-def mail_words(ranks: int, capacity: int) -> int:
-    """Words of 64 bits of the mail that `capacity` pairs of numbers need on each GPU."""
-    return 2 * ranks * capacity * 2
+def capacity_of(numbers: int, multiprocessors: int) -> int:
+    """Pairs that sums of up to so many numbers need, or as many as one launch takes on such a GPU."""
+    return min(CAPACITY, _BLOCKS * _THREADS * multiprocessors, max(1, -(-numbers // 2)))
 
 
-def blocks_of(capacity: int) -> int:
-    """Blocks that count their exchanges."""
-    return -(-capacity // _THREADS)
+class Layout(NamedTuple):
+    """Where a GPU's shared memory has what, in words of 64 bits: `offsets` first, then `exchanges`, then `mail`."""
+
+    ranks: int
+    capacity: int
+
+    @property
+    def exchanges(self) -> int:
+        return self.ranks + self.ranks % 2  # vectors of 16 bytes
+
+    @property
+    def mail(self) -> int:
+        return self.exchanges + -(-self.blocks // 4) * 2
+
+    @property
+    def words(self) -> int:
+        return self.mail + 2 * self.ranks * self.capacity * 2
+
+    @property
+    def blocks(self) -> int:
+        """That count their exchanges."""
+        return -(-self.capacity // _THREADS)
 
 
 class SharedMemory:

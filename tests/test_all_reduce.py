@@ -1,4 +1,4 @@
-"""Sums over the GPUs of one host: the kernel on the host under sanitizers and on one GPU, and the memory that processes share."""
+"""Sums over the GPUs of one host: the kernel under sanitizers and on one GPU, and the memory that processes share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_compile import ARCHITECTURES, compile_for
 
 from prosparse_cupy import peers
 from prosparse_cupy.compiler import source
-from prosparse_cupy.peers import CAPACITY, SharedMemory, all_reduce_plan, blocks_of, mail_words
+from prosparse_cupy.peers import CAPACITY, Layout, SharedMemory, all_reduce_plan, capacity_of
 
 SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 3e38], np.float32)
 
@@ -65,7 +65,7 @@ class Rank:
         rng = np.random.default_rng([seed, rank])
         mail = rng.integers(0, 2**64, (ranks, 2, ranks, capacity, 2), dtype=np.uint64)  # of all, this one's among them
         self.mails = np.where(mail >> np.uint64(32) == self.exchange, mail ^ np.uint64(1 << 40), mail)
-        self.exchanges = np.full(blocks_of(capacity), (exchange - 1) % 2**32, np.uint32)
+        self.exchanges = np.full(Layout(ranks, capacity).blocks, (exchange - 1) % 2**32, np.uint32)
 
     def words(self, part: np.ndarray) -> np.ndarray:
         """What is sent of a vector: pairs, the last of which may be half."""
@@ -150,6 +150,23 @@ def test_compiles_without_spills(architecture):
 def test_what_the_kernel_does_not_take(ranks, numbers):
     with pytest.raises(ValueError, match="all_reduce"):
         all_reduce_plan(ranks, numbers, programmatic=False)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("ranks", [2, 3, 7, 8])
+@pytest.mark.parametrize("capacity", [1, 127, 128, 129, 4096, CAPACITY])
+def test_the_layout_holds_what_the_kernel_reads(ranks, capacity):
+    """No part reaches into the next one, and mail lies at a multiple of 16 bytes."""
+    layout = Layout(ranks, capacity)
+    assert ranks <= layout.exchanges and 8 * layout.exchanges + 4 * layout.blocks <= 8 * layout.mail
+    assert layout.mail % 2 == 0 and layout.words - layout.mail == 2 * ranks * capacity * 2
+    assert layout.blocks >= all_reduce_plan(ranks, 2 * capacity, programmatic=False).grid[0]
+
+
+@pytest.mark.quick
+def test_sums_that_a_gpu_has_room_for():
+    assert capacity_of(5120, 132) == 2560 and capacity_of(5, 132) == 3
+    assert capacity_of(10**6, 132) == CAPACITY and capacity_of(10**6, 10) == 10 * 8 * 128
 
 
 class _Driver:
@@ -257,16 +274,16 @@ def test_ranks_on_one_gpu(ranks):
     import prosparse_cupy.torch.peers  # noqa: F401
 
     capacity, sizes = 1100, (1, 2, 257, 2048, 2199, 2200)
-    mails = [torch.zeros(mail_words(ranks, capacity), dtype=torch.int64, device="cuda") for _ in range(ranks)]
-    offsets = [torch.tensor([m.data_ptr() - own.data_ptr() for m in mails], device="cuda") for own in mails]
-    exchanges = [torch.zeros(blocks_of(capacity), dtype=torch.int32, device="cuda") for _ in range(ranks)]
+    layout = Layout(ranks, capacity)
+    shared = [torch.zeros(layout.words, dtype=torch.int64, device="cuda") for _ in range(ranks)]
+    for own in shared:
+        own[:ranks] = torch.tensor([other.data_ptr() - own.data_ptr() for other in shared], device="cuda")
     streams = [torch.cuda.Stream() for _ in range(ranks)]
     inputs = {n: [torch.from_numpy(p).cuda() for p in _parts(ranks, n, 5)] for n in sizes}
     expected = {n: _sum(_parts(ranks, n, 5)) for n in sizes}
 
     def summed(rank: int, numbers: int) -> Any:
-        own = inputs[numbers][rank], mails[rank], offsets[rank], exchanges[rank], rank, 20
-        return torch.ops.prosparse.all_reduce(*own)
+        return torch.ops.prosparse.all_reduce(inputs[numbers][rank], shared[rank], ranks, rank, capacity, 20)
 
     def check(outs: list[Any], numbers: int) -> None:
         torch.cuda.synchronize()
@@ -303,13 +320,12 @@ def test_a_gpu_does_not_wait_for_ever():
     pytest.importorskip("torch", reason='the extra "torch" brings it')
     code = """
         import time, torch, prosparse_cupy.torch.peers
-        from prosparse_cupy.peers import blocks_of, mail_words
-        mail = torch.zeros(mail_words(2, 64), dtype=torch.int64, device="cuda")
-        exchanges = torch.zeros(blocks_of(64), dtype=torch.int32, device="cuda")
-        part, offsets = torch.ones(100, device="cuda"), torch.tensor([0, 0], device="cuda")
+        from prosparse_cupy.peers import Layout
+        shared = torch.zeros(Layout(2, 64).words, dtype=torch.int64, device="cuda")
+        part = torch.ones(100, device="cuda")
         torch.cuda.synchronize()
         start = time.perf_counter()
-        torch.ops.prosparse.all_reduce(part, mail, offsets, exchanges, 0, 2)
+        torch.ops.prosparse.all_reduce(part, shared, 2, 0, 64, 2)
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
@@ -331,26 +347,29 @@ def test_bad_tensors_are_refused_before_a_launch():
     torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
     import prosparse_cupy.torch.peers  # noqa: F401
 
-    mail = torch.zeros(mail_words(2, 64), dtype=torch.int64, device="cuda")
+    words = Layout(2, 64).words
     good = {
         "part": torch.ones(100, device="cuda"),
-        "mail": mail,
-        "offsets": torch.zeros(2, dtype=torch.int64, device="cuda"),
-        "exchanges": torch.zeros(blocks_of(64), dtype=torch.int32, device="cuda"),
+        "shared": torch.zeros(words, dtype=torch.int64, device="cuda"),
+        "ranks": 2,
         "rank": 0,
+        "capacity": 64,
         "seconds": 1,
     }
     for bad, message in (
         ({"part": good["part"].half()}, "part must be contiguous float32"),
-        ({"part": good["part"][::2]}, "part must be contiguous"),
+        ({"part": torch.ones(100, device="cuda")[::2]}, "part must be contiguous"),
         ({"part": torch.ones(129, device="cuda")}, "room for 1 to 128"),
         ({"part": torch.ones(0, device="cuda")}, "room for 1 to 128"),
         ({"rank": 2}, "rank 2"),
-        ({"offsets": good["offsets"].cpu()}, "offsets must be"),
-        ({"exchanges": good["exchanges"].long()}, "exchanges must be"),
-        ({"exchanges": good["exchanges"][:0]}, "room"),
+        ({"rank": -1}, "rank -1"),
+        ({"shared": good["shared"].cpu()}, "shared must be contiguous int64 on cuda"),
+        ({"shared": good["shared"].int()}, "shared must be contiguous int64"),
+        ({"shared": good["shared"][1:]}, "shared must be"),
+        ({"shared": torch.zeros(words + 1, dtype=torch.int64, device="cuda")[1:]}, "multiple of 16 bytes"),
+        ({"capacity": 65}, "shared must be"),
     ):
         with pytest.raises(ValueError, match=message):
             torch.ops.prosparse.all_reduce(**{**good, **bad})
     torch.cuda.synchronize()
-    assert not mail.any()
+    assert not good["shared"].any()

@@ -1,7 +1,8 @@
 """`torch.ops.prosparse.all_reduce`: the short sums of a step that several GPUs share, in one launch of each.
 
-``all_reduce(part, mail, offsets, exchanges, rank, seconds)`` is the sum of all GPUs' `part`, float32, on each of them, in the
-order of their ranks. The other tensors are a `PeerParallel`'s.
+``all_reduce(part, shared, ranks, rank, capacity, seconds)`` is the sum of all GPUs' `part`, float32, on each of them, in the
+order of their ranks. `shared`, int64, is the memory that they see of each other (`peers.Layout`). It is not declared as
+changed: what is in it is the GPUs', and torch.compile must not put a copy in its place.
 """
 
 from __future__ import annotations
@@ -13,42 +14,42 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from .. import peers
+from ..compiler import target_of
 from ..driver import overlaps
 from .parallel import TensorParallel
 
 _LIBRARY = torch.library.Library("prosparse", "FRAGMENT")
 _LIBRARY.define(
-    "all_reduce(Tensor part, Tensor(a!) mail, Tensor offsets, Tensor(b!) exchanges, int rank, int seconds) -> Tensor",
+    "all_reduce(Tensor part, Tensor shared, int ranks, int rank, int capacity, int seconds) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 torch.library.register_fake("prosparse::all_reduce", lambda part, *_: torch.empty_like(part), lib=_LIBRARY)
 
 
-def _on_gpu(part: Tensor, mail: Tensor, offsets: Tensor, exchanges: Tensor, rank: int, seconds: int) -> Tensor:
-    device, ranks, numbers = part.get_device(), offsets.numel(), part.numel()
-    capacity = mail.numel() // peers.mail_words(ranks, 1)
-    _check(part, mail, offsets, exchanges, rank, capacity)
+def _on_gpu(part: Tensor, shared: Tensor, ranks: int, rank: int, capacity: int, seconds: int) -> Tensor:
+    layout, device = peers.Layout(ranks, capacity), part.get_device()
+    _check(part, shared, layout, rank)
     out, stream = torch.empty_like(part), torch.cuda.current_stream(device).cuda_stream
-    pointers = [tensor.data_ptr() for tensor in (part, out, mail, offsets, exchanges)]
-    kernel = peers.all_reduce_kernel(ranks, numbers, device)
-    kernel.launch(stream, overlaps(stream), *pointers, rank, numbers, capacity, seconds)
+    offsets = shared.data_ptr()
+    exchanges, mail = offsets + 8 * layout.exchanges, offsets + 8 * layout.mail
+    kernel = peers.all_reduce_kernel(ranks, part.numel(), device)
+    pointers = part.data_ptr(), out.data_ptr(), mail, offsets, exchanges
+    kernel.launch(stream, overlaps(stream), *pointers, rank, part.numel(), capacity, seconds)
     return out
 
 
-def _check(part: Tensor, mail: Tensor, offsets: Tensor, exchanges: Tensor, rank: int, capacity: int) -> None:
+def _check(part: Tensor, shared: Tensor, layout: peers.Layout, rank: int) -> None:
     """ValueError before anything is launched."""
     if part.dtype != torch.float32 or not part.is_contiguous():
         raise ValueError(f"all_reduce: part must be contiguous float32, got {part.dtype} with strides {part.stride()}")
-    dtypes = {"mail": (mail, torch.int64), "offsets": (offsets, torch.int64), "exchanges": (exchanges, torch.int32)}
-    for name, (tensor, dtype) in dtypes.items():
-        if tensor.dtype != dtype or tensor.device != part.device or not tensor.is_contiguous():
-            raise ValueError(
-                f"all_reduce: {name} must be contiguous {dtype} on {part.device}, got {tensor.dtype} on {tensor.device}"
-            )
-    if not 0 <= rank < offsets.numel():
-        raise ValueError(f"all_reduce: rank {rank} is not one of {offsets.numel()}")
-    if not 0 < part.numel() <= 2 * capacity or exchanges.numel() < peers.blocks_of(capacity):
-        raise ValueError(f"all_reduce: {part.numel()} numbers, where the mail has room for 1 to {2 * capacity}")
+    if not 0 <= rank < layout.ranks:
+        raise ValueError(f"all_reduce: rank {rank} is not one of {layout.ranks}")
+    if not 0 < part.numel() <= 2 * layout.capacity:
+        raise ValueError(f"all_reduce: {part.numel()} numbers, where there is room for 1 to {2 * layout.capacity}")
+    if shared.dtype != torch.int64 or shared.device != part.device or not shared.is_contiguous():
+        raise ValueError(f"all_reduce: shared must be contiguous int64 on {part.device}, got {shared.dtype} on {shared.device}")
+    if shared.numel() < layout.words or shared.data_ptr() % 16:
+        raise ValueError(f"all_reduce: shared must be {layout.words} words from a multiple of 16 bytes, got {shared.numel()}")
 
 
 _LIBRARY.impl("all_reduce", _on_gpu, "CUDA")
@@ -76,23 +77,21 @@ class PeerParallel(TensorParallel):
 
     def __init__(self, parallel: TensorParallel, device: torch.device, numbers: int) -> None:
         super().__init__(parallel.group)
-        capacity = min(peers.CAPACITY, -(-numbers // 2))
-        memory = _taken(parallel, device.index, 8 * peers.mail_words(self.size, capacity))
+        own = peers.capacity_of(numbers, target_of(device.index).multiprocessors)
+        self._layout = peers.Layout(self.size, min(parallel.told(own)))
+        memory = _taken(parallel, device.index, 8 * self._layout.words)
         weakref.finalize(self, parallel.idle_memory.append, memory)
-        capacity = memory.nbytes // 8 // peers.mail_words(self.size, 1)
-        self._numbers = 2 * capacity
         with torch.inference_mode(False):
-            self._mail: Tensor = from_dlpack(memory.words())
-            self._offsets = torch.tensor(memory.offsets, device=device)
-            self._exchanges = torch.zeros(peers.blocks_of(capacity), dtype=torch.int32, device=device)
+            self._shared: Tensor = from_dlpack(memory.words())
+            self._shared[: self.size] = torch.tensor(memory.offsets, device=device)
 
     def sum(self, partial: Tensor) -> Tensor:
         # The sum of two that is rounded once is the one that is added in their own dtype.
-        if partial.numel() > self._numbers or not (partial.dtype == torch.float32 or self.size == 2):
+        if partial.numel() > 2 * self._layout.capacity or not (partial.dtype == torch.float32 or self.size == 2):
             return super().sum(partial)
         part = partial.float().contiguous()
         total: Tensor = torch.ops.prosparse.all_reduce(
-            part, self._mail, self._offsets, self._exchanges, self.rank, peers.SECONDS
+            part, self._shared, self.size, self.rank, self._layout.capacity, peers.SECONDS
         )
         return total.to(partial.dtype)
 
