@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = {"activation", "bf12", "bias", "elements", "memory", "plain", "programmatic", "row_dot", "warp", "weights"}
+HEADERS = {"activation", "bf12", "bias", "elements", "memory", "peers", "plain", "programmatic", "row_dot", "warp", "weights"}
 KERNELS = {
     *(f"{name}.cuh" for name in HEADERS),
+    "all_reduce.cu",
     "attend.cu",
     "ffn_1.cu",
     "ffn_12.cu",

@@ -35,6 +35,8 @@ def tests_of(file: str) -> list[str]:
     """What must notice mutants of a file: what takes long comes last."""
     if file == "kernels/attend.cu":
         names: tuple[str, ...] = ("test_attend",)
+    elif file in ("kernels/all_reduce.cu", "prosparse_cupy/peers.py"):
+        names = ("test_all_reduce",)
     elif file.startswith("kernels/"):
         names = _OF_HOST
     else:

@@ -253,6 +253,16 @@ MUTANTS = [
     # programmatic.cuh
     Mutant("kernels/programmatic.cuh", 'asm volatile("griddepcontrol.wait;" ::: "memory");', "", _ON_GPU),
     Mutant("kernels/programmatic.cuh", "bar.sync 0;\\n ", "", _ON_GPU),
+    # all_reduce.cu, peers.cuh
+    Mutant("kernels/all_reduce.cu", "exchanges[blockIdx.x] + 1", "exchanges[blockIdx.x] + 2"),
+    Mutant("kernels/all_reduce.cu", "exchange % 2", "0"),
+    Mutant("kernels/all_reduce.cu", "i < numbers", "i <= numbers"),
+    Mutant("kernels/all_reduce.cu", "i + 1 < numbers", "i < numbers"),
+    Mutant("kernels/all_reduce.cu", "if (r != rank) send", "send"),
+    Mutant("kernels/all_reduce.cu", "(parity * RANKS + rank) * capacity + pair, own.x", "(parity * RANKS + r) * capacity + pair, own.x"),
+    Mutant("kernels/all_reduce.cu", "r == 0 ? other", "r == rank ? other"),
+    Mutant("kernels/all_reduce.cu", "if (threadIdx.x == 0) exchanges[blockIdx.x] = exchange;", ""),
+    Mutant("kernels/all_reduce.cu", "__syncthreads();", ""),
     # attend.cu
     Mutant("kernels/attend.cu", "*position >= capacity - token", "*position > capacity - token"),
     Mutant(
