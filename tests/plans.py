@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from prosparse_cupy import launch
+from prosparse_cupy.knobs import Knobs
 from prosparse_cupy.problem import H100, Problem, Target
 
 
@@ -18,6 +19,6 @@ class Shape(NamedTuple):
     target: Target = H100
 
 
-def plan_of(kernel: str, shape: Shape, **more) -> launch.Launch:
-    """The launch of a kernel on a shape; `more` goes to its `Problem`."""
-    return launch.plan(Problem(kernel, shape.d_model, shape.d_ff, shape.dtype, shape.specialize, **more), shape.target)
+def plan_of(kernel: str, shape: Shape, knobs: Knobs | None = None, **more) -> launch.Launch:
+    """The launch of a kernel on a shape, with these knobs or those of the rule; `more` goes to its `Problem`."""
+    return launch.plan(Problem(kernel, shape.d_model, shape.d_ff, shape.dtype, shape.specialize, **more), shape.target, knobs)

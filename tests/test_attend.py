@@ -5,6 +5,7 @@ The kernel itself also runs here without a GPU, on the host under AddressSanitiz
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, NamedTuple
 
@@ -539,24 +540,30 @@ def test_real_shapes_of_several_on_the_gpu(shape, dtype, torch_gpu):
         assert not given[6][attention_of(given[0], given[3]).partials :].any()
 
 
-# On the host: shape, place and dtype. Of 129 heads, each has one block for all its positions.
+# On the host: shape, place and dtype. Of 129 heads, each has one block for all its positions. Of 16 heads, eight read the same
+# keys, and two blocks have four of these each.
 HOST = [
     ((4, 2, 16), (40, 7, 41), "bfloat16"),
     ((8, 1, 64), (1, 1, 3), "float16"),
     ((3, 1, 80), (299, 0, 300), "bfloat16"),
     ((4, 1, 256), (90, 33, 91), "float32"),
     ((129, 129, 8), (9, 0, 10), "bfloat16"),
+    ((16, 2, 8), (40, 0, 41), "float32"),
 ]
 
 
-def _on_host(host, case: Case, dtype: str, left_in: int = 6, seed: int = 0) -> np.ndarray:
-    """What a launch leaves in one of its arguments, the output if nothing else is asked for."""
+def _on_host(host, case: Case, dtype: str, left_in: int = 6, seed: int = 0, without: int = 0) -> np.ndarray:
+    """What a launch leaves in one of its arguments, the output if nothing else is asked for.
+
+    `without` so many of the blocks that share the positions of the same heads, as if these had not come yet.
+    """
     attention = Attention(dtype, len(case.q), len(case.k), case.q.shape[1])
-    poison, partials = np.full_like(case.q, np.nan), np.zeros(attention.partials, np.float32)
+    poison, partials = np.full_like(case.q, np.nan), np.full(attention.partials, np.nan, np.float32)
     arrays: list[Any] = [*case[:5], np.array([case.position]), poison, partials, np.zeros(attention.blocks, np.int32)]
     starts = arrays[left_in]
     arrays[left_in] = None
     plan = attend_plan(attention, programmatic=False)
+    plan = dataclasses.replace(plan, grid=(plan.grid[0] - without, *plan.grid[1:]))
     return host.run(plan, [*arrays, case.scale, case.window, case.keys.shape[1]], starts, seed=seed)
 
 
@@ -579,6 +586,21 @@ def test_the_kernel_on_the_host_in_any_order(host):
     assert not _on_host(host, case, dtype, left_in=8).any()
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_on_the_host_nothing_is_added_up_before_the_last_block_has_come(host, seed):
+    """On a GPU a block that came before it might write its sum of what was there after the last one's.
+
+    Here the blocks run one after the other, and the last one's would be what remains; so one is left out, and until it comes
+    the tickets count the others and the output is as it was.
+    """
+    case, dtype = _case(*HOST[-1]), HOST[-1][2]
+    attention = Attention(dtype, len(case.q), len(case.k), case.q.shape[1])
+    out = _on_host(host, case, dtype, seed=seed, without=1)
+    np.testing.assert_array_equal(bits(out), bits(np.full_like(out, np.nan)))
+    tickets = _on_host(host, case, dtype, left_in=8, seed=seed, without=1)
+    assert tickets.tolist() == [attention.splits - 1] * attention.blocks and attention.splits > 2
+
+
 @pytest.mark.parametrize("position", [-1, 300])
 def test_on_the_host_a_position_outside_the_cache_stores_nothing(position, host):
     case, dtype = _case(*HOST[2])._replace(position=position), HOST[2][2]
@@ -591,7 +613,7 @@ def _several_on_host(host, case: Together, dtype: str, left_in: int = 6, **more:
     """As `_on_host`, of several tokens."""
     sequences, tokens, heads, head_dim = case.q.shape
     attention = Attention(dtype, heads, case.k.shape[2], head_dim, sequences, tokens)
-    poison, partials = np.full_like(case.q, np.nan), np.zeros(attention.partials, np.float32)
+    poison, partials = np.full_like(case.q, np.nan), np.full(attention.partials, np.nan, np.float32)
     arrays: list[Any] = [*case[:6], poison, partials, np.zeros(attention.tickets, np.int32)]
     starts = arrays[left_in]
     arrays[left_in] = None

@@ -26,7 +26,7 @@ from plans import Shape, plan_of
 
 from prosparse_cupy import bf12, reference
 from prosparse_cupy.formats import BF12_SLICES, Format
-from prosparse_cupy.knobs import compressed_format
+from prosparse_cupy.knobs import FusedRowKnobs, Knobs, compressed_format
 from prosparse_cupy.problem import KERNELS
 from prosparse_cupy.testing import synthetic
 
@@ -63,7 +63,15 @@ class _Batch:
             self.extras["norm_weight"], self.eps = norm_weight(d_ff, dtype, rng), 1e-5
         return self
 
-    def run(self, kernel: str, which: list[int] | None = None, *, seed: int = 1, formats: tuple = ()) -> np.ndarray:
+    def run(
+        self,
+        kernel: str,
+        which: list[int] | None = None,
+        *,
+        seed: int = 1,
+        formats: tuple = (),
+        knobs: Knobs | None = None,
+    ) -> np.ndarray:
         """A kernel on all tokens or on these."""
         every = slice(None) if which is None else which
         x, g, x1 = (np.ascontiguousarray(a[every]) for a in (self.x, self.gate, self.x1))
@@ -79,7 +87,7 @@ class _Batch:
         present = tuple(name for name in interface.optional if name in self.extras)
         trailing = [self.extras.get(name, 0) for name in interface.optional] + [self.eps] * (kernel == "ffn_4")
         more = {"activation": self.activation} if interface.has_activation else {}
-        plan = plan_of(kernel, self.shape, tokens=len(x), extras=present, formats=formats, **more)
+        plan = plan_of(kernel, self.shape, knobs, tokens=len(x), extras=present, formats=formats, **more)
         size = self.shape.d_model if kernel == "ffn_4" else self.shape.d_ff
         out = poisoned((len(x), size), self.shape.dtype)
         return self.host.run(plan, [*inputs, self.shape.d_ff, self.shape.d_model, *trailing], out, seed=seed)
@@ -145,6 +153,39 @@ def test_halves_with_biases(host, tokens, dtype, activation, specialize):
         batch = _Batch(host, Shape(*dims, dtype, specialize), tokens, rng, activation).with_biases(rng)
         for kernel in ("ffn_23", "ffn_123", *(["ffn_12"] if activation == "relu2" else [])):
             batch.checked(kernel)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "abreast", "dtype", "activation", "dims"),
+    [
+        (8, 4, "bfloat16", "drelu", None),
+        (5, 2, "float16", "relu2", None),
+        (3, 4, "bfloat16", "relu2", SHAPES[2]),
+        (3, 2, "bfloat16", "relu2", (256, 10)),  # whole groups of rows, which the kernel knows
+    ],
+)
+def test_neurons_of_a_warp_of_ffn_123_have_the_bits_of_one_alone(host, tokens, abreast, dtype, activation, dims):
+    """Whichever of them are active for whom: no launch that was measured has a warp with several, but `tune` tries them.
+
+    The last warp has fewer neurons than others, and the last neuron is active. Of every seven one is inactive for all tokens,
+    and its row and its bias are NaN.
+    """
+    rng, knobs = np.random.default_rng([tokens, abreast]), FusedRowKnobs(2, min_blocks=4, loads=2, abreast=abreast)
+    for d_model, d_ff in SHAPES[:3] if dims is None else [dims]:
+        batch = _Batch(host, Shape(d_model, d_ff, dtype, dims is not None), tokens, rng, activation).with_biases(rng)
+        off = np.arange(d_ff) % 7 == 3
+        batch.extras["gate_bias"][off], batch.extras["gate_bias"][-1] = -100, 100
+        batch.w[1][off] = batch.extras["up_bias"][off] = np.nan
+        g = batch.run("ffn_1")
+        active = reference.active(g, T)
+        assert active[:, -1].all() and not active[:, off].any()
+        together = batch.run("ffn_123", knobs=knobs)
+        np.testing.assert_array_equal(bits(together), bits(batch.run("ffn_123")))
+        np.testing.assert_array_equal(bits(together), bits(batch.run("ffn_123", knobs=knobs, seed=2)))
+        for t, out in enumerate(together):
+            exact = exact_ffn_23(g[t], batch.x[t], batch.w[1], T, activation, batch.extras["up_bias"])
+            assert_rounded_sum(out, *exact, d_model + 2)
+            assert not bits(out[~active[t]]).any(), "an inactive output is not +0"
 
 
 @pytest.mark.parametrize(
