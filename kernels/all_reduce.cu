@@ -8,11 +8,11 @@
 //   offsets   (RANKS,) where each GPU's mail is, in bytes from this one's: the GPUs of one host see each other's memory
 //   exchanges (ceil(capacity / THREADS),) zeros at first: in how many exchanges each block has been
 //   launch    a thread has two numbers, which it sends to all others and receives from them; grid ceil(numbers / 2 / THREADS),
-//             at most capacity / THREADS. All its blocks have to fit on the GPU at once, since each waits for the other GPUs'
+//             at most ceil(capacity / THREADS). All its blocks have to fit on the GPU at once, since each waits for the other GPUs'
 //   numerics  float32, in the order of ranks, subnormals kept: the same bits on every GPU
 //   order     a GPU sends in exchange e once its exchange e - 1 has ended. That had words of every other GPU's exchange e - 1,
 //             which had sent them after its own exchange e - 2 had ended. So nobody reads what is overwritten: of exchange e - 2
-//   waiting   a GPU that has waited for `seconds` ends its launch with an error, as NCCL ends its group after a timeout
+//   waiting   a GPU that has waited for `seconds` ends its launch with an error, after which its process has no CUDA any more
 //
 //   RANKS     GPUs          THREADS   of a block
 
@@ -45,7 +45,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             sum = r == 0 ? other : float2{sum_of(sum.x, other.x), sum_of(sum.y, other.y)};
         }
     }
-    let_successor_in();
     if (exists) out[i] = sum.x;
     if (is_whole) out[i + 1] = sum.y;
     __syncthreads();  // every thread has read the number

@@ -30,11 +30,11 @@ class Ranks:
     """`size` processes, each with a GPU of its own or none."""
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
-        self._size, self._backend = size, backend
+        self._size, self.backend = size, backend
         self._start()
 
     def _start(self) -> None:
-        size, backend = self._size, self._backend
+        size, backend = self._size, self.backend
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -439,3 +439,101 @@ def written(path: str, ids: list[list[int]]) -> tuple[list[bool], list[list[int]
     report = psct.patch_model(model)
     text = psct.generate(model, torch.tensor(ids[:1], device=model.device)[:, :8], max_new_tokens=6, do_sample=False)
     return [layer.sparse for layer in report.layers], text.tolist()
+
+
+def sums_of_steps(path: str, ids: list[list[int]]) -> dict[str, Any]:
+    """Who adds in the steps of a model, how often memory for that was made, and a text of each step."""
+    from prosparse_cupy.torch import step as steps
+    from prosparse_cupy.torch.peers import PeerParallel
+
+    model = _loaded(path, "float32")
+    psct.patch_model(model)
+    parallel, made = of_parallel.parallel_of(model), steps._twin
+    text, adding = torch.tensor(ids[:1], device=model.device)[:, :8], list[bool]()
+
+    def watched(*arguments: Any) -> Any:
+        twin = made(*arguments)
+        modules = [*twin.modules()]
+        own = [m.parallel for m in modules if isinstance(m, SparseMLP)]
+        own += [m._sharding.parallel for m in modules if "_sharding" in m.__dict__ and m._sharding is not None]
+        adding.append(len(own) > 4 and all(isinstance(p, PeerParallel) for p in own))
+        return twin
+
+    steps._twin = watched
+    found: dict[str, Any] = {"texts": []}
+    try:
+        for _ in range(4):
+            found["texts"].append(psct.generate(model, text, max_new_tokens=12, do_sample=False).tolist())
+            psct.release_generation(model)
+            gc.collect()
+    finally:
+        steps._twin = made
+    is_base = all(type(m.parallel) is of_parallel.TensorParallel for m in model.modules() if isinstance(m, SparseMLP))
+    return {**found, "adding": adding, "made": parallel.shared_memories, "is base": is_base}
+
+
+def compiled_in_one(path: str, ids: list[list[int]]) -> tuple[bool, list[list[int]], list[str]]:
+    """torch.compile fails in the last process: no process has a compiled step."""
+    from prosparse_cupy.torch import step as steps
+
+    model = _loaded(path, "float32")
+    psct.patch_model(model)
+    made = steps._compiled
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("no compiler, says the test")
+
+    if dist.get_rank() == dist.get_world_size() - 1:
+        steps._compiled = failing
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            is_compiled = psct.prepare_generation(model, 64).is_compiled
+        finally:
+            steps._compiled = made
+        text = torch.tensor(ids[:1], device=model.device)[:, :8]
+        written = psct.generate(model, text, max_new_tokens=12, do_sample=False).tolist()
+    return is_compiled, written, [str(w.message) for w in caught if str(w.message).startswith("generate:")]
+
+
+@torch.no_grad()
+def of_a_group_of_one(d_model: int, d_ff: int) -> tuple[str, bool]:
+    """Why its GPUs do not add by themselves, and whether its sums are right all the same."""
+    from prosparse_cupy.torch.peers import PeerParallel
+
+    group = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    parallel, x = of_parallel.parallel_of_group(group), torch.randn(3, device=_device())
+    try:
+        PeerParallel(parallel, torch.device(_device(), torch.cuda.current_device() if _device() == "cuda" else 0), 8)
+    except OSError as error:
+        return str(error), torch.equal(parallel.sum(x.clone()), x)
+    return "", False
+
+
+@torch.no_grad()
+def memories(sizes: list[int]) -> list[Any]:
+    """Numbers of the memories that are taken for so many bytes, each left again; on the CPU, where none is made."""
+    from prosparse_cupy.torch import peers as of_peers
+
+    class Memory:
+        def __init__(self, number: int, nbytes: int, device: int, rank: int, tell: Any) -> None:
+            assert len({*tell(number)}) == 1
+            self.number, self.nbytes, self.device, self.cleared = number, nbytes, device, 0
+
+        def clear(self, tell: Any) -> None:
+            assert len({*tell(self.number)}) == 1
+            self.cleared += 1
+
+    parallel, device = of_parallel.TensorParallel(dist.group.WORLD), torch.device("cuda", 0)
+    made, waited = of_peers.peers.SharedMemory, of_peers.capture.synchronize
+    of_peers.peers.SharedMemory, of_peers.capture.synchronize = Memory, lambda _: None
+    try:
+        found = []
+        for turn, nbytes in enumerate(sizes):
+            memory = of_peers._taken(parallel, device, nbytes)
+            found.append((memory.number, memory.cleared, memory.nbytes >= nbytes))
+            if turn != 1 or dist.get_rank() == 0:  # one process still has its second one
+                parallel.idle_memory.append(memory)
+        return found
+    finally:
+        of_peers.peers.SharedMemory, of_peers.capture.synchronize = made, waited

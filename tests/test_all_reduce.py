@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import textwrap
@@ -177,7 +178,9 @@ class _Driver:
 
     def __init__(self, rank: int, failing: str) -> None:
         self.rank, self.failing, self.held = rank, failing, set[str]()
-        self.cuda = SimpleNamespace(runtime=self, Device=lambda _: threading.RLock())
+        self.memory, self.others = np.full(8, -1, np.int64), list[_Driver]()
+        stream = SimpleNamespace(ptr=7, synchronize=lambda: None)
+        self.cuda = SimpleNamespace(runtime=self, Device=lambda _: threading.RLock(), Stream=lambda non_blocking: stream)
 
     def _perhaps_fail(self, what: str) -> None:
         if self.failing == what:
@@ -197,17 +200,25 @@ class _Driver:
         return 50_000 + int(handle.split()[-1])
 
     def ipcCloseMemHandle(self, address: int) -> None:
+        assert "own" in self.others[1 - self.rank].held, "freed before it was closed"
         self.held.remove("other's")
 
     def free(self, address: int) -> None:
+        assert "other's" not in self.others[1 - self.rank].held, "freed before the others have closed it"
         self.held.remove("own")
 
-    def deviceSynchronize(self) -> None:
-        pass
+    def memcpy(self, to: int, of: int, nbytes: int, kind: int) -> None:
+        """A word to the other process's memory, or this one's own back."""
+        if kind == 1:
+            address = to - 50_000 - 1000 * (2 - self.rank)
+            if self.failing != "silence":
+                self.others[1 - self.rank].memory[address // 8] = ctypes.c_int64.from_address(of).value
+        else:
+            ctypes.memmove(to, self.memory.ctypes.data, nbytes)
 
-    def memset(self, address: int, value: int, nbytes: int) -> None:
-        assert value == 0 and nbytes == 64
-        self.held.add("zeros")
+    def memsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> None:
+        assert (address, value, nbytes, stream) == (1000 * (self.rank + 1), 0, 64, 7)
+        self.memory[:] = 0
 
 
 def _shared(
@@ -215,6 +226,8 @@ def _shared(
 ) -> tuple[list[Any], list[_Driver]]:
     """What two processes, threads here, have or raise."""
     drivers = [_Driver(rank, failing.get(rank, "")) for rank in range(2)]
+    for driver in drivers:
+        driver.others = drivers
     said, barrier, found = [None, None], threading.Barrier(2), [None, None]
     here = threading.local()
     monkeypatch.setattr(peers, "cupy", lambda: drivers[here.rank])
@@ -247,7 +260,7 @@ def _shared(
 def test_processes_find_each_others_memory(monkeypatch):
     found, drivers = _shared(monkeypatch, {})
     assert [m.offsets for m in found] == [[0, 51_000], [49_000, 0]]
-    assert all(d.held == {"own", "other's", "zeros"} for d in drivers)
+    assert all(d.held == {"own", "other's"} and not d.memory.any() for d in drivers)
 
 
 @pytest.mark.quick
@@ -258,12 +271,20 @@ def test_processes_find_each_others_memory(monkeypatch):
         ({0: "link"}, ("a", "a"), "rank 0: no link"),
         ({0: "link", 1: "memory"}, ("a", "a"), "rank 1: no memory"),
         ({}, ("a", "b"), "rank 0: the processes run on different hosts"),
+        ({0: "silence"}, ("a", "a"), "rank 1: what rank 0 writes does not arrive"),
     ],
 )
 def test_what_one_process_cannot_see_all_do_without(monkeypatch, failing, hosts, message):
     found, drivers = _shared(monkeypatch, failing, hosts)
     assert all(isinstance(error, str) and message in error for error in found), found
     assert not any(d.held for d in drivers)
+
+
+@pytest.mark.quick
+def test_nccls_users_who_switch_links_off_are_heard(monkeypatch):
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    found, drivers = _shared(monkeypatch, {})
+    assert all("NCCL_P2P_DISABLE is set" in error for error in found) and not any(d.held for d in drivers)
 
 
 @pytest.mark.gpu
@@ -306,12 +327,17 @@ def test_ranks_on_one_gpu(ranks):
         with torch.cuda.graph(graph, stream=streams[rank]):
             kept.append([summed(rank, numbers) for numbers in sizes])
         graphs.append(graph)
-    for _ in range(200):
-        for rank in range(ranks):
+    for turn in range(50):
+        for n in sizes:  # so that a word that was left of the turn before would show
+            expected[n] = _sum(fresh := _parts(ranks, n, 100 + turn))
+            for own, part in zip(inputs[n], fresh, strict=True):
+                own.copy_(torch.from_numpy(part))
+        torch.cuda.synchronize()
+        for rank in np.random.default_rng(turn).permutation(ranks):
             with torch.cuda.stream(streams[rank]):
                 graphs[rank].replay()
-    for of_size, numbers in zip(zip(*kept, strict=True), sizes, strict=True):
-        check([*of_size], numbers)
+        for of_size, n in zip(zip(*kept, strict=True), sizes, strict=True):
+            check([*of_size], n)
 
 
 @pytest.mark.gpu

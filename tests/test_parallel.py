@@ -318,6 +318,34 @@ def test_parts_of_projections_give_the_bits_of_their_projections(two, folder):
     assert two.run(ranks_parallel.parts_of_projections, path) == [[True] * 30] * 2
 
 
+def test_steps_add_through_memory_that_gpus_share(two, folder):
+    """And hand it on; in two processes on the CPU, torch.distributed adds."""
+    found = two.run(ranks_parallel.sums_of_steps, folder("float32"), IDS)
+    on_gpus = two.backend == "nccl"
+    for of_rank in found:
+        assert len(of_rank["adding"]) == 4 and all(is_peer == on_gpus for is_peer in of_rank["adding"])
+        assert of_rank["made"] == on_gpus and of_rank["is base"]
+        assert all(text == found[0]["texts"][0] for text in of_rank["texts"])
+
+
+def test_what_one_process_cannot_compile_no_process_compiles(two, folder):
+    found = two.run(ranks_parallel.compiled_in_one, folder("float32"), IDS)
+    assert [is_compiled for is_compiled, *_ in found] == [False, False] and found[0][1] == found[1][1]
+    assert [len(warned) for *_, warned in found] == [0, two.backend == "nccl"]
+
+
+def test_groups_that_no_kernel_adds_for(two):
+    for reason, is_right in two.run(ranks_parallel.of_a_group_of_one, 8, 9):
+        assert "2 to 8 GPUs, not of 1" in reason and is_right
+
+
+def test_memory_is_taken_again_where_all_have_left_it(two):
+    found = two.run(ranks_parallel.memories, [100, 200, 50, 200, 200, 300])
+    assert found[0] == found[1]
+    assert [number for number, *_ in found[0]] == [1, 2, 1, 3, 3, 4] and all(fits for *_, fits in found[0])
+    assert [cleared for _, cleared, _ in found[0]] == [0, 0, 1, 0, 1, 0]
+
+
 def test_weights_go_with_the_step(two, folder):
     assert two.run(ranks_parallel.weights_go_with_the_step, folder("bfloat16")) == [True, True]
 

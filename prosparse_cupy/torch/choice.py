@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import captured
 from .eligibility import LENGTHS
-from .step import Step, captured
+from .step import Step
 
 AHEAD = 2  # steps that the GPU has been given when the host looks at a token: one that it does, one that waits
 _LATEST = 4  # tokens that the host can still look at

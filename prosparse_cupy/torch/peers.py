@@ -16,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 from .. import peers
 from ..compiler import target_of
 from ..driver import overlaps
+from . import capture
 from .parallel import TensorParallel
 
 _LIBRARY = torch.library.Library("prosparse", "FRAGMENT")
@@ -58,7 +59,7 @@ _LIBRARY.impl("all_reduce", _on_gpu, "CUDA")
 class PeerParallel(TensorParallel):
     """The processes of a group whose GPUs see each other's memory, for the launches of one stream.
 
-    Short sums go through that memory in one launch, which overlaps its neighbours as ours do; all else goes the group's way.
+    Short sums go through that memory in one launch, which starts while its predecessor ends; all else goes the group's way.
 
     Parameters
     ----------
@@ -72,22 +73,25 @@ class PeerParallel(TensorParallel):
     Raises
     ------
     OSError
-        In all processes, where they cannot: on different hosts, or GPUs that are not linked.
+        In all processes, where they cannot: too many, on different hosts, GPUs that are not linked, or without memory.
     """
 
     def __init__(self, parallel: TensorParallel, device: torch.device, numbers: int) -> None:
         super().__init__(parallel.group)
+        if not 2 <= self.size <= peers.MOST_RANKS:
+            raise OSError(f"all_reduce adds the numbers of 2 to {peers.MOST_RANKS} GPUs, not of {self.size}")
         own = peers.capacity_of(numbers, target_of(device.index).multiprocessors)
         self._layout = peers.Layout(self.size, min(parallel.told(own)))
-        memory = _taken(parallel, device.index, 8 * self._layout.words)
+        memory = _taken(parallel, device, 8 * self._layout.words)
         weakref.finalize(self, parallel.idle_memory.append, memory)
         with torch.inference_mode(False):
             self._shared: Tensor = from_dlpack(memory.words())
             self._shared[: self.size] = torch.tensor(memory.offsets, device=device)
 
     def sum(self, partial: Tensor) -> Tensor:
-        # The sum of two that is rounded once is the one that is added in their own dtype.
-        if partial.numel() > 2 * self._layout.capacity or not (partial.dtype == torch.float32 or self.size == 2):
+        # Two halves that are added in float32 and rounded once have the bits of those that are added in their own dtype.
+        is_exact = partial.dtype == torch.float32 or (self.size == 2 and partial.dtype in (torch.bfloat16, torch.float16))
+        if partial.numel() > 2 * self._layout.capacity or not is_exact:
             return super().sum(partial)
         part = partial.float().contiguous()
         total: Tensor = torch.ops.prosparse.all_reduce(
@@ -96,14 +100,17 @@ class PeerParallel(TensorParallel):
         return total.to(partial.dtype)
 
 
-def _taken(parallel: TensorParallel, device: int, nbytes: int) -> peers.SharedMemory:
+def _taken(parallel: TensorParallel, device: torch.device, nbytes: int) -> peers.SharedMemory:
     """Memory of at least so many bytes that all processes have left, or new memory."""
-    idle = {memory.number: memory for memory in parallel.idle_memory if memory.nbytes >= nbytes and memory.device == device}
-    common = set.intersection(*map(set, parallel.told([*idle])))
+    index: int = device.index
+    idle = {memory.number: memory for memory in parallel.idle_memory if memory.nbytes >= nbytes and memory.device == index}
+    said = parallel.told((parallel.shared_memories, {*idle}))
+    common = set.intersection(*(numbers for _, numbers in said))
     if not common:
-        parallel.shared_memories += 1
-        return peers.SharedMemory(parallel.shared_memories, nbytes, device, parallel.rank, parallel.told)
+        parallel.shared_memories = 1 + max(made for made, _ in said)
+        return peers.SharedMemory(parallel.shared_memories, nbytes, index, parallel.rank, parallel.told)
     memory = idle[min(common)]
+    capture.synchronize(device)  # a step that nobody has any more may still run
     memory.clear(parallel.told)
     parallel.idle_memory.remove(memory)
     return memory

@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import threading
 import time
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from .attention import NAME, LayerCache, register_attention
+from .capture import captured
 from .dispatch import TorchWeight, dispatched, few_tokens, is_taken
 from .eligibility import attention_of
 from .linears import CompressedLinear, DecodingLinear, LinearShard, known_sharding, whole_of
@@ -178,10 +178,16 @@ class Step:
                 "apart and a token takes longer",
                 stacklevel=2,
             )
-            _let_layers_run(decoder.layers, self._layers, self._cache, _forward_of)
-            for module in others:
-                module.__dict__.pop("forward", None)
-            self._capture()
+            self._capture_as_it_is(others)
+        if self.parallel is not None and self.parallel.any(not self.is_compiled):  # compiled code may add in another order
+            self.is_compiled = False
+            self._capture_as_it_is(others)
+
+    def _capture_as_it_is(self, others: Sequence[nn.Module]) -> None:
+        _let_layers_run(self._twin.get_decoder().layers, self._layers, self._cache, _forward_of)
+        for module in others:
+            module.__dict__.pop("forward", None)
+        self._capture()
 
     @torch.inference_mode()
     def _capture(self) -> None:
@@ -302,35 +308,6 @@ def _counts_kept(model: nn.Module) -> Iterator[None]:
             count.copy_(was)
 
 
-_capturing = threading.Lock()
-"""Held while something is captured: the default generator of a GPU is then part of the capture, whoever draws from it."""
-
-
-@cache
-def _side_stream(device: torch.device) -> Any:
-    """The one stream of a GPU that captures come from: cuBLAS keeps 32 MiB for every stream that it has ever seen."""
-    return torch.cuda.Stream(device)
-
-
-def captured(function: Callable[[], None], device: torch.device, before: Callable[[], None]) -> Any:
-    """The kernels that `function` launches as a CUDA graph, after `before` has run on the same stream."""
-    side, graph = _side_stream(device), torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), _capturing:
-        side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
-                before()
-                side.synchronize()
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    function()
-                finally:
-                    graph.capture_end()
-        finally:  # after a failure too: the memory that was run on is freed, for the other stream to take
-            torch.cuda.current_stream().wait_stream(side)
-    return graph
-
-
 class _StepCache:
     """What the model takes for its cache; its layers get a `LayerCache` each."""
 
@@ -380,9 +357,9 @@ def _twin(model: Any, parallel: TensorParallel | None = None) -> Any:
                     child.__dict__.pop("forward", None)  # which keeps the copy, and so the model's weights, until a collection
     for module in twin.modules():
         if parallel is not None:
-            if isinstance(module, SparseMLP) and module.parallel is not None:
+            if isinstance(module, SparseMLP) and module.parallel is not None and module.parallel.is_of(parallel.group):
                 module.parallel = parallel
-            elif isinstance(sharding := module.__dict__.get("_sharding"), Sharding):
+            elif isinstance(sharding := module.__dict__.get("_sharding"), Sharding) and sharding.parallel.is_of(parallel.group):
                 module.__dict__["_sharding"] = sharding._replace(parallel=parallel)
         if isinstance(module, DecodingLinear):
             hold_parts(module)

@@ -254,7 +254,11 @@ MUTANTS = [
     Mutant("kernels/all_reduce.cu", "i < numbers", "i <= numbers"),
     Mutant("kernels/all_reduce.cu", "i + 1 < numbers", "i < numbers"),
     Mutant("kernels/all_reduce.cu", "if (r != rank) send", "send"),
-    Mutant("kernels/all_reduce.cu", "(parity * RANKS + rank) * capacity + pair, own.x", "(parity * RANKS + r) * capacity + pair, own.x"),
+    Mutant(
+        "kernels/all_reduce.cu",
+        "(parity * RANKS + rank) * capacity + pair, own.x",
+        "(parity * RANKS + r) * capacity + pair, own.x",
+    ),
     Mutant("kernels/all_reduce.cu", "r == 0 ? other", "r == rank ? other"),
     Mutant("kernels/all_reduce.cu", "if (threadIdx.x == 0) exchanges[blockIdx.x] = exchange;", ""),
     Mutant("kernels/all_reduce.cu", "__syncthreads();", ""),

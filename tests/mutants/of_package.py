@@ -381,15 +381,16 @@ MUTANTS = [
     Mutant("prosparse_cupy/bf12.py", "(codes >= 0) & (codes < WINDOW)", "(codes >= 0) & (codes <= WINDOW)"),
     Mutant("prosparse_cupy/bf12.py", "return int(held.argmax())", "return 0"),
     # peers.py
-    Mutant("prosparse_cupy/peers.py", "self.ranks + self.ranks % 2", "self.ranks"),
-    Mutant("prosparse_cupy/peers.py", "-(-self.blocks // 4) * 2", "self.blocks // 4 * 2"),
+    Mutant("prosparse_cupy/peers.py", "return -(-self.ranks // _LINE) * _LINE", "return self.ranks"),
+    Mutant("prosparse_cupy/peers.py", "-(-self.blocks // (2 * _LINE)) * _LINE", "self.blocks // (2 * _LINE) * _LINE"),
     Mutant("prosparse_cupy/peers.py", "-(-self.capacity // _THREADS)", "self.capacity // _THREADS"),
     Mutant("prosparse_cupy/peers.py", "_BLOCKS * _THREADS * multiprocessors, ", ""),
     Mutant("prosparse_cupy/peers.py", "if any(host != said[0][0] for host, *_ in said):", "if False:"),
     Mutant("prosparse_cupy/peers.py", "elif not any(failure for _, failure, _ in said):", "else:"),
-    Mutant("prosparse_cupy/peers.py", "                self._close()\n", ""),
-    Mutant("prosparse_cupy/peers.py", "[address - self.address for address in addresses]", "addresses"),
-    Mutant("prosparse_cupy/peers.py", "            runtime.memset(self.address, 0, self.nbytes)\n", ""),
+    Mutant("prosparse_cupy/peers.py", "                self._close(tell)\n", ""),
+    Mutant("prosparse_cupy/peers.py", "found[r] != _mark(self.number, r)", "False"),
+    Mutant("prosparse_cupy/peers.py", "next(others) - self.address", "next(others)"),
+    Mutant("prosparse_cupy/peers.py", "        self._zero()\n        tell(None)", "        tell(None)"),
     # formula.py, reference.py
     Mutant(
         "prosparse_cupy/formula.py",
