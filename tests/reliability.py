@@ -60,7 +60,7 @@ PROMISES = (
     ),
     Promise("`generate` writes the text of transformers' loop", ("generate", "speculation", "attend", "small_model")),
     Promise("The same in threads, interrupted, out of memory, with damaged checkpoints", ("abuse_models",)),
-    Promise("Split over processes, models write the text of one", ("parallel",)),
+    Promise("Split over processes, models write the text of one", ("parallel", "all_reduce")),
     Promise("The plug-in for vLLM computes what its layers did", ("engines", "vllm")),
     Promise("Nothing is fetched or run at run time but NVRTC on the package's own text", ("supply",)),
     Promise(
