@@ -1,4 +1,5 @@
-// Runs the fibers of a kernel's blocks, see host_cuda.h. Linked to every kernel; compiled without sanitizers, whose fibers it manages.
+// Runs the fibers of a kernel's blocks, see host_cuda.h. A library that all kernels of a process share; compiled without sanitizers, whose
+// fibers it manages.
 
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -8,14 +9,12 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "host_cuda.h"
-
-extern "C" char __start_shared_memory[] __attribute__((weak)), __stop_shared_memory[] __attribute__((weak));
-extern "C" void host_call(void** slots);
 
 namespace host_cuda {
 
@@ -70,6 +69,7 @@ Context scheduler;
 void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
+const Kernel* kernel;
 void** arguments;
 
 Fiber& own() { return *static_cast<Fiber*>(current); }
@@ -104,7 +104,7 @@ namespace {
 
 void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-    host_call(arguments);
+    kernel->call(arguments);
     wait(Wait::done);
 }
 
@@ -187,7 +187,7 @@ void run_block(std::mt19937_64& random) {
 }
 
 void poison_shared() {
-    for (volatile char* byte = __start_shared_memory; byte < __stop_shared_memory; ++byte) *byte = char(0xff);
+    for (volatile char* byte = kernel->shared; byte < kernel->shared_end; ++byte) *byte = char(0xff);
 }
 
 }  // namespace
@@ -196,12 +196,15 @@ void poison_shared() {
 
 extern "C" {
 
-// Exactly `size` bytes between ASan's redzones, at a multiple of 16, as malloc aligns.
-__attribute__((visibility("default"))) void* host_alloc(size_t size) { return std::malloc(size); }
-__attribute__((visibility("default"))) void host_free(void* memory) { std::free(memory); }
+const char* host_parameters(const host_cuda::Kernel* kernel) { return kernel->parameters(); }
 
-__attribute__((visibility("default"))) void host_launch(const unsigned* grid, const unsigned* block, void** slots, uint64_t seed) {
+// Exactly `size` bytes between ASan's redzones, at a multiple of 16, as malloc aligns.
+void* host_alloc(size_t size) { return std::malloc(size); }
+void host_free(void* memory) { std::free(memory); }
+
+void host_launch(const host_cuda::Kernel* launched, const unsigned* grid, const unsigned* block, void** slots, uint64_t seed) {
     using namespace host_cuda;
+    kernel = launched;
     arguments = slots;
     grid_size = {grid[0], grid[1], grid[2]};
     block_size = {block[0], block[1], block[2]};
