@@ -35,7 +35,6 @@ __attribute__((naked, noinline)) static void switch_context(Context*, Context*) 
         "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
 }
 inline void make_context(Context* context, void* stack, size_t bytes, void (*entry)()) {
-    __asan_unpoison_memory_region(stack, bytes);  // what frames of the fiber before have left
     void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes);
     top[-1] = nullptr;  // where the entry would return to
     top[-2] = reinterpret_cast<void*>(entry);
@@ -116,6 +115,7 @@ void start(Fiber& fiber, unsigned linear) {
     if (!fiber.stack) {
         fiber.stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (fiber.stack == MAP_FAILED) fail("no memory for a fiber's stack");
+        __asan_unpoison_memory_region(fiber.stack, STACK);  // once: a fiber's frames have returned when it is done
     }
     make_context(&fiber.context, fiber.stack, STACK, fiber_main);
 }
@@ -140,14 +140,15 @@ void release(const Fiber& fiber, unsigned threads) {
         return;
     }
     const unsigned first = fiber.linear / WARP_LANES * WARP_LANES, mask = fiber.mask;
-    uint64_t values[WARP_LANES] = {};
     for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
         if (!(mask >> lane & 1)) continue;
         if (first + lane >= threads || fibers[first + lane]->wait == Wait::done) fail("a warp collective names a lane that has exited");
         const Fiber& other = *fibers[first + lane];
         if (other.wait != fiber.wait || other.mask != mask) return;
-        values[lane] = other.sent;
     }
+    uint64_t values[WARP_LANES] = {};
+    for (unsigned lane = 0; lane < WARP_LANES; ++lane)
+        if (mask >> lane & 1) values[lane] = fibers[first + lane]->sent;
     for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
         if (!(mask >> lane & 1)) continue;
         std::memcpy(fibers[first + lane]->received, values, sizeof values);
