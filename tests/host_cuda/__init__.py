@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _FLAGS = [
     "-g1",
     "-fPIC",
     "-shared",
+    "-nostdlib",  # what kernels call is in the scheduler's library, and in those that it is linked to
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-omit-frame-pointer",
@@ -43,6 +45,7 @@ _FLAGS = [
     "-fsanitize-sections=shared_memory",
     "-fno-sanitize-recover=all",
 ]
+_FLAGS_OF_SCHEDULER = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wl,--no-as-needed", "-lubsan", "-lm"]
 
 
 class HostRunError(RuntimeError):
@@ -60,6 +63,10 @@ def why_unavailable() -> str:
 
 def _runtime(library: str) -> str:
     return subprocess.run([_COMPILER, f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 class HostKernels:
@@ -108,11 +115,11 @@ class HostKernels:
         self, library: Path, grid: tuple, block: tuple, slots: list[Slot], buffers: list[bytes], seed: int = 0
     ) -> dict[int, bytes]:
         """Launch a kernel on buffers, and return those that it has changed."""
-        return self._ask("launch", str(library), grid, block, slots, buffers, seed)
+        return self._ask("launch", str(self._scheduler), str(library), grid, block, slots, buffers, seed)
 
     def parameters(self, library: Path) -> tuple[str, ...]:
         """What a kernel takes, as `Launch.arguments` says it, but read off the compiled source."""
-        return self._ask("parameters", str(library))
+        return self._ask("parameters", str(self._scheduler), str(library))
 
     def _ask(self, *request: Any) -> Any:
         with self._lock:
@@ -151,18 +158,14 @@ class HostKernels:
                 )
         return self._worker
 
-    def _precompile(self) -> None:
-        """Compile once what all kernels need: the header that they see, and the scheduler that is linked to them."""
-        header, scheduler = self._builds / "host_cuda.h", self._builds / "scheduler.o"
-        if scheduler.exists():
-            return
-        unfinished = header.with_suffix(f".{os.getpid()}")
-        shutil.copy(_HERE / header.name, unfinished)
-        unfinished.replace(header)
-        options = [flag for flag in _FLAGS if flag != "-shared"]
-        self._compile([*options, "-xc++-header", str(header)], Path(f"{header}.gch"))
-        options = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{_HERE}", "-c"]
-        self._compile([*options, str(_HERE / "scheduler.cpp")], scheduler)
+    @cached_property
+    def _scheduler(self) -> Path:
+        """The library that the kernels call, and what they may call of the C library."""
+        code = "".join((_HERE / name).read_text() for name in ("host_cuda.h", "scheduler.cpp"))
+        library = self._builds / f"scheduler_{_digest(code, *_FLAGS_OF_SCHEDULER)}.so"
+        if not library.exists():
+            self._compile([str(_HERE / "scheduler.cpp"), *_FLAGS_OF_SCHEDULER], library)
+        return library
 
     def _compile(self, options: list[str], out: Path, text: str | None = None) -> None:
         """Run the compiler; other processes see the whole result or none."""
@@ -178,10 +181,8 @@ class HostKernels:
         # Shared arrays of templates have the section that is poisoned only if they belong to this file alone.
         text = f'#include "host_cuda.h"\nnamespace {{\n{code}\n}}\nHOST_ENTRY({kernel})\n'
         options = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines]
-        key = hashlib.sha256("\0".join([text, *options]).encode()).hexdigest()[:16]
-        library = self._builds / f"{kernel}_{key}.so"
+        header = (_HERE / "host_cuda.h").read_text()
+        library = self._builds / f"{kernel}_{_digest(header, text, *_FLAGS, *options)}.so"
         if not library.exists():
-            self._precompile()
-            linked = str(self._builds / "scheduler.o")
-            self._compile([*_FLAGS, *options, f"-I{self._builds}", "-xc++", "-", "-xnone", linked], library, text)
+            self._compile([*_FLAGS, *options, f"-I{_HERE}", "-xc++", "-"], library, text)
         return library

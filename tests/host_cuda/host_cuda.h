@@ -5,16 +5,18 @@
 // not there gives another result under another seed. Built with AddressSanitizer and UBSan, which see every index and every
 // alignment. Any violation prints a line that starts with "host_cuda:" or a sanitizer's report, and ends the process.
 //
-// This is what kernels see of it; who runs their fibers is scheduler.cpp, which is compiled once.
+// This is what kernels see of it; who runs their fibers is scheduler.cpp, which is compiled once. It is read anew for every kernel, so it
+// includes nothing: the standard library's headers take longer to read, precompiled too, than most kernels to compile.
 
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <string>
-#include <type_traits>
-#include <utility>
+typedef __SIZE_TYPE__ size_t;
+typedef __UINT64_TYPE__ uint64_t;
+
+extern "C" float exp2f(float) noexcept;
+extern "C" float fmaf(float, float, float) noexcept;
+extern "C" float fmaxf(float, float) noexcept;
+extern "C" float sqrtf(float) noexcept;
 
 #define __global__
 #define __device__
@@ -65,7 +67,7 @@ const uint64_t* collective(Wait kind, unsigned mask, uint64_t value);
 template <class T>
 inline uint64_t bits_of(T value) {
     uint64_t bits = 0;
-    std::memcpy(&bits, &value, sizeof value);
+    __builtin_memcpy(&bits, &value, sizeof value);
     return bits;
 }
 
@@ -74,34 +76,57 @@ inline T shuffle(unsigned mask, T value, unsigned source) {
     const uint64_t* received = collective(Wait::shuffle, mask, bits_of(value));
     if (source >= WARP_LANES) return value;
     if (!(mask >> source & 1)) fail("a shuffle reads a lane that its mask leaves out");
-    std::memcpy(&value, &received[source], sizeof value);
+    __builtin_memcpy(&value, &received[source], sizeof value);
     return value;
 }
 
-template <class... P, size_t... I>
-inline void call(void (*function)(P...), void** slots, std::index_sequence<I...>) {
-    function(*static_cast<std::remove_cv_t<P>*>(slots[I])...);
+// What the scheduler gets of a kernel.
+struct Kernel {
+    void (*call)(void** slots);
+    char *shared, *shared_end;
+    const char* (*parameters)();
+};
+
+struct Call {
+    template <class... P>
+    Call(void (*function)(P...), P... arguments) {
+        function(arguments...);
+    }
+};
+
+template <class P>
+inline P next(void**& slots) {
+    return *static_cast<P*>(*slots++);
 }
 
 template <class... P>
 inline void call(void (*function)(P...), void** slots) {
-    call(function, slots, std::index_sequence_for<P...>());
+    Call{function, next<P>(slots)...};  // braces: from left to right
 }
 
 // What a parameter is: P for each pointer, which may be in a struct, f float32, i int32.
 template <class P>
-inline std::string kind() {
-    if (std::is_same_v<P, float>) return "f ";
-    if (std::is_same_v<P, int>) return "i ";
-    static_assert(sizeof(P) % sizeof(void*) == 0 || sizeof(P) == 4);
-    return std::string(sizeof(P) / sizeof(void*), 'P') + ' ';
-}
+struct Kind {
+    static_assert(sizeof(P) % sizeof(void*) == 0);
+    static void write(char*& at) {
+        for (size_t i = 0; i < sizeof(P); i += sizeof(void*)) *at++ = 'P';
+    }
+};
+template <>
+struct Kind<float> {
+    static void write(char*& at) { *at++ = 'f'; }
+};
+template <>
+struct Kind<int> {
+    static void write(char*& at) { *at++ = 'i'; }
+};
 
 template <class... P>
 inline const char* parameters(void (*)(P...)) {
-    static std::string all;
-    if (all.empty()) ((all += kind<std::remove_cv_t<P>>()), ...);
-    return all.c_str();
+    static char all[256];
+    char* at = all;
+    ((Kind<P>::write(at), *at++ = ' '), ...);
+    return all;
 }
 
 }  // namespace host_cuda
@@ -165,7 +190,7 @@ inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
 inline unsigned __float_as_uint(float value) { return unsigned(host_cuda::bits_of(value)); }
 inline float __uint_as_float(unsigned bits) {
     float value;
-    std::memcpy(&value, &bits, sizeof value);
+    __builtin_memcpy(&value, &bits, sizeof value);
     return value;
 }
 template <class T>
@@ -177,7 +202,9 @@ inline T max(T a, T b) {
     return a < b ? b : a;
 }
 
-// What the scheduler calls for each thread of one kernel, and what its parameters are.
-#define HOST_ENTRY(name)                                                                                       \
-    extern "C" void host_call(void** slots) { host_cuda::call(name, slots); }                                   \
-    extern "C" __attribute__((visibility("default"))) const char* host_parameters() { return host_cuda::parameters(name); }
+extern "C" __attribute__((weak, visibility("hidden"))) char __start_shared_memory[], __stop_shared_memory[];
+
+#define HOST_ENTRY(name)                                                                    \
+    extern "C" __attribute__((visibility("default"))) host_cuda::Kernel host_kernel = {     \
+        [](void** slots) { host_cuda::call(name, slots); }, __start_shared_memory, __stop_shared_memory, \
+        [] { return host_cuda::parameters(name); }};

@@ -1,4 +1,5 @@
-// Runs the fibers of a kernel's blocks, see host_cuda.h. Linked to every kernel; compiled without sanitizers, whose fibers it manages.
+// Runs the fibers of a kernel's blocks, see host_cuda.h. A library that all kernels of a process share; compiled without sanitizers, whose
+// fibers it manages.
 
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -8,14 +9,12 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "host_cuda.h"
-
-extern "C" char __start_shared_memory[] __attribute__((weak)), __stop_shared_memory[] __attribute__((weak));
-extern "C" void host_call(void** slots);
 
 namespace host_cuda {
 
@@ -36,7 +35,6 @@ __attribute__((naked, noinline)) static void switch_context(Context*, Context*) 
         "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
 }
 inline void make_context(Context* context, void* stack, size_t bytes, void (*entry)()) {
-    __asan_unpoison_memory_region(stack, bytes);  // what frames of the fiber before have left
     void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes);
     top[-1] = nullptr;  // where the entry would return to
     top[-2] = reinterpret_cast<void*>(entry);
@@ -70,6 +68,7 @@ Context scheduler;
 void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
+const Kernel* kernel;
 void** arguments;
 
 Fiber& own() { return *static_cast<Fiber*>(current); }
@@ -104,7 +103,7 @@ namespace {
 
 void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-    host_call(arguments);
+    kernel->call(arguments);
     wait(Wait::done);
 }
 
@@ -116,6 +115,7 @@ void start(Fiber& fiber, unsigned linear) {
     if (!fiber.stack) {
         fiber.stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (fiber.stack == MAP_FAILED) fail("no memory for a fiber's stack");
+        __asan_unpoison_memory_region(fiber.stack, STACK);  // once: a fiber's frames have returned when it is done
     }
     make_context(&fiber.context, fiber.stack, STACK, fiber_main);
 }
@@ -140,14 +140,15 @@ void release(const Fiber& fiber, unsigned threads) {
         return;
     }
     const unsigned first = fiber.linear / WARP_LANES * WARP_LANES, mask = fiber.mask;
-    uint64_t values[WARP_LANES] = {};
     for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
         if (!(mask >> lane & 1)) continue;
         if (first + lane >= threads || fibers[first + lane]->wait == Wait::done) fail("a warp collective names a lane that has exited");
         const Fiber& other = *fibers[first + lane];
         if (other.wait != fiber.wait || other.mask != mask) return;
-        values[lane] = other.sent;
     }
+    uint64_t values[WARP_LANES] = {};
+    for (unsigned lane = 0; lane < WARP_LANES; ++lane)
+        if (mask >> lane & 1) values[lane] = fibers[first + lane]->sent;
     for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
         if (!(mask >> lane & 1)) continue;
         std::memcpy(fibers[first + lane]->received, values, sizeof values);
@@ -187,7 +188,7 @@ void run_block(std::mt19937_64& random) {
 }
 
 void poison_shared() {
-    for (volatile char* byte = __start_shared_memory; byte < __stop_shared_memory; ++byte) *byte = char(0xff);
+    for (volatile char* byte = kernel->shared; byte < kernel->shared_end; ++byte) *byte = char(0xff);
 }
 
 }  // namespace
@@ -196,12 +197,15 @@ void poison_shared() {
 
 extern "C" {
 
-// Exactly `size` bytes between ASan's redzones, at a multiple of 16, as malloc aligns.
-__attribute__((visibility("default"))) void* host_alloc(size_t size) { return std::malloc(size); }
-__attribute__((visibility("default"))) void host_free(void* memory) { std::free(memory); }
+const char* host_parameters(const host_cuda::Kernel* kernel) { return kernel->parameters(); }
 
-__attribute__((visibility("default"))) void host_launch(const unsigned* grid, const unsigned* block, void** slots, uint64_t seed) {
+// Exactly `size` bytes between ASan's redzones, at a multiple of 16, as malloc aligns.
+void* host_alloc(size_t size) { return std::malloc(size); }
+void host_free(void* memory) { std::free(memory); }
+
+void host_launch(const host_cuda::Kernel* launched, const unsigned* grid, const unsigned* block, void** slots, uint64_t seed) {
     using namespace host_cuda;
+    kernel = launched;
     arguments = slots;
     grid_size = {grid[0], grid[1], grid[2]};
     block_size = {block[0], block[1], block[2]};

@@ -12,24 +12,34 @@ Slot = tuple["bytes | tuple[int, int]", ...]
 
 
 @cache
-def _library(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path)
-    library.host_alloc.restype = ctypes.c_void_p
-    library.host_alloc.argtypes = [ctypes.c_size_t]
-    library.host_free.argtypes = [ctypes.c_void_p]
-    library.host_launch.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_uint64]
-    library.host_parameters.restype = ctypes.c_char_p
-    return library
+def _scheduler(path: str) -> ctypes.CDLL:
+    scheduler = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)  # for the kernels, which call it
+    scheduler.host_alloc.restype = ctypes.c_void_p
+    scheduler.host_alloc.argtypes = [ctypes.c_size_t]
+    scheduler.host_free.argtypes = [ctypes.c_void_p]
+    scheduler.host_launch.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_uint64]
+    scheduler.host_parameters.restype = ctypes.c_char_p
+    scheduler.host_parameters.argtypes = [ctypes.c_void_p]
+    return scheduler
 
 
-def parameters(path: str) -> tuple[str, ...]:
+@cache
+def _kernel(path: str) -> int:
+    """The address of what the scheduler gets of a kernel."""
+    return ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(path), "host_kernel"))
+
+
+def parameters(scheduler: str, path: str) -> tuple[str, ...]:
     """What the kernel takes, as `Launch.arguments` says it."""
-    return tuple(_library(path).host_parameters().decode().split())
+    library = _scheduler(scheduler)
+    return tuple(library.host_parameters(_kernel(path)).decode().split())
 
 
-def launch(path: str, grid: tuple, block: tuple, slots: list[Slot], buffers: list[bytes], seed: int) -> dict[int, bytes]:
+def launch(
+    scheduler: str, path: str, grid: tuple, block: tuple, slots: list[Slot], buffers: list[bytes], seed: int
+) -> dict[int, bytes]:
     """Copy the buffers into memory of exactly their size, launch, and return those that the kernel has changed."""
-    library = _library(path)
+    library = _scheduler(scheduler)
     memory = []
     for buffer in buffers:
         memory.append(library.host_alloc(len(buffer)))
@@ -40,7 +50,7 @@ def launch(path: str, grid: tuple, block: tuple, slots: list[Slot], buffers: lis
 
     words = [ctypes.create_string_buffer(b"".join(map(word, slot))) for slot in slots]
     arguments = (ctypes.c_void_p * len(words))(*map(ctypes.addressof, words))
-    library.host_launch((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), arguments, seed)
+    library.host_launch(_kernel(path), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), arguments, seed)
     after = [ctypes.string_at(address, len(buffer)) for address, buffer in zip(memory, buffers, strict=True)]
     for address in memory:
         library.host_free(address)
