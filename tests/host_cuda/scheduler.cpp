@@ -63,7 +63,14 @@ struct Fiber : Thread {
     uint64_t received[WARP_LANES];  // everybody's value, once the collective is complete
 };
 
+// Which lanes of a warp may run, wait at a collective, or have exited or never were.
+struct Warp {
+    unsigned ready, collective, done;
+};
+
 std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Warp> warps;
+unsigned elsewhere;  // fibers that have neither come to the block's barrier nor exited
 Context scheduler;
 void* scheduler_fake_stack;
 const void* scheduler_stack;
@@ -127,62 +134,67 @@ void resume(Fiber& fiber) {
     __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 }
 
-// Lets the fibers go that wait for what `fiber` has just arrived at, if it was the last.
-void release(const Fiber& fiber, unsigned threads) {
+// Notes where a fiber has arrived, and lets those go that wait for it there, if it was the last.
+void arrive(const Fiber& fiber, unsigned threads) {
+    Warp& warp = warps[fiber.linear / WARP_LANES];
+    const unsigned lane = fiber.linear % WARP_LANES, first = fiber.linear - lane, mask = fiber.mask;
+    warp.ready &= ~(1u << lane);
     if (fiber.wait == Wait::block || fiber.wait == Wait::done) {
-        unsigned waiting = 0;
+        if (fiber.wait == Wait::done) warp.done |= 1u << lane;
+        if (--elsewhere) return;
         for (unsigned i = 0; i < threads; ++i) {
-            if (fibers[i]->wait != Wait::block && fibers[i]->wait != Wait::done) return;
-            waiting += fibers[i]->wait == Wait::block;
+            if (fibers[i]->wait != Wait::block) continue;
+            fibers[i]->wait = Wait::ready;
+            warps[i / WARP_LANES].ready |= 1u << i % WARP_LANES;
+            ++elsewhere;
         }
-        for (unsigned i = 0; waiting && i < threads; ++i)
-            if (fibers[i]->wait == Wait::block) fibers[i]->wait = Wait::ready;
         return;
     }
-    const unsigned first = fiber.linear / WARP_LANES * WARP_LANES, mask = fiber.mask;
-    for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
-        if (!(mask >> lane & 1)) continue;
-        if (first + lane >= threads || fibers[first + lane]->wait == Wait::done) fail("a warp collective names a lane that has exited");
-        const Fiber& other = *fibers[first + lane];
-        if (other.wait != fiber.wait || other.mask != mask) return;
-    }
+    warp.collective |= 1u << lane;
+    if (mask & warp.done) fail("a warp collective names a lane that has exited");
+    if (mask & ~warp.collective) return;
     uint64_t values[WARP_LANES] = {};
-    for (unsigned lane = 0; lane < WARP_LANES; ++lane)
-        if (mask >> lane & 1) values[lane] = fibers[first + lane]->sent;
-    for (unsigned lane = 0; lane < WARP_LANES; ++lane) {
-        if (!(mask >> lane & 1)) continue;
-        std::memcpy(fibers[first + lane]->received, values, sizeof values);
-        fibers[first + lane]->wait = Wait::ready;
+    for (unsigned other = 0; other < WARP_LANES; ++other) {
+        if (!(mask >> other & 1)) continue;
+        const Fiber& its = *fibers[first + other];
+        if (its.wait != fiber.wait || its.mask != mask) return;
+        values[other] = its.sent;
     }
+    for (unsigned other = 0; other < WARP_LANES; ++other) {
+        if (!(mask >> other & 1)) continue;
+        std::memcpy(fibers[first + other]->received, values, sizeof values);
+        fibers[first + other]->wait = Wait::ready;
+    }
+    warp.collective &= ~mask;
+    warp.ready |= mask;
 }
 
 void run_block(std::mt19937_64& random) {
     const unsigned threads = block_size.x * block_size.y * block_size.z;
     while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
     for (unsigned i = 0; i < threads; ++i) start(*fibers[i], i);
-    const unsigned warps = (threads + WARP_LANES - 1) / WARP_LANES;
+    const unsigned count = (threads + WARP_LANES - 1) / WARP_LANES;
+    warps.assign(count, {~0u, 0, 0});
+    if (threads % WARP_LANES) warps.back() = {(1u << threads % WARP_LANES) - 1, 0, ~0u << threads % WARP_LANES};
+    elsewhere = threads;
     std::vector<unsigned> ready;
-    const auto find_ready = [&](unsigned warp) {
-        ready.clear();
-        for (unsigned i = warp * WARP_LANES; i < std::min(threads, (warp + 1) * WARP_LANES); ++i)
-            if (fibers[i]->wait == Wait::ready) ready.push_back(i);
-        return !ready.empty();
-    };
     // A warp goes on for about LEAD turns, so that it gets ahead of the others by any number of collectives.
     constexpr unsigned LEAD = 64;
-    unsigned warp = random() % warps;
+    unsigned warp = random() % count;
     for (unsigned left = threads; left > 0;) {
-        if (random() % LEAD == 0 || !find_ready(warp)) {
-            warp = random() % warps;
-            for (unsigned tried = 0; !find_ready(warp); warp = (warp + 1) % warps)
-                if (++tried > warps) fail("deadlock: threads wait at different barriers");
+        if (random() % LEAD == 0 || !warps[warp].ready) {
+            warp = random() % count;
+            for (unsigned tried = 0; !warps[warp].ready; warp = (warp + 1) % count)
+                if (++tried > count) fail("deadlock: threads wait at different barriers");
         }
+        ready.clear();
+        for (unsigned lanes = warps[warp].ready; lanes; lanes &= lanes - 1) ready.push_back(warp * WARP_LANES + __builtin_ctz(lanes));
         std::shuffle(ready.begin(), ready.end(), random);
         const size_t some = 1 + random() % ready.size();
         for (size_t i = 0; i < some; ++i) {
             resume(*fibers[ready[i]]);
             left -= own().wait == Wait::done;
-            release(own(), threads);
+            arrive(own(), threads);
         }
     }
 }
