@@ -53,13 +53,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that pytest-xdist's workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def host(shared_folder: Path) -> Iterator[HostKernels]:
     """The kernels on the host, under the sanitizers; pytest-xdist's workers share what they build."""
     if reason := why_unavailable():
         pytest.skip(reason)
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "host_cuda_builds"
-    builds = Path(os.environ.get("PROSPARSE_HOST_BUILDS", shared))  # a folder that outlives the run saves building again
+    # A folder that outlives the run saves building again.
+    builds = Path(os.environ.get("PROSPARSE_HOST_BUILDS", shared_folder / "host_cuda_builds"))
     builds.mkdir(parents=True, exist_ok=True)
     kernels = HostKernels(builds)
     yield kernels
