@@ -50,7 +50,7 @@ _FOUND = {
     "synccheck": "Barrier error detected",
 }
 """What each says of its control."""
-_KERNELS = ("ffn_", "pack_down", "decompress", "attend")  # their names, or how these begin
+_KERNELS = ("ffn_", "pack_down", "decompress", "attend", "all_reduce")  # their names, or how these begin
 _OURS = [word for kernel in _KERNELS for word in ("--kernel-name", f"kernel_substring={kernel}")]
 _OPTIONS = {
     # The driver's refusals are errors that operators raise, and other libraries ask for what it may refuse.
@@ -72,6 +72,7 @@ TESTS = (
     "test_ffn_4.py::test_biases_and_norms",
     "test_ffn_4.py::test_more_rows_than_are_listed_at_a_time",
     "test_pack_down.py::test_transposes",
+    "test_all_reduce.py::test_one_rank_whose_others_have_sent",
     "test_batches.py::test_other_dtypes",
     "test_batches.py::test_compressed_weights",
     "test_batches.py::test_dims_as_constants",

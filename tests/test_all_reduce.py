@@ -341,6 +341,41 @@ def test_ranks_on_one_gpu(ranks):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("ranks", "rank", "numbers"), [(2, 0, 1), (2, 1, 257), (3, 1, 600), (8, 7, 2200)])
+def test_one_rank_whose_others_have_sent(ranks, rank, numbers):
+    """By itself, as tools see it that run one launch at a time: what it adds and sends, and that it writes nothing else."""
+    torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+    import prosparse_cupy.torch.peers  # noqa: F401
+
+    capacity = numbers // 2 + 3
+    layout, parts = Layout(ranks, capacity), _parts(ranks, numbers, 9)
+    shared = [torch.full((layout.words,), -1, dtype=torch.int64, device="cuda") for _ in range(ranks)]
+    own = shared[rank]
+    own[: layout.mail] = 0  # no exchange yet: the words of the first one have an odd number
+    own[:ranks] = torch.tensor([other.data_ptr() - own.data_ptr() for other in shared], device="cuda")
+
+    def words(part: np.ndarray) -> Any:
+        padded = np.zeros(2 * -(-numbers // 2), np.float32)
+        padded[:numbers] = part
+        return torch.from_numpy(padded.view(np.int32).astype(np.int64) & 0xFFFFFFFF | 1 << 32).cuda()
+
+    def slot(of: Any, sender: int) -> Any:
+        return of[layout.mail :].view(2, ranks, 2 * capacity)[1, sender, : 2 * -(-numbers // 2)]
+
+    for sender in range(ranks):
+        if sender != rank:
+            slot(own, sender).copy_(words(parts[sender]))
+    expected = [memory.clone() for memory in shared]
+    expected[rank][layout.exchanges : layout.mail].view(torch.int32)[: -(-numbers // 256)] = 1
+    for other in range(ranks):
+        if other != rank:
+            slot(expected[other], rank).copy_(words(parts[rank]))
+    out = torch.ops.prosparse.all_reduce(torch.from_numpy(parts[rank]).cuda(), own, ranks, rank, capacity, 20)
+    assert _same(out.cpu().numpy(), _sum(parts))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(shared, expected, strict=True))
+
+
+@pytest.mark.gpu
 def test_a_gpu_does_not_wait_for_ever():
     """The other rank never sends: an error after the time given, in a process of its own, since its CUDA is lost with it."""
     pytest.importorskip("torch", reason='the extra "torch" brings it')
