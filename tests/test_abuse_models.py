@@ -11,6 +11,7 @@ import hashlib
 import json
 import linecache
 import random
+import re
 import shutil
 import sys
 import threading
@@ -939,6 +940,23 @@ def test_files_that_no_checksum_vouches_for_are_refused(checkpoints, spoiled):
     moved = {key: "more.safetensors" if file == shard.name else file for key, file in given["weight_map"].items()}
     index.write_text(json.dumps({**given, "weight_map": moved}))
     assert "more.safetensors" in _refused(spoiled, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"hidden_act"', '"hidden_act_"', "no FFN for its weights"),
+        ('"hidden_act": "relu"', '"hidden_act": "silu"', "no FFN for its weights"),
+        ('"hidden_act": "relu"', '"hidden_act": "fatrelu"', "makes no model of its config.json|no FFN for its weights"),
+    ],
+)
+def test_a_config_of_another_activation_is_refused_by_name(spoiled, old, new, message):
+    """Nothing vouches for a config's text, which people edit; what it says is held against the weights."""
+    config = spoiled / "config.json"
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, new))
+    assert re.search(message, _refused(spoiled))
 
 
 def test_files_of_another_model_are_refused(checkpoints, spoiled):

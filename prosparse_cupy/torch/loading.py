@@ -79,10 +79,10 @@ def load_compressed(folder: str | Path, device: Any = "cuda", *, verify: bool = 
         said = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: transformers makes no model of its config.json ({said})") from error
     try:
-        formulas = _checked_formulas(twin)
+        formulas = _checked_formulas(twin, path)
     finally:
         forget_tensors()
-    _give_buffers(model, twin, device)
+    _give_buffers(model, twin, path, device)
     sparse = _made_sparse(model, formulas)
     _load(model, path, entries, device)
     for module in sparse:
@@ -109,24 +109,27 @@ def _twin(config: Any, keywords: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _checked_formulas(twin: nn.Module) -> dict[MLPFamily, Formula]:
+def _checked_formulas(twin: nn.Module, path: Path) -> dict[MLPFamily, Formula]:
     """What the model's MLPs compute, by their family, which its code must bear out."""
     formulas: dict[MLPFamily, Formula] = {}
     for name, mlp, family in mlps(twin):
         if not family.is_inside:
-            formulas[family], _ = own_formula(twin, name, mlp, family, None)
+            try:
+                formulas[family], _ = own_formula(twin, name, mlp, family, None)
+            except ValueError as error:  # of a config that was of another model, or has come to harm
+                raise CheckpointError(f"{path}: the model of its config.json has no FFN for its weights ({error})") from error
             if reason := why_another_formula(mlp, family, formulas[family]):
-                raise CheckpointError(f"load_compressed: {reason}: load the plain checkpoint with from_pretrained")
+                raise CheckpointError(f"{path}: {reason}: load the plain checkpoint with from_pretrained")
     return formulas
 
 
-def _give_buffers(model: nn.Module, twin: nn.Module, device: Any) -> None:
+def _give_buffers(model: nn.Module, twin: nn.Module, path: Path, device: Any) -> None:
     """The twin's buffers for the model's, which are on the meta device."""
     own = dict(twin.named_buffers())
     for name, buffer in list(model.named_buffers()):
         like = own.get(_LAYER.sub(".0.", name))
         if like is None or like.shape != buffer.shape:
-            raise CheckpointError(f"load_compressed: {name} of this model is neither in its checkpoint nor known")
+            raise CheckpointError(f"{path}: {name} of this model is neither in its checkpoint nor known")
         holder, _, leaf = name.rpartition(".")
         model.get_submodule(holder)._buffers[leaf] = like.to(device, copy=True)
 
