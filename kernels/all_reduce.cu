@@ -5,7 +5,8 @@
 //   part, out (numbers,) float32, may be the same        every GPU launches this with the same numbers, in the same order
 //   mail      (2, RANKS, capacity, 2) words of 64 bits, zeros at first: what the others have sent, by parity of the exchange
 //             and rank of the sender; 16-byte aligned
-//   offsets   (RANKS,) where each GPU's mail is, in bytes from this one's: the GPUs of one host see each other's memory
+//   offsets   (RANKS,) where each GPU's mail is, in bytes from this one's: the GPUs of one host see each other's memory; behind
+//             them a word that is zero until this GPU is to wait no more, and then adds what there is
 //   exchanges (ceil(capacity / THREADS),) zeros at first: in how many exchanges each block has been
 //   launch    a thread has two numbers, which it sends to all others and receives from them; grid ceil(numbers / 2 / THREADS),
 //             at most ceil(capacity / THREADS). All its blocks have to fit on the GPU at once, since each waits for the other GPUs'
@@ -41,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             if (r != rank) send(to[r] + (parity * RANKS + rank) * capacity + pair, own.x, own.y, exchange);
 #pragma unroll
         for (int r = 0; r < RANKS; ++r) {
-            const float2 other = r == rank ? own : receive(mail + (parity * RANKS + r) * capacity + pair, exchange, seconds);
+            const float2 other =
+                r == rank ? own : receive(mail + (parity * RANKS + r) * capacity + pair, exchange, offsets + RANKS, seconds);
             sum = r == 0 ? other : float2{sum_of(sum.x, other.x), sum_of(sum.y, other.y)};
         }
     }

@@ -64,14 +64,18 @@ def capacity_of(numbers: int, multiprocessors: int) -> int:
 
 
 class Layout(NamedTuple):
-    """Where a GPU's shared memory has what, in words of 64 bits: `offsets` first, then `exchanges`, then `mail`."""
+    """Where a GPU's shared memory has what, in words of 64 bits: `offsets` first, `given_up`, then `exchanges`, then `mail`."""
 
     ranks: int
     capacity: int
 
     @property
+    def given_up(self) -> int:
+        return self.ranks
+
+    @property
     def exchanges(self) -> int:
-        return -(-self.ranks // _LINE) * _LINE
+        return -(-(self.ranks + 1) // _LINE) * _LINE
 
     @property
     def mail(self) -> int:
@@ -181,6 +185,17 @@ class SharedMemory:
         tell(None)  # all have received what they were sent
         self._zero()
         tell(None)  # all can be sent something
+
+    def give_up(self) -> None:
+        """Have this process's GPU wait for the others no more: what it adds from now on means nothing.
+
+        For any thread, while the GPU waits.
+        """
+        one, runtime = np.ones(1, np.int64), cupy().cuda.runtime
+        with cupy().cuda.Device(self.device):
+            stream = cupy().cuda.Stream(non_blocking=True)
+            runtime.memcpyAsync(self.address + 8 * len(self.offsets), one.ctypes.data, 8, _TO_DEVICE, stream.ptr)
+            stream.synchronize()
 
     def words(self) -> Any:
         """This process's memory as a CuPy array of int64, which keeps it."""

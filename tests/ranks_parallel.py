@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
+import os
 import pickle
+import time
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -537,3 +541,74 @@ def memories(sizes: list[int]) -> list[Any]:
         return found
     finally:
         of_peers.peers.SharedMemory, of_peers.capture.synchronize = made, waited
+
+
+class _Failing:
+    """A streamer that does not get further than the third token."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def put(self, _: Any) -> None:
+        self.calls += 1
+        if self.calls == 4:  # the prompt is the first
+            raise ValueError("no, says the test")
+
+    def end(self) -> None:
+        raise AssertionError("the text is too short for the test")
+
+
+def fails_in_one(path: str, ids: list[list[int]], where: str, answers: str) -> None:
+    """A call that the last process fails in: what it ends with, after how long, what the next one does, and what was heard.
+
+    The answers go to files, since over gloo the last process ends, which is all that gloo notices.
+    """
+    from prosparse_cupy.torch import runner
+
+    model, is_last = _loaded(path, "float32"), dist.get_rank() == dist.get_world_size() - 1
+    psct.patch_model(model)
+    text = torch.tensor(ids[:1], device=model.device)[:, :8]
+    before, heard = psct.generate(model, text, max_new_tokens=24, do_sample=False), list[Any]()
+    forward, options = runner.forward, {}
+
+    def failing(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory, says the test")
+
+    if is_last and where == "prefill":
+        runner.forward = failing
+    if where == "transformers' loop":
+        options = {"output_scores": True, "return_dict_in_generate": True}
+    streamer: Any = _Failing() if is_last else _Heard(heard)
+    start, error = time.perf_counter(), ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            psct.generate(model, text, max_new_tokens=24, do_sample=False, streamer=streamer, **options)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    finally:
+        runner.forward = forward
+    seconds, again = time.perf_counter() - start, ""
+    if dist.get_backend() == "nccl":
+        try:
+            psct.generate(model, text, max_new_tokens=4)
+        except RuntimeError as raised:
+            again = str(raised)
+    is_part = heard == before[0, 8 : 8 + len(heard)].tolist()
+    Path(answers, f"{dist.get_rank()}.json").write_text(json.dumps([error, seconds, again, is_part]), encoding="utf-8")
+    if is_last and dist.get_backend() == "gloo":
+        os._exit(1)
+
+
+class _Heard:
+    """A streamer that keeps the tokens, without the prompt."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens, self._is_prompt = tokens, True
+
+    def put(self, tokens: Any) -> None:
+        self._tokens += [] if self._is_prompt else tokens.flatten().tolist()
+        self._is_prompt = False
+
+    def end(self) -> None:
+        pass

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,7 @@ class Rank:
     def __init__(self, host: HostKernels, rank: int, ranks: int, numbers: int, capacity: int, exchange: int, seed: int) -> None:
         self.host, self.rank, self.ranks, self.numbers, self.capacity = host, rank, ranks, numbers, capacity
         self.plan = all_reduce_plan(ranks, numbers, programmatic=False)
-        self.exchange = exchange % 2**32
+        self.exchange, self.is_given_up = exchange % 2**32, 0
         rng = np.random.default_rng([seed, rank])
         mail = rng.integers(0, 2**64, (ranks, 2, ranks, capacity, 2), dtype=np.uint64)  # of all, this one's among them
         self.mails = np.where(mail >> np.uint64(32) == self.exchange, mail ^ np.uint64(1 << 40), mail)
@@ -85,7 +86,7 @@ class Rank:
         """The kernel's out; `mails` and `exchanges` are what it leaves."""
         library = self.host.build("all_reduce", code or source("all_reduce"), self.plan.defines)
         size = self.mails[0].nbytes
-        offsets = np.array([(r - self.rank) * size for r in range(self.ranks)], np.int64)
+        offsets = np.array([*((r - self.rank) * size for r in range(self.ranks)), self.is_given_up], np.int64)
         out = np.full(self.numbers, np.nan, np.float32)
         arrays = [out, np.ascontiguousarray(part), self.mails, offsets, self.exchanges]
         pointers = [(1, 0), (1 if in_place else 0, 0), (2, self.rank * size), (3, 0), (4, 0)]
@@ -139,6 +140,19 @@ def test_a_word_that_was_not_sent_is_not_taken(host, kept):
         own.run(parts[0])
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_a_gpu_that_is_to_wait_no_more_ends(host, ranks):
+    """And sends what others may still wait for; words that have come count."""
+    parts, own = _parts(ranks, 40, 0), Rank(host, ranks - 1, ranks, 40, 20, 5, seed=1)
+    own.sent(parts)
+    own.mails[ranks - 1, 1, 0, 3] = [0, 1 << 32]
+    own.is_given_up = 1
+    out = own.run(parts[-1])
+    missing = np.isin(np.arange(40), [6, 7])
+    assert _same(out[~missing], _sum(parts)[~missing])
+    assert np.array_equal(own.mails[0, 1, ranks - 1, :20], own.words(parts[-1])) and (own.exchanges == 5).all()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(architecture):
     for ranks in (2, 4, 8):
@@ -159,7 +173,7 @@ def test_what_the_kernel_does_not_take(ranks, numbers):
 def test_the_layout_holds_what_the_kernel_reads(ranks, capacity):
     """No part reaches into the next one, and mail lies at a multiple of 16 bytes."""
     layout = Layout(ranks, capacity)
-    assert ranks <= layout.exchanges and 8 * layout.exchanges + 4 * layout.blocks <= 8 * layout.mail
+    assert ranks <= layout.given_up < layout.exchanges and 8 * layout.exchanges + 4 * layout.blocks <= 8 * layout.mail
     assert layout.mail % 2 == 0 and layout.words - layout.mail == 2 * ranks * capacity * 2
     assert layout.blocks >= all_reduce_plan(ranks, 2 * capacity, programmatic=False).grid[0]
 
@@ -216,6 +230,11 @@ class _Driver:
         else:
             ctypes.memmove(to, self.memory.ctypes.data, nbytes)
 
+    def memcpyAsync(self, to: int, of: int, nbytes: int, kind: int, stream: int) -> None:
+        """A word to this one's own memory."""
+        assert kind == 1 and stream == 7 and nbytes == 8
+        self.memory[(to - 1000 * (self.rank + 1)) // 8] = ctypes.c_int64.from_address(of).value
+
     def memsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> None:
         assert (address, value, nbytes, stream) == (1000 * (self.rank + 1), 0, 64, 7)
         self.memory[:] = 0
@@ -261,6 +280,15 @@ def test_processes_find_each_others_memory(monkeypatch):
     found, drivers = _shared(monkeypatch, {})
     assert [m.offsets for m in found] == [[0, 51_000], [49_000, 0]]
     assert all(d.held == {"own", "other's"} and not d.memory.any() for d in drivers)
+
+
+@pytest.mark.quick
+def test_the_word_that_ends_waiting_is_this_processs_own(monkeypatch):
+    found, drivers = _shared(monkeypatch, {})
+    monkeypatch.setattr(peers, "cupy", lambda: drivers[1])
+    found[1].give_up()
+    assert Layout(2, 1).given_up == 2 and drivers[1].memory.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert not drivers[0].memory.any()
 
 
 @pytest.mark.quick
@@ -401,6 +429,35 @@ def test_a_gpu_does_not_wait_for_ever():
         check=False,
     )
     assert ran.stdout.split() == ["raised", "True"], ran.stdout + ran.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_default", [True, False])
+def test_a_gpu_is_let_go_while_it_waits(is_default):
+    """From another thread, whatever stream it waits on; its CUDA goes on."""
+    torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
+    import prosparse_cupy.torch.peers  # noqa: F401
+
+    shared, part = torch.zeros(Layout(2, 64).words, dtype=torch.int64, device="cuda"), torch.ones(100, device="cuda")
+    memory = object.__new__(SharedMemory)
+    memory.address, memory.device, memory.offsets = shared.data_ptr(), torch.cuda.current_device(), [0, 0]
+    torch.cuda.synchronize()
+    stream, ended = torch.cuda.default_stream() if is_default else torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(stream):
+        torch.ops.prosparse.all_reduce(part, shared, 2, 0, 64, 60)
+        ended.record()
+        time.sleep(0.3)
+        assert not ended.query()
+        thread = threading.Thread(target=memory.give_up)
+        start = time.perf_counter()
+        thread.start()
+        ended.synchronize()
+        thread.join()
+        for _ in range(5):
+            torch.ops.prosparse.all_reduce(part, shared, 2, 0, 64, 60)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - start < 10
+    assert float((part + part).sum()) == 200
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -345,6 +347,24 @@ def test_memory_is_taken_again_where_all_have_left_it(two):
     assert found[0] == found[1]
     assert [number for number, *_ in found[0]] == [1, 2, 1, 3, 3, 4] and all(fits for *_, fits in found[0])
     assert [cleared for _, cleared, _ in found[0]] == [0, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("where", ["streamer", "prefill", "transformers' loop"])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def test_a_process_that_fails_while_the_others_add(folder, tmp_path, backend, where):
+    """The others fail too, with its message; over gloo once it has ended."""
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two GPUs")
+    with ranks(2, backend) as two, contextlib.suppress(RankError) if backend == "gloo" else contextlib.nullcontext():
+        two.run(ranks_parallel.fails_in_one, folder("float32"), IDS, where, str(tmp_path))
+    answers = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    (first, seconds, again, is_part), (last, _, again_of_last, _) = answers
+    own = "OutOfMemoryError: no memory, says the test" if where == "prefill" else "ValueError: no, says the test"
+    assert last == own
+    assert first == f"RuntimeError: rank 1 of 2 failed, so all stop: {own}"
+    assert seconds < 30 and is_part
+    if backend == "nccl":
+        assert all(f"{own} (the process group has been aborted since" in text for text in (again, again_of_last))
 
 
 def test_weights_go_with_the_step(two, folder):

@@ -124,6 +124,8 @@ class Choice:
     def _take(self, i: int) -> Tensor:
         if self._events:
             self._events[i % _LATEST].synchronize()
+            if self._step.parallel is not None:
+                self._step.parallel.failures.stop()
         return self._seen[:, (self._prompt.shape[1] + i) % _LATEST]
 
     def tokens(self, limit: int, streamer: Any) -> Tensor:

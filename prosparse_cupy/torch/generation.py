@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import MOST_TOKENS
 from .eligibility import why_another_mode, why_no_call, why_not_together
-from .parallel import parallel_of
+from .parallel import as_one, parallel_of
 from .patch import check_module
 from .runner import Runner, turns
 from .speculation import MOST_GUESSES, Guesses, guesses_of, why_no_guesses
@@ -65,7 +65,8 @@ def generate(
     MemoryError
         There is no memory for the cache; the message says how much it needs.
     RuntimeError
-        A streamer or criterion called `generate` on the model that it is called by.
+        A streamer or criterion called `generate` on the model that it is called by, or another process of a model that is split
+        has failed; the message is its.
     TypeError, ValueError
         As transformers does.
     """
@@ -76,6 +77,11 @@ def generate(
         raise ValueError("generate: custom_generate is this function itself: call model.generate for another")
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
+    with as_one(model):
+        return _generated(model, input_ids, streamer, tokenizer, options)
+
+
+def _generated(model: Any, input_ids: Tensor, streamer: Any, tokenizer: Any, options: dict[str, Any]) -> Any:
     asked = {**options, "streamer": streamer, "tokenizer": tokenizer}
     guesses, options = guesses_of(options)
     given = options.get("past_key_values", options.get("cache"))
@@ -105,7 +111,8 @@ def decoding_loop(
     reads from it would wait for ever. `generate` hands them on.
     """
     loop = _Loop(None, None, keeps_cache=True)
-    return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **keywords)
+    with as_one(model):
+        return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **keywords)
 
 
 def prepare_generation(
@@ -135,7 +142,7 @@ def prepare_generation(
         raise ValueError("prepare_generation: prompt_lookup_num_tokens must be at least 1, and is for one sequence")
     runner = Runner.of(model)
     try:
-        with runner.turn("prepare_generation", model.device):
+        with as_one(model), runner.turn("prepare_generation", model.device):
             most = min(prompt_lookup_num_tokens or 0, MOST_GUESSES)
             step = runner.step(model, max_length + most, batch_size)
             if most:

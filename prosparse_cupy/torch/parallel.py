@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..peers import SharedMemory
 from .dispatch import TorchWeight, decoded, few_tokens, is_watched
+from .failures import Failures
 
 Style = Literal["colwise", "rowwise", "gathered"]
 """What of a projection a process holds: some of its outputs; some of its inputs, so that results are added; or some of its
@@ -45,6 +46,7 @@ class TensorParallel:
         self._group = weakref.ref(group)  # whoever keeps a destroyed group keeps its threads, which abort a process that ends
         self.name: str = group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.failures = Failures(group, self.rank, self.size)
         self.shared_memories, self.idle_memory = 0, list[SharedMemory]()  # made so far, and those that no step has
 
     @property
@@ -76,6 +78,7 @@ class TensorParallel:
             return partial
         import torch.distributed as dist
 
+        self.failures.stop()
         dist.all_reduce(partial, group=self.group)
         return partial
 
@@ -88,6 +91,7 @@ class TensorParallel:
         else:
             import torch.distributed as dist
 
+            self.failures.stop()
             parts = flat.new_empty((self.size, *flat.shape[1:]))
             dist.all_gather_into_tensor(parts, flat.contiguous(), group=self.group)
         return parts.transpose(0, 1).reshape(*part.shape[:-1], -1)
@@ -96,6 +100,7 @@ class TensorParallel:
         """Have a tensor hold what it holds in the first process."""
         import torch.distributed as dist
 
+        self.failures.stop()
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
 
     def told(self, what: T) -> list[T]:
@@ -112,6 +117,7 @@ class TensorParallel:
     def _gathered(self, what: Any) -> list[Any]:
         import torch.distributed as dist
 
+        self.failures.stop()
         said: list[Any] = [None] * self.size
         dist.all_gather_object(said, what, group=self.group)
         return said
@@ -125,8 +131,7 @@ class TensorParallel:
     def together(self) -> Iterator[None]:
         """What one process fails in, all fail in, with its message, when they next tell each other something.
 
-        What is run may call `told` and what uses it. A process that fails where the others add tensors cannot be helped: they
-        wait until their group's own timeout.
+        What is run may call `told` and what uses it. Where the others add tensors they are not told: see `Failures.shared`.
         """
         try:
             yield
@@ -376,3 +381,13 @@ def with_all(parallel: TensorParallel | None, do: Callable[[], T]) -> T:
         return do()
     with parallel.together():
         return do()
+
+
+@contextmanager
+def as_one(model: nn.Module) -> Iterator[None]:
+    """A call that all processes make which hold parts of a model: if it fails in one, the others fail too."""
+    import torch.distributed as dist
+
+    parallel = parallel_of(model) if dist.is_available() and dist.is_initialized() else None
+    with nullcontext() if parallel is None else parallel.failures.shared():
+        yield

@@ -28,7 +28,7 @@ from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, held_twice, put_back_matrices, replace_matrices, rows_of_report
 from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, rounds_twice, unpack
-from .parallel import Style, TensorParallel, local_of, parallel_of, sharding_of_all, with_all
+from .parallel import Style, TensorParallel, as_one, local_of, parallel_of, sharding_of_all, with_all
 from .runner import Runner
 from .steps import release_generation
 
@@ -169,7 +169,7 @@ def patch_model(
         called it on the model that is writing; other threads that generate with the model or patch it are waited for.
     """
     check_module("patch_model", model)
-    with Runner.of(model).alone("patch_model"):
+    with Runner.of(model).alone("patch_model"), as_one(model):
         return _patched(model, threshold, compress, linears, example)
 
 

@@ -78,11 +78,13 @@ class PeerParallel(TensorParallel):
 
     def __init__(self, parallel: TensorParallel, device: torch.device, numbers: int) -> None:
         super().__init__(parallel.group)
+        self.failures = parallel.failures
         if not 2 <= self.size <= peers.MOST_RANKS:
             raise OSError(f"all_reduce adds the numbers of 2 to {peers.MOST_RANKS} GPUs, not of {self.size}")
         own = peers.capacity_of(numbers, target_of(device.index).multiprocessors)
         self._layout = peers.Layout(self.size, min(parallel.told(own)))
         memory = _taken(parallel, device, 8 * self._layout.words)
+        self.failures.memories.add(memory)
         weakref.finalize(self, parallel.idle_memory.append, memory)
         with torch.inference_mode(False):
             self._shared: Tensor = from_dlpack(memory.words())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._text import table
 from .linears import CompressedLinear
 from .mlp import SparseMLP, count_active
-from .parallel import is_split, local_of, parallel_of
+from .parallel import as_one, is_split, local_of, parallel_of
 from .patch import check_module, mlps
 
 
@@ -194,6 +194,6 @@ def measure_sparsity(model: nn.Module, input_ids: Tensor, **keywords: Any) -> Sp
     SparsityReport
         ``.sparsity`` is the average that a model card gives; ``.weights_read`` says what decoding would read.
     """
-    with SparsityMeter(model) as meter, torch.inference_mode():
+    with as_one(model), SparsityMeter(model) as meter, torch.inference_mode():
         model(input_ids, **keywords)
     return meter.report()

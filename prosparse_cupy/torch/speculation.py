@@ -177,6 +177,8 @@ class _Chooser:
         if self._event is not None:
             self._event.record()
             self._event.synchronize()
+            if self._step.parallel is not None:
+                self._step.parallel.failures.stop()
         fed, found = self._seen.tolist()
         return fed, found
 

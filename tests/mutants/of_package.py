@@ -381,7 +381,9 @@ MUTANTS = [
     Mutant("prosparse_cupy/bf12.py", "(codes >= 0) & (codes < WINDOW)", "(codes >= 0) & (codes <= WINDOW)"),
     Mutant("prosparse_cupy/bf12.py", "return int(held.argmax())", "return 0"),
     # peers.py
-    Mutant("prosparse_cupy/peers.py", "return -(-self.ranks // _LINE) * _LINE", "return self.ranks"),
+    Mutant("prosparse_cupy/peers.py", "return -(-(self.ranks + 1) // _LINE) * _LINE", "return self.ranks"),
+    Mutant("prosparse_cupy/peers.py", "        return self.ranks\n", "        return self.ranks - 1\n"),
+    Mutant("prosparse_cupy/peers.py", "self.address + 8 * len(self.offsets)", "self.address"),
     Mutant("prosparse_cupy/peers.py", "-(-self.blocks // (2 * _LINE)) * _LINE", "self.blocks // (2 * _LINE) * _LINE"),
     Mutant("prosparse_cupy/peers.py", "-(-self.capacity // _THREADS)", "self.capacity // _THREADS"),
     Mutant("prosparse_cupy/peers.py", "_BLOCKS * _THREADS * multiprocessors, ", ""),
