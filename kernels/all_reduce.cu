@@ -6,7 +6,7 @@
 //   mail      (2, RANKS, capacity, 2) words of 64 bits, zeros at first: what the others have sent, by parity of the exchange
 //             and rank of the sender; 16-byte aligned
 //   offsets   (RANKS,) where each GPU's mail is, in bytes from this one's: the GPUs of one host see each other's memory; behind
-//             them a word that is zero until this GPU is to wait no more, and then adds what there is
+//             them where the word lies that is zero until this GPU is to wait no more, and to add what there is, in bytes from here
 //   exchanges (ceil(capacity / THREADS),) zeros at first: in how many exchanges each block has been
 //   launch    a thread has two numbers, which it sends to all others and receives from them; grid ceil(numbers / 2 / THREADS),
 //             at most ceil(capacity / THREADS). All its blocks have to fit on the GPU at once, since each waits for the other GPUs'
@@ -15,14 +15,14 @@
 //             which had sent them after its own exchange e - 2 had ended. So nobody reads what is overwritten: of exchange e - 2
 //   waiting   a GPU that has waited for `seconds` ends its launch with an error, after which its process has no CUDA any more
 //
-//   RANKS     GPUs          THREADS   of a block
+//   RANKS     GPUs          THREADS   of a block          MIN_BLOCKS   that a multiprocessor must hold
 
 #include "peers.cuh"
 #include "programmatic.cuh"
 
 static_assert(RANKS >= 2, "one GPU has nothing to add");
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     all_reduce(const float* part, float* out, ulonglong2* mail, const long long* offsets, unsigned* exchanges, int rank,
                int numbers, int capacity, int seconds) {
     const int pair = blockIdx.x * THREADS + threadIdx.x, i = 2 * pair;
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int r = 0; r < RANKS; ++r) {
             const float2 other =
-                r == rank ? own : receive(mail + (parity * RANKS + r) * capacity + pair, exchange, offsets + RANKS, seconds);
+                r == rank ? own : receive(mail + (parity * RANKS + r) * capacity + pair, exchange, offsets, seconds);
             sum = r == 0 ? other : float2{sum_of(sum.x, other.x), sum_of(sum.y, other.y)};
         }
     }

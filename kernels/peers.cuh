@@ -14,9 +14,17 @@ __device__ __forceinline__ void send(ulonglong2* to, float x, float y, unsigned 
         : "memory");
 }
 
-// Waits until both are there, or until it has been given up, and then returns what there is. After so many seconds the kernel
+// Whether this GPU is to wait no more: its word lies behind the offsets of all mail.
+__device__ __forceinline__ bool is_given_up(const long long* offsets) {
+    const char* word = reinterpret_cast<const char*>(offsets) + offsets[RANKS];
+    long long found;
+    asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(found) : "l"(word) : "memory");
+    return found != 0;
+}
+
+// Waits until both are there, or until this GPU is to wait no more, and returns what there is. After so many seconds the kernel
 // ends with an error, which all later calls of CUDA report.
-__device__ __forceinline__ float2 receive(const ulonglong2* from, unsigned exchange, const long long* given_up, int seconds) {
+__device__ __forceinline__ float2 receive(const ulonglong2* from, unsigned exchange, const long long* offsets, int seconds) {
     constexpr unsigned LOOKS = 4096;  // between two looks at the time, about two milliseconds
     unsigned x, y, first, second;
     unsigned long long start = 0, now;
@@ -28,9 +36,7 @@ __device__ __forceinline__ float2 receive(const ulonglong2* from, unsigned excha
             : "memory");
         if (first == exchange && second == exchange) return {__uint_as_float(x), __uint_as_float(y)};
         if (looks % LOOKS == 0) {
-            long long is_given_up;
-            asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(is_given_up) : "l"(given_up) : "memory");
-            if (is_given_up) return {__uint_as_float(x), __uint_as_float(y)};
+            if (is_given_up(offsets)) return {__uint_as_float(x), __uint_as_float(y)};
             asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
             if (start == 0) start = now;
             if (now - start > seconds * 1000000000ull) asm volatile("trap;");
@@ -54,9 +60,13 @@ inline void send(ulonglong2* to, float x, float y, unsigned exchange) {
 }
 
 // Nobody sends anything meanwhile.
-inline float2 receive(const ulonglong2* from, unsigned exchange, const long long* given_up, int) {
+inline bool is_given_up(const long long* offsets) {
+    return *reinterpret_cast<const long long*>(reinterpret_cast<const char*>(offsets) + offsets[RANKS]) != 0;
+}
+
+inline float2 receive(const ulonglong2* from, unsigned exchange, const long long* offsets, int) {
     const bool is_there = from->x >> 32 == exchange && from->y >> 32 == exchange;
-    if (!is_there && !*given_up) host_cuda::fail("a word is waited for that nobody has sent");
+    if (!is_there && !is_given_up(offsets)) host_cuda::fail("a word is waited for that nobody has sent");
     return {__uint_as_float(unsigned(from->x)), __uint_as_float(unsigned(from->y))};
 }
 

@@ -41,7 +41,12 @@ def all_reduce_plan(ranks: int, numbers: int, programmatic: bool) -> Launch:
         raise ValueError(f"all_reduce: {ranks} GPUs are not 2 to {MOST_RANKS}")
     if not 0 < numbers <= 2 * CAPACITY:
         raise ValueError(f"all_reduce: {numbers} numbers are not 1 to {2 * CAPACITY}")
-    defines = (("RANKS", ranks), ("THREADS", _THREADS), *((("PROGRAMMATIC", None),) if programmatic else ()))
+    defines = (
+        ("RANKS", ranks),
+        ("THREADS", _THREADS),
+        ("MIN_BLOCKS", _BLOCKS),
+        *((("PROGRAMMATIC", None),) if programmatic else ()),
+    )
     grid = -(-numbers // (2 * _THREADS)), 1, 1
     return Launch("all_reduce", grid, (_THREADS, 1, 1), defines, (*5 * ("P",), *4 * ("i",)), programmatic=programmatic)
 
@@ -64,7 +69,7 @@ def capacity_of(numbers: int, multiprocessors: int) -> int:
 
 
 class Layout(NamedTuple):
-    """Where a GPU's shared memory has what, in words of 64 bits: `offsets` first, `given_up`, then `exchanges`, then `mail`."""
+    """Where a GPU's shared memory has what, in words of 64 bits: `offsets`, `given_up`, then `exchanges`, then `mail`."""
 
     ranks: int
     capacity: int
@@ -114,7 +119,7 @@ class SharedMemory:
     address : int
         Of this process's memory.
     offsets : list of int
-        Where each process's lies, in bytes from this one's.
+        Where each process's lies, in bytes from this one's, and the word, which the host can write to, that ends waiting.
 
     Raises
     ------
@@ -138,6 +143,7 @@ class SharedMemory:
                 raise OSError(f"GPUs do not see each other's memory ({problem})")
             others = iter(self._opened)
             self.offsets = [0 if r == rank else next(others) - self.address for r in range(len(said))]
+            self.offsets.append(self._page_locked.ptr - self.address)
         self.clear(tell)
 
     def _allocate(self) -> tuple[str, bytes]:
@@ -148,6 +154,9 @@ class SharedMemory:
         try:
             self.address = int(runtime.malloc(self.nbytes))
             self._zero()
+            self._page_locked = cupy().cuda.alloc_pinned_memory(8)
+            self._waits_no_more = np.frombuffer(self._page_locked, np.int64, 1)
+            self._waits_no_more[0] = 0
             return "", bytes(runtime.ipcGetMemHandle(self.address))
         except (runtime.CUDARuntimeError, AttributeError) as error:  # a CuPy without them
             return str(error), b""
@@ -189,13 +198,9 @@ class SharedMemory:
     def give_up(self) -> None:
         """Have this process's GPU wait for the others no more: what it adds from now on means nothing.
 
-        For any thread, while the GPU waits.
+        For any thread, while the GPU waits: no call of CUDA, since one that waits for the GPU may hold up all others.
         """
-        one, runtime = np.ones(1, np.int64), cupy().cuda.runtime
-        with cupy().cuda.Device(self.device):
-            stream = cupy().cuda.Stream(non_blocking=True)
-            runtime.memcpyAsync(self.address + 8 * len(self.offsets), one.ctypes.data, 8, _TO_DEVICE, stream.ptr)
-            stream.synchronize()
+        self._waits_no_more[0] = 1
 
     def words(self) -> Any:
         """This process's memory as a CuPy array of int64, which keeps it."""

@@ -86,7 +86,8 @@ class Rank:
         """The kernel's out; `mails` and `exchanges` are what it leaves."""
         library = self.host.build("all_reduce", code or source("all_reduce"), self.plan.defines)
         size = self.mails[0].nbytes
-        offsets = np.array([*((r - self.rank) * size for r in range(self.ranks)), self.is_given_up], np.int64)
+        others = [(r - self.rank) * size for r in range(self.ranks)]
+        offsets = np.array([*others, 8 * (self.ranks + 2), 0, self.is_given_up], np.int64)
         out = np.full(self.numbers, np.nan, np.float32)
         arrays = [out, np.ascontiguousarray(part), self.mails, offsets, self.exchanges]
         pointers = [(1, 0), (1 if in_place else 0, 0), (2, self.rank * size), (3, 0), (4, 0)]
@@ -184,6 +185,14 @@ def test_sums_that_a_gpu_has_room_for():
     assert capacity_of(10**6, 132) == CAPACITY and capacity_of(10**6, 10) == 10 * 8 * 128
 
 
+class _PageLocked(bytearray):
+    """What can be written to at an address of the GPU's."""
+
+    def __init__(self, content: bytes, ptr: int) -> None:
+        super().__init__(content)
+        self.ptr = ptr
+
+
 class _Driver:
     """As much of CuPy as `SharedMemory` uses, of two processes: what is allocated, opened and given back."""
 
@@ -194,7 +203,12 @@ class _Driver:
         self.rank, self.failing, self.held = rank, failing, set[str]()
         self.memory, self.others = np.full(8, -1, np.int64), list[_Driver]()
         stream = SimpleNamespace(ptr=7, synchronize=lambda: None)
-        self.cuda = SimpleNamespace(runtime=self, Device=lambda _: threading.RLock(), Stream=lambda non_blocking: stream)
+        self.cuda = SimpleNamespace(
+            runtime=self,
+            Device=lambda _: threading.RLock(),
+            Stream=lambda non_blocking: stream,
+            alloc_pinned_memory=lambda nbytes: _PageLocked(b"\xff" * nbytes, 70_000 + 10_000 * rank),
+        )
 
     def _perhaps_fail(self, what: str) -> None:
         if self.failing == what:
@@ -229,11 +243,6 @@ class _Driver:
                 self.others[1 - self.rank].memory[address // 8] = ctypes.c_int64.from_address(of).value
         else:
             ctypes.memmove(to, self.memory.ctypes.data, nbytes)
-
-    def memcpyAsync(self, to: int, of: int, nbytes: int, kind: int, stream: int) -> None:
-        """A word to this one's own memory."""
-        assert kind == 1 and stream == 7 and nbytes == 8
-        self.memory[(to - 1000 * (self.rank + 1)) // 8] = ctypes.c_int64.from_address(of).value
 
     def memsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> None:
         assert (address, value, nbytes, stream) == (1000 * (self.rank + 1), 0, 64, 7)
@@ -278,17 +287,19 @@ def _shared(
 @pytest.mark.quick
 def test_processes_find_each_others_memory(monkeypatch):
     found, drivers = _shared(monkeypatch, {})
-    assert [m.offsets for m in found] == [[0, 51_000], [49_000, 0]]
+    assert [m.offsets for m in found] == [[0, 51_000, 69_000], [49_000, 0, 78_000]]
     assert all(d.held == {"own", "other's"} and not d.memory.any() for d in drivers)
 
 
 @pytest.mark.quick
 def test_the_word_that_ends_waiting_is_this_processs_own(monkeypatch):
+    """And is written to without a call of CUDA."""
     found, drivers = _shared(monkeypatch, {})
-    monkeypatch.setattr(peers, "cupy", lambda: drivers[1])
+    words = [np.frombuffer(memory._page_locked, np.int64) for memory in found]
+    assert [word.tolist() for word in words] == [[0], [0]]
+    monkeypatch.setattr(peers, "cupy", None)
     found[1].give_up()
-    assert Layout(2, 1).given_up == 2 and drivers[1].memory.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
-    assert not drivers[0].memory.any()
+    assert [word.tolist() for word in words] == [[0], [1]] and not any(d.memory.any() for d in drivers)
 
 
 @pytest.mark.quick
@@ -325,8 +336,11 @@ def test_ranks_on_one_gpu(ranks):
     capacity, sizes = 1100, (1, 2, 257, 2048, 2199, 2200)
     layout = Layout(ranks, capacity)
     shared = [torch.zeros(layout.words, dtype=torch.int64, device="cuda") for _ in range(ranks)]
+    waits_no_more = torch.zeros(1, dtype=torch.int64, device="cuda")
     for own in shared:
-        own[:ranks] = torch.tensor([other.data_ptr() - own.data_ptr() for other in shared], device="cuda")
+        own[: ranks + 1] = torch.tensor(
+            [other.data_ptr() - own.data_ptr() for other in (*shared, waits_no_more)], device="cuda"
+        )
     streams = [torch.cuda.Stream() for _ in range(ranks)]
     inputs = {n: [torch.from_numpy(p).cuda() for p in _parts(ranks, n, 5)] for n in sizes}
     expected = {n: _sum(_parts(ranks, n, 5)) for n in sizes}
@@ -381,6 +395,7 @@ def test_one_rank_whose_others_have_sent(ranks, rank, numbers):
     own = shared[rank]
     own[: layout.mail] = 0  # no exchange yet: the words of the first one have an odd number
     own[:ranks] = torch.tensor([other.data_ptr() - own.data_ptr() for other in shared], device="cuda")
+    own[ranks] = 8 * ranks + 8  # the next word, which is zero
 
     def words(part: np.ndarray) -> Any:
         padded = np.zeros(2 * -(-numbers // 2), np.float32)
@@ -411,6 +426,7 @@ def test_a_gpu_does_not_wait_for_ever():
         import time, torch, prosparse_cupy.torch.peers
         from prosparse_cupy.peers import Layout
         shared = torch.zeros(Layout(2, 64).words, dtype=torch.int64, device="cuda")
+        shared[2] = 24  # the next word, which is zero
         part = torch.ones(100, device="cuda")
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -440,7 +456,9 @@ def test_a_gpu_is_let_go_while_it_waits(is_default):
 
     shared, part = torch.zeros(Layout(2, 64).words, dtype=torch.int64, device="cuda"), torch.ones(100, device="cuda")
     memory = object.__new__(SharedMemory)
-    memory.address, memory.device, memory.offsets = shared.data_ptr(), torch.cuda.current_device(), [0, 0]
+    memory._page_locked = peers.cupy().cuda.alloc_pinned_memory(8)
+    memory._waits_no_more = np.frombuffer(memory._page_locked, np.int64, 1)
+    memory._waits_no_more[0], shared[2] = 0, memory._page_locked.ptr - shared.data_ptr()
     torch.cuda.synchronize()
     stream, ended = torch.cuda.default_stream() if is_default else torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(stream):

@@ -21,13 +21,25 @@ pytestmark = pytest.mark.quick
 
 
 class Group:
-    """As much of a process group as `Failures` uses."""
+    """As much of a process group as `Failures` uses; its abort waits until no graph has its sums, as NCCL's does."""
 
     def __init__(self) -> None:
-        self.aborted = threading.Event()
+        self.aborted, self.has_no_graph, self.was_released = threading.Event(), threading.Event(), threading.Event()
 
     def abort(self) -> None:
         self.aborted.set()
+        if self.has_no_graph.wait(10):
+            self.was_released.set()
+
+
+class Step:
+    """As much of a `Step`: what has a graph."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def let_go(self) -> None:
+        self._group.has_no_graph.set()
 
 
 class Memory:
@@ -47,6 +59,8 @@ class Process:
         self.group, self.memory = Group(), Memory()
         self.failures = Failures(self.group, rank, size)
         self.failures.memories.add(self.memory)  # type: ignore[arg-type]
+        self.step = Step(self.group)
+        self.failures.steps.add(self.step)
 
     def call(self, do: Callable[[], Any]) -> Any:
         """What a call returns, or the error that it ends with."""
@@ -111,12 +125,29 @@ def test_a_process_that_waits_is_let_go_and_told(error):
     told = f"rank 1 of 2 failed, so all stop: {type(error).__name__}: {error}"
     assert type(found[0]) is RuntimeError and str(found[0]) == told
     assert first.group.aborted.is_set() and not last.group.aborted.is_set()
+    assert first.group.was_released.wait(5)
     with pytest.raises(RuntimeError, match="rank 1 of 2"):
         first.failures.stop()
     again = first.call(lambda: None)
     assert str(again) == f"{told} (the process group has been aborted since: make a new one)"
     # Whoever failed and calls again waits for one that has given up.
-    assert str(last.call(last.wait)) == told and last.group.aborted.is_set()
+    assert str(last.call(last.wait)) == told and last.group.aborted.is_set() and last.group.was_released.wait(5)
+
+
+@pytest.mark.parametrize("ends", ["with an object that is cut off", "with a number"])
+def test_what_an_aborted_group_gives_means_nothing(store, ends):
+    """What others have aborted may end a sum here before this process looks: with any error, or with none."""
+    first = Process(0)
+
+    def garbage() -> int:
+        store.own.set(failures._GIVEN_UP, "rank 1 of 2 failed, so all stop: no")
+        if ends == "with a number":
+            return 7
+        raise EOFError("Ran out of input")
+
+    failures._SECONDS_BETWEEN = 5
+    assert str(first.call(garbage)) == "rank 1 of 2 failed, so all stop: no" and first.group.was_released.wait(5)
+    assert "make a new one" in str(first.call(lambda: 1))
 
 
 def test_what_is_aborted_may_raise(store):
@@ -190,7 +221,7 @@ def test_calls_within_calls_and_groups_of_one(store):
     asked, alone = store.asked, Process(0, size=1)
     assert alone.call(lambda: 1) == 1 and store.asked == asked
     ended = Process(0)
-    del ended.group
+    del ended.group, ended.step
     assert ended.call(lambda: 1) == 1 and store.asked == asked
 
 

@@ -40,6 +40,8 @@ class Failures:
         Why the group has been given up, or nothing. It then adds no more numbers.
     memories : weakref.WeakSet of SharedMemory
         That GPUs wait at.
+    steps : weakref.WeakSet
+        Whose graphs have sums in them, each with a `let_go` that frees its graph: NCCL's abort waits until there are none.
     """
 
     def __init__(self, group: Any, rank: int, size: int) -> None:
@@ -49,7 +51,7 @@ class Failures:
         self._calls = 0
         self._is_inside = False
         self.text = ""
-        self.memories = weakref.WeakSet[SharedMemory]()
+        self.memories, self.steps = weakref.WeakSet[SharedMemory](), weakref.WeakSet[Any]()
 
     def stop(self) -> None:
         """RuntimeError once the group has been given up: numbers since then mean nothing."""
@@ -78,7 +80,7 @@ class Failures:
         try:
             yield
         except BaseException as error:
-            _end(watch, is_over)
+            self._end(watch, is_over, store)
             if not getattr(error, "told", ""):
                 # A group that breaks raises a RuntimeError, which is not why.
                 if text := self.text or (_found(store, call) if isinstance(error, RuntimeError) else ""):
@@ -87,11 +89,21 @@ class Failures:
                     store.compare_set(call, "", f"{self._who}{type(error).__name__}: {error}")
             raise
         else:
-            _end(watch, is_over)
+            self._end(watch, is_over, store)
             if text := self.text or _found(store, call):
                 raise _told(text)
         finally:
             self._is_inside = False
+
+    def _end(self, watch: threading.Thread, is_over: threading.Event, store: Any) -> None:
+        is_over.set()
+        watch.join(_SECONDS_BETWEEN)  # or no longer, if it has just begun to give up
+        if not self.text and (text := _found(store, _GIVEN_UP)):
+            self.text = text  # numbers of others, which have been aborted, mean nothing
+            threading.Thread(target=self._give_up, args=(store, text), name="prosparse-failures", daemon=True).start()
+        if self.text:
+            for step in list(self.steps):
+                step.let_go()
 
     def _watch(self, store: Any, call: str, is_over: threading.Event) -> None:
         while not is_over.wait(_SECONDS_BETWEEN):
@@ -111,11 +123,6 @@ class Failures:
         abort = getattr(self._group(), "abort", None)
         if abort is not None:
             abort()
-
-
-def _end(watch: threading.Thread, is_over: threading.Event) -> None:
-    is_over.set()
-    watch.join()
 
 
 def _told(text: str) -> RuntimeError:

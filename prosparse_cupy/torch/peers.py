@@ -88,7 +88,7 @@ class PeerParallel(TensorParallel):
         weakref.finalize(self, parallel.idle_memory.append, memory)
         with torch.inference_mode(False):
             self._shared: Tensor = from_dlpack(memory.words())
-            self._shared[: self.size] = torch.tensor(memory.offsets, device=device)
+            self._shared[: self.size + 1] = torch.tensor(memory.offsets, device=device)
 
     def sum(self, partial: Tensor) -> Tensor:
         # Two halves that are added in float32 and rounded once have the bits of those that are added in their own dtype.

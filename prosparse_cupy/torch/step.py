@@ -86,6 +86,8 @@ class Step:
         self._cache = _StepCache()
         self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graph: Any = None
+        if self.parallel is not None:
+            self.parallel.failures.steps.add(self)
         try:
             with nullcontext() if self.parallel is None else self.parallel.together(), _counts_kept(model):
                 self._made(model)
@@ -219,6 +221,10 @@ class Step:
             self._once()
         else:
             self._graph.replay()
+
+    def let_go(self) -> None:
+        """Free the graph, once the processes that it adds the parts of have given each other up."""
+        self._graph = None
 
     @torch.inference_mode()
     def take(self, cache: Any, length: int, padding: Sequence[int] = ()) -> None:

@@ -262,7 +262,6 @@ MUTANTS = [
     Mutant("kernels/all_reduce.cu", "r == 0 ? other", "r == rank ? other"),
     Mutant("kernels/all_reduce.cu", "if (threadIdx.x == 0) exchanges[blockIdx.x] = exchange;", ""),
     Mutant("kernels/all_reduce.cu", "__syncthreads();", ""),
-    Mutant("kernels/all_reduce.cu", "offsets + RANKS", "offsets + RANKS - 1"),
     # attend.cu
     Mutant("kernels/attend.cu", "*position >= capacity - token", "*position > capacity - token"),
     Mutant(

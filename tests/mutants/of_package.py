@@ -383,7 +383,8 @@ MUTANTS = [
     # peers.py
     Mutant("prosparse_cupy/peers.py", "return -(-(self.ranks + 1) // _LINE) * _LINE", "return self.ranks"),
     Mutant("prosparse_cupy/peers.py", "        return self.ranks\n", "        return self.ranks - 1\n"),
-    Mutant("prosparse_cupy/peers.py", "self.address + 8 * len(self.offsets)", "self.address"),
+    Mutant("prosparse_cupy/peers.py", "self._page_locked.ptr - self.address", "self._page_locked.ptr"),
+    Mutant("prosparse_cupy/peers.py", "        self._waits_no_more[0] = 0\n", ""),
     Mutant("prosparse_cupy/peers.py", "-(-self.blocks // (2 * _LINE)) * _LINE", "self.blocks // (2 * _LINE) * _LINE"),
     Mutant("prosparse_cupy/peers.py", "-(-self.capacity // _THREADS)", "self.capacity // _THREADS"),
     Mutant("prosparse_cupy/peers.py", "_BLOCKS * _THREADS * multiprocessors, ", ""),
