@@ -130,8 +130,12 @@ def test_a_process_that_waits_is_let_go_and_told(error):
         first.failures.stop()
     again = first.call(lambda: None)
     assert str(again) == f"{told} (the process group has been aborted since: make a new one)"
-    # Whoever failed and calls again waits for one that has given up.
-    assert str(last.call(last.wait)) == told and last.group.aborted.is_set() and last.group.was_released.wait(5)
+    # So does the next call of the one that failed, which began no sums that the others could have taken for theirs.
+    assert (
+        str(last.call(lambda: pytest.fail("it began another call"))) == str(again)
+        and last.group.aborted.is_set()
+        and last.group.was_released.wait(5)
+    )
 
 
 @pytest.mark.parametrize("ends", ["with an object that is cut off", "with a number"])
@@ -185,6 +189,29 @@ def test_a_process_that_is_done_before_it_is_let_go_is_told_too():
     assert not first.group.aborted.is_set() and first.call(lambda: 1) == 1
 
 
+def test_a_process_that_failed_waits_until_the_others_have_ended_that_call():
+    first, last = Process(0), Process(1)
+    order = list[str]()
+
+    def long() -> None:
+        time.sleep(0.2)
+        order.append("first ends")
+
+    def twice() -> Any:
+        last.call(lambda: _raise(ValueError("no")))
+        return last.call(lambda: order.append("last again"))
+
+    found = _together(lambda: first.call(long), twice)
+    assert order == ["first ends", "last again"] and "ValueError: no" in str(found[0]) and found[1] is None
+
+
+def test_a_process_that_failed_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(failures, "_SECONDS_TO_END", 0.05)
+    last = Process(1)
+    assert isinstance(last.call(lambda: _raise(ValueError("no"))), ValueError)
+    assert "still in a call that has failed here" in str(last.call(lambda: 1))
+
+
 def test_what_all_have_told_each_other_is_not_told_again(store):
     error = RuntimeError("rank 0 of 2 failed, so all stop: no")
     error.told = "no"  # type: ignore[attr-defined]
@@ -226,9 +253,11 @@ def test_calls_within_calls_and_groups_of_one(store):
 
 
 def test_no_thread_stays():
-    first = Process(0)
+    both = [Process(0), Process(1)]
     before = threading.active_count()
     for _ in range(20):
-        first.call(lambda: 1)
-        first.call(lambda: _raise(ValueError("no")))
+        for process in both:
+            process.call(lambda: 1)
+        for process in both:
+            assert isinstance(process.call(lambda: _raise(ValueError("no"))), ValueError)
     assert threading.active_count() == before

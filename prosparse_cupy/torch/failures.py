@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,9 @@ from typing import Any
 from ..peers import SharedMemory
 
 _SECONDS_BETWEEN = 0.25
-_SECONDS_TO_END = (
-    3.0  # that a process gets after another has failed: most likely it fails in the same, and nothing need be aborted
-)
-_GIVEN_UP = "given up"
+_SECONDS_TO_END = 3.0  # that a process gets once another has failed: mostly it fails in the same, and nothing need be aborted
+_GIVEN_UP, _ENDED = "prosparse_cupy has given up", "prosparse_cupy calls that have ended"
+_STILL_BUSY = "others are still in a call that has failed here, and cannot be told"
 _NOBODY_ANSWERS = "the store of the process group does not answer, so the process that holds it has ended"
 
 
@@ -49,7 +49,7 @@ class Failures:
         self._who = f"rank {rank} of {size} failed, so all stop: "
         self._store: Any = None
         self._calls = 0
-        self._is_inside = False
+        self._is_inside = self._has_failed = False
         self.text = ""
         self.memories, self.steps = weakref.WeakSet[SharedMemory](), weakref.WeakSet[Any]()
 
@@ -69,9 +69,11 @@ class Failures:
         if self._is_inside or self._size == 1 or group is None:
             yield
             return
+        store = self._store = self._store or _store_of(group)
+        if self._has_failed and not self.text:
+            self._wait_for_others(store)
         if self.text:
             raise _told(f"{self.text} (the process group has been aborted since: make a new one)")
-        store = self._store = self._store or _store_of(group)
         self._calls += 1
         call, is_over = f"prosparse_cupy call {self._calls}", threading.Event()
         watch = threading.Thread(target=self._watch, args=(store, call, is_over), name="prosparse-failures", daemon=True)
@@ -85,6 +87,7 @@ class Failures:
                 # A group that breaks raises a RuntimeError, which is not why.
                 if text := self.text or (_found(store, call) if isinstance(error, RuntimeError) else ""):
                     raise _told(text) from error
+                self._has_failed = True
                 with contextlib.suppress(RuntimeError):  # a store that does not answer has lost the others too
                     store.compare_set(call, "", f"{self._who}{type(error).__name__}: {error}")
             raise
@@ -94,16 +97,35 @@ class Failures:
                 raise _told(text)
         finally:
             self._is_inside = False
+            with contextlib.suppress(RuntimeError):
+                store.add(_ENDED, 1)
+
+    def _wait_for_others(self, store: Any) -> None:
+        """Until they have ended the call that failed here: sums of another one would be taken for theirs."""
+        deadline = time.monotonic() + 3 * _SECONDS_TO_END
+        with contextlib.suppress(RuntimeError):
+            while True:
+                has_ended = store.add(_ENDED, 0) >= self._calls * self._size
+                text = _found(store, _GIVEN_UP)
+                if text or (time.monotonic() > deadline and not has_ended):
+                    self._begin_to_give_up(store, text or _STILL_BUSY)
+                    return
+                if has_ended:
+                    break
+                time.sleep(_SECONDS_BETWEEN / 4)
+        self._has_failed = False
 
     def _end(self, watch: threading.Thread, is_over: threading.Event, store: Any) -> None:
         is_over.set()
         watch.join(_SECONDS_BETWEEN)  # or no longer, if it has just begun to give up
         if not self.text and (text := _found(store, _GIVEN_UP)):
-            self.text = text  # numbers of others, which have been aborted, mean nothing
-            threading.Thread(target=self._give_up, args=(store, text), name="prosparse-failures", daemon=True).start()
-        if self.text:
-            for step in list(self.steps):
-                step.let_go()
+            self._begin_to_give_up(store, text)  # numbers of others, which have been aborted, mean nothing
+        elif self.text:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for step in list(self.steps):
+            step.let_go()
 
     def _watch(self, store: Any, call: str, is_over: threading.Event) -> None:
         while not is_over.wait(_SECONDS_BETWEEN):
@@ -123,6 +145,11 @@ class Failures:
         abort = getattr(self._group(), "abort", None)
         if abort is not None:
             abort()
+
+    def _begin_to_give_up(self, store: Any, text: str) -> None:
+        self.text = text
+        threading.Thread(target=self._give_up, args=(store, text), name="prosparse-failures", daemon=True).start()
+        self._let_go()
 
 
 def _told(text: str) -> RuntimeError:
