@@ -594,8 +594,8 @@ def fails_in_one(path: str, ids: list[list[int]], where: str, answers: str) -> N
             psct.generate(model, text, max_new_tokens=4)
         except RuntimeError as raised:
             again = str(raised)
-    is_part = heard == before[0, 8 : 8 + len(heard)].tolist()
-    Path(answers, f"{dist.get_rank()}.json").write_text(json.dumps([error, seconds, again, is_part]), encoding="utf-8")
+    found = error, seconds, again, heard, before[0, 8:].tolist()
+    Path(answers, f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
     if is_last and dist.get_backend() == "gloo":
         os._exit(1)
 
