@@ -258,3 +258,26 @@ def test_no_thread_stays():
         for process in both:
             assert isinstance(process.call(lambda: _raise(ValueError("no"))), ValueError)
     assert threading.active_count() == before
+
+
+def test_a_streamer_gets_nothing_of_a_group_that_has_been_given_up():
+    from prosparse_cupy.torch.generation import _Checked
+
+    heard, process = list[Any](), Process(0)
+
+    class Streamer:
+        def put(self, value: Any) -> None:
+            heard.append(value)
+
+        def end(self) -> None:
+            heard.append("the end")
+
+    streamer = _Checked(Streamer(), process)  # type: ignore[arg-type]
+    streamer.put(1)
+    process.failures.text = "rank 1 of 2 failed, so all stop: no"
+    for call in (lambda: streamer.put(2), streamer.end):
+        with pytest.raises(RuntimeError, match="rank 1 of 2"):
+            call()
+    process.failures.text = ""
+    streamer.end()
+    assert heard == [1, "the end"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import MOST_TOKENS
 from .eligibility import why_another_mode, why_no_call, why_not_together
-from .parallel import as_one, parallel_of
+from .parallel import TensorParallel, as_one, parallel_of
 from .patch import check_module
 from .runner import Runner, turns
 from .speculation import MOST_GUESSES, Guesses, guesses_of, why_no_guesses
@@ -77,7 +77,9 @@ def generate(
         raise ValueError("generate: custom_generate is this function itself: call model.generate for another")
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
-    with as_one(model):
+    with as_one(model) as parallel:
+        if parallel is not None and streamer is not None:
+            streamer = _Checked(streamer, parallel)
         return _generated(model, input_ids, streamer, tokenizer, options)
 
 
@@ -174,6 +176,21 @@ def _as_ever(model: Any, input_ids: Tensor, reason: str, options: dict[str, Any]
 
 def _warn(reason: str) -> None:
     warnings.warn(f"generate: transformers' own loop does this call, which is slower: {reason}", stacklevel=3)
+
+
+class _Checked:
+    """A streamer that gets nothing of a group that has been given up, whose numbers mean nothing."""
+
+    def __init__(self, streamer: Any, parallel: TensorParallel) -> None:
+        self._streamer, self._failures = streamer, parallel.failures
+
+    def put(self, value: Tensor) -> None:
+        self._failures.stop()
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._failures.stop()
+        self._streamer.end()
 
 
 class _GuessesElsewhere(Exception):

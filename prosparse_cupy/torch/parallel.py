@@ -384,10 +384,10 @@ def with_all(parallel: TensorParallel | None, do: Callable[[], T]) -> T:
 
 
 @contextmanager
-def as_one(model: nn.Module) -> Iterator[None]:
-    """A call that all processes make which hold parts of a model: if it fails in one, the others fail too."""
+def as_one(model: nn.Module) -> Iterator[TensorParallel | None]:
+    """A call that all processes make which hold parts of a model: if it fails in one, the others fail too. Yields the group."""
     import torch.distributed as dist
 
     parallel = parallel_of(model) if dist.is_available() and dist.is_initialized() else None
     with nullcontext() if parallel is None else parallel.failures.shared():
-        yield
+        yield parallel
