@@ -59,11 +59,11 @@ inline void send(ulonglong2* to, float x, float y, unsigned exchange) {
     *to = {number | __float_as_uint(x), number | __float_as_uint(y)};
 }
 
-// Nobody sends anything meanwhile.
 inline bool is_given_up(const long long* offsets) {
     return *reinterpret_cast<const long long*>(reinterpret_cast<const char*>(offsets) + offsets[RANKS]) != 0;
 }
 
+// Nobody sends anything meanwhile.
 inline float2 receive(const ulonglong2* from, unsigned exchange, const long long* offsets, int) {
     const bool is_there = from->x >> 32 == exchange && from->y >> 32 == exchange;
     if (!is_there && !is_given_up(offsets)) host_cuda::fail("a word is waited for that nobody has sent");

@@ -564,18 +564,24 @@ def fails_in_one(path: str, ids: list[list[int]], where: str, answers: str) -> N
     The answers go to files, since over gloo the last process ends, which is all that gloo notices.
     """
     from prosparse_cupy.torch import runner
+    from prosparse_cupy.torch import step as steps
 
     model, is_last = _loaded(path, "float32"), dist.get_rank() == dist.get_world_size() - 1
     psct.patch_model(model)
     text = torch.tensor(ids[:1], device=model.device)[:, :8]
     before, heard = psct.generate(model, text, max_new_tokens=24, do_sample=False), list[Any]()
-    forward, options = runner.forward, {}
+    forward, in_step, options = runner.forward, steps.forward, {}
 
     def failing(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory, says the test")
 
     if is_last and where == "prefill":
         runner.forward = failing
+    if where == "making the step":
+        psct.release_generation(model)
+        steps.forward = failing if is_last else in_step
+    if where == "measuring" and is_last:
+        model.register_forward_hook(failing)
     if where == "transformers' loop":
         options = {"output_scores": True, "return_dict_in_generate": True}
     streamer: Any = _Failing() if is_last else _Heard(heard)
@@ -583,11 +589,15 @@ def fails_in_one(path: str, ids: list[list[int]], where: str, answers: str) -> N
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            psct.generate(model, text, max_new_tokens=24, do_sample=False, streamer=streamer, **options)
+            if where == "measuring":
+                psct.measure_sparsity(model, text)
+            else:
+                psct.generate(model, text, max_new_tokens=24, do_sample=where == "sampling", streamer=streamer, **options)
     except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
+        error, kept = f"{type(raised).__name__}: {raised}", raised  # with its frames, and the graphs that they hold
+        assert kept.__traceback__ is not None
     finally:
-        runner.forward = forward
+        runner.forward, steps.forward = forward, in_step
     seconds, again = time.perf_counter() - start, ""
     if dist.get_backend() == "nccl":
         try:

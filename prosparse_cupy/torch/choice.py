@@ -63,6 +63,8 @@ class Choice:
         self._first_padding = torch.tensor(padding[:1], device=step.device) if padding and padding[0] else None
         self._processors = [bound(processor, step.logits, self._column) for processor in processors]
         self._graph: Any = None
+        if step.parallel is not None:
+            step.parallel.failures.frees(self)  # what shares sampled tokens is in its graph
         self.ahead = AHEAD
         self._padded = sequences > 1 and any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._ended = torch.zeros(sequences, 1, dtype=torch.bool, device=step.device)
@@ -78,6 +80,10 @@ class Choice:
         self._latest = torch.zeros(sequences, _LATEST, dtype=torch.int64, device=step.device)
         self._seen = torch.zeros(sequences, _LATEST, dtype=torch.int64, pin_memory=on_gpu, device="cpu")
         self._events = [torch.cuda.Event() for _ in range(_LATEST)] if on_gpu else []
+
+    def let_go(self) -> None:
+        """Free the graph, as `Step.let_go` does."""
+        self._graph = None
 
     def _column(self) -> Tensor:
         """How many tokens each sequence has, padding on the left included, (1,)."""

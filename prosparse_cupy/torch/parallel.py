@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..peers import SharedMemory
 from .dispatch import TorchWeight, decoded, few_tokens, is_watched
-from .failures import Failures
+from .failures import FailedAlone, Failures
 
 Style = Literal["colwise", "rowwise", "gathered"]
 """What of a projection a process holds: some of its outputs; some of its inputs, so that results are added; or some of its
@@ -131,15 +131,19 @@ class TensorParallel:
     def together(self) -> Iterator[None]:
         """What one process fails in, all fail in, with its message, when they next tell each other something.
 
-        What is run may call `told` and what uses it. Where the others add tensors they are not told: see `Failures.shared`.
+        What is run may call `told` and what uses it. Where the others wait in a sum they are told by `Failures.shared`.
         """
         try:
             yield
         except Exception as error:
-            if not getattr(error, "told", ""):
+            if not getattr(error, "told", "") and not isinstance(error, FailedAlone):
+                self.failures.meets()
+                if not self.failures.all_meet():
+                    raise FailedAlone(f"{type(error).__name__}: {error}") from error
                 self._gathered((f"{type(error).__name__}: {error}", isinstance(error, MemoryError), None))
                 error.told = str(error)  # type: ignore[attr-defined]
             raise
+        self.failures.meets()
         self.told(None)
 
     def any(self, flag: bool) -> bool:

@@ -84,7 +84,7 @@ class PeerParallel(TensorParallel):
         own = peers.capacity_of(numbers, target_of(device.index).multiprocessors)
         self._layout = peers.Layout(self.size, min(parallel.told(own)))
         memory = _taken(parallel, device, 8 * self._layout.words)
-        self.failures.memories.add(memory)
+        self.failures.covers(memory)
         weakref.finalize(self, parallel.idle_memory.append, memory)
         with torch.inference_mode(False):
             self._shared: Tensor = from_dlpack(memory.words())

@@ -194,6 +194,7 @@ def measure_sparsity(model: nn.Module, input_ids: Tensor, **keywords: Any) -> Sp
     SparsityReport
         ``.sparsity`` is the average that a model card gives; ``.weights_read`` says what decoding would read.
     """
-    with as_one(model), SparsityMeter(model) as meter, torch.inference_mode():
-        model(input_ids, **keywords)
-    return meter.report()
+    with as_one(model):
+        with SparsityMeter(model) as meter, torch.inference_mode():
+            model(input_ids, **keywords)
+        return meter.report()

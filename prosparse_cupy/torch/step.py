@@ -87,7 +87,7 @@ class Step:
         self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graph: Any = None
         if self.parallel is not None:
-            self.parallel.failures.steps.add(self)
+            self.parallel.failures.frees(self)
         try:
             with nullcontext() if self.parallel is None else self.parallel.together(), _counts_kept(model):
                 self._made(model)
