@@ -39,12 +39,14 @@ _SLOW = {
 _SLOW_TESTS = {"test_batches_measures_a_small_model", "test_compiled_code_has_a_graph_for_few_tokens_and_one_for_many"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         builds_or_starts = {"host", "two"} & set(getattr(item, "fixturenames", ()))  # kernels, and processes
         is_slow = item.path.stem in _SLOW or item.originalname in _SLOW_TESTS or builds_or_starts
-        if not is_slow and not any(map(item.get_closest_marker, ("gpu", "large"))):
+        if not is_slow and not any(map(item.get_closest_marker, ("gpu", "large", "slow"))):
             item.add_marker(pytest.mark.quick)
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="pytest -m slow runs it, as CI does"))
     if not _why_no_gpu():
         return
     skip = pytest.mark.skip(reason=_why_no_gpu())

@@ -101,6 +101,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(failures._Store, "of", lambda _, rank, size: failures._Store(own, rank, size))
     monkeypatch.setattr(failures, "_SECONDS_BETWEEN", 0.01)
     monkeypatch.setattr(failures, "_SECONDS_TO_END", 0.3)
+    monkeypatch.setattr(failures, "_SECONDS_OF_COMPILING", 0.3)
     return own
 
 
@@ -268,6 +269,25 @@ def test_a_store_that_is_gone(store, monkeypatch):
         return first.wait()
 
     assert "does not answer" in str(first.call(lost))
+
+
+def test_a_connection_that_is_lost_is_made_again(store, monkeypatch):
+    """To the same store, whose other connections go on."""
+    first, last, again = Process(0), Process(1), Store()
+    again.own = store.own
+    monkeypatch.setattr(failures, "_SECONDS_TO_END", 0.05)
+    monkeypatch.setattr(Store, "clone", lambda _: again)
+
+    def lost() -> str:
+        store.is_gone = True
+        return first.wait()
+
+    def late() -> None:
+        time.sleep(0.3)
+        _left(store, "given up", "rank 1 of 2 failed, so all stop: no")
+
+    assert str(_together(lambda: first.call(lost), late)[0]) == "rank 1 of 2 failed, so all stop: no"
+    assert last.failures.text == ""
 
 
 def test_a_store_that_is_silent_for_a_while_or_at_the_end_harms_nobody(store):

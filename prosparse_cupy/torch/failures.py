@@ -19,6 +19,7 @@ from ..peers import SharedMemory
 
 _SECONDS_BETWEEN = 0.25
 _SECONDS_TO_END = 3.0  # that a process gets once another has failed: mostly it fails in the same, and nothing need be aborted
+_SECONDS_OF_COMPILING = 60.0  # that a step takes at most
 _SECONDS_OF_SILENCE = 30.0  # of the store, until its process is taken to have ended
 _STILL_BUSY = "others are still in a call that has failed here, and cannot be told"
 _NOBODY_ANSWERS = "the store of the process group does not answer, so the process that holds it has ended"
@@ -122,7 +123,7 @@ class Failures:
         """Whether all processes come there, rather than waiting for this one in a sum."""
         if not self._is_inside or (store := self._store) is None:
             return True
-        return _comes(lambda: store.have_all("met", self._meetings), _SECONDS_TO_END)
+        return _comes(lambda: store.have_all("met", self._meetings), _SECONDS_OF_COMPILING)
 
     def _wait_for_others(self, store: _Store) -> None:
         """Until they have ended the call that has failed here."""
@@ -148,12 +149,13 @@ class Failures:
         while not is_over.wait(_SECONDS_BETWEEN):
             at_once = bool(text := store.found("given up"))
             text = text or store.found(call)
-            if store.is_silent:
-                store.reopen()
-                if time.monotonic() - heard > _SECONDS_OF_SILENCE:
-                    at_once, text = True, _NOBODY_ANSWERS
-            else:
+            if not store.is_silent:
                 heard = time.monotonic()
+            elif time.monotonic() - heard > _SECONDS_OF_SILENCE:
+                at_once, text = True, _NOBODY_ANSWERS
+            else:
+                store.reopen()
+                is_over.wait(_SECONDS_TO_END)
             if text and (at_once or not is_over.wait(_SECONDS_TO_END)):
                 self._give_up(store, text)
                 return
@@ -181,7 +183,8 @@ class _Store:
 
     def __init__(self, own: Any, rank: int, size: int) -> None:
         self._own, self._rank, self._size = own, rank, size
-        self._connection = _connection_of(own)
+        self._connection: Any = _connection_of(own)
+        self._reopening: threading.Thread | None = None
         # A store may outlive its group, and the next one may have its name.
         self._prefix = f"prosparse_cupy {self._connection.add(f'prosparse_cupy groups of rank {rank}', 1)} "
         self.is_silent = False
@@ -211,7 +214,12 @@ class _Store:
         return answer
 
     def reopen(self) -> None:
-        """A new connection, since one may be lost while the store is there."""
+        """Try a new connection, since one may be lost while the store is there; to one that is gone that takes minutes."""
+        if self._reopening is None or not self._reopening.is_alive():
+            self._reopening = threading.Thread(target=self._reopen, name="prosparse-failures", daemon=True)
+            self._reopening.start()
+
+    def _reopen(self) -> None:
         with contextlib.suppress(RuntimeError):
             self._connection = _connection_of(self._own)
 

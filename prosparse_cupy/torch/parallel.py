@@ -128,17 +128,18 @@ class TensorParallel:
         return next((f"{text} (rank {rank} of {self.size})" for rank, text in enumerate(said) if text), "")
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, *, adds: bool = False) -> Iterator[None]:
         """What one process fails in, all fail in, with its message, when they next tell each other something.
 
-        What is run may call `told` and what uses it. Where the others wait in a sum they are told by `Failures.shared`.
+        What is run may call `told` and what uses it. If it also `adds` parts, the others may wait in a sum instead: then
+        `Failures.shared` tells them.
         """
         try:
             yield
         except Exception as error:
             if not getattr(error, "told", "") and not isinstance(error, FailedAlone):
                 self.failures.meets()
-                if not self.failures.all_meet():
+                if adds and not self.failures.all_meet():
                     raise FailedAlone(f"{type(error).__name__}: {error}") from error
                 self._gathered((f"{type(error).__name__}: {error}", isinstance(error, MemoryError), None))
                 error.told = str(error)  # type: ignore[attr-defined]

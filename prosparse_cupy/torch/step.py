@@ -89,7 +89,7 @@ class Step:
         if self.parallel is not None:
             self.parallel.failures.frees(self)
         try:
-            with nullcontext() if self.parallel is None else self.parallel.together(), _counts_kept(model):
+            with nullcontext() if self.parallel is None else self.parallel.together(adds=True), _counts_kept(model):
                 self._made(model)
         except RuntimeError as error:
             if str(getattr(error, "told", "")).startswith(f"{CannotStep.__name__}: "):  # so no process has a step
