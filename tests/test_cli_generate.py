@@ -43,6 +43,8 @@ def _fails(done, message: str, code: int = 1) -> None:
 
 
 def _process(*arguments: str, code: str = "from prosparse_cupy.cli import main; main()") -> subprocess.Popen:
+    # A shell without job control has what it puts in the background ignore Ctrl-C, these tests and all that they start.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, "generate", "--model", str(SMALL), "--prompt", PROMPT, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
