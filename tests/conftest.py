@@ -36,7 +36,11 @@ _SLOW = {
         "test_vllm",
     ),
 }
-_SLOW_TESTS = {"test_batches_measures_a_small_model", "test_compiled_code_has_a_graph_for_few_tokens_and_one_for_many"}
+_SLOW_TESTS = {
+    *("test_a_process_that_fails_while_the_others_add", "test_batches_measures_a_small_model"),
+    *("test_compiled_code_has_a_graph_for_few_tokens_and_one_for_many", "test_whole_model"),
+    "test_nothing_is_fetched_started_or_unpickled_with_models",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
