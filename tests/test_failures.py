@@ -120,6 +120,13 @@ def _together(first: Callable[[], Any], last: Callable[[], Any]) -> list[Any]:
     return found
 
 
+def _until_left(store: Store, key: str) -> None:
+    """Work on until the other process has failed."""
+    deadline = time.monotonic() + 10
+    while not store.own.check([key]) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def _raise(error: BaseException) -> Any:
     raise error
 
@@ -152,7 +159,10 @@ def test_the_next_group_of_a_name_knows_nothing_of_the_last_one(store):
     _together(lambda: first.call(first.wait), lambda: last.call(lambda: _raise(ValueError("no"))))
     first, last = Process(0), Process(1)
     assert _together(lambda: first.call(lambda: 1), lambda: last.call(lambda: 2)) == [1, 2]
-    found = _together(lambda: first.call(lambda: time.sleep(0.1)), lambda: last.call(lambda: _raise(ValueError("other"))))
+    here = "prosparse_cupy 2 call 2"
+    found = _together(
+        lambda: first.call(lambda: _until_left(store, here)), lambda: last.call(lambda: _raise(ValueError("other")))
+    )
     assert str(found[0]) == "rank 1 of 2 failed, so all stop: ValueError: other"
 
 
@@ -189,6 +199,7 @@ def test_a_group_that_breaks_is_not_why(store):
 @pytest.mark.parametrize("error", [ValueError, torch.OutOfMemoryError, NotImplementedError])
 def test_processes_that_fail_alike_keep_their_group_and_their_errors(lag, error):
     first, last = Process(0), Process(1)
+    failures._SECONDS_TO_END = 10.0  # that the fixture puts back
 
     def late() -> None:
         time.sleep(lag)
@@ -202,9 +213,9 @@ def test_processes_that_fail_alike_keep_their_group_and_their_errors(lag, error)
     assert not first.memory.is_given_up.is_set() and not first.failures.text
 
 
-def test_a_process_that_is_done_before_it_is_let_go_is_told_too():
-    first, last = Process(0), Process(1)
-    found = _together(lambda: first.call(lambda: time.sleep(0.1)), lambda: last.call(lambda: _raise(ValueError("no"))))
+def test_a_process_that_is_done_before_it_is_let_go_is_told_too(store):
+    first, last, here = Process(0), Process(1), "prosparse_cupy 1 call 1"
+    found = _together(lambda: first.call(lambda: _until_left(store, here)), lambda: last.call(lambda: _raise(ValueError("no"))))
     assert str(found[0]) == "rank 1 of 2 failed, so all stop: ValueError: no" and type(found[1]) is ValueError
     assert not first.group.aborted.is_set()
     assert _together(lambda: first.call(lambda: 1), lambda: last.call(lambda: 2)) == [1, 2]
@@ -233,7 +244,8 @@ def test_a_process_that_failed_does_not_wait_for_ever(monkeypatch):
 
 
 @pytest.mark.parametrize("come", [True, False])
-def test_whether_all_meet_or_some_wait_in_a_sum(come):
+def test_whether_all_meet_or_some_wait_in_a_sum(monkeypatch, come):
+    monkeypatch.setattr(failures, "_SECONDS_OF_COMPILING", 10.0 if come else 0.3)
     first, last = Process(0), Process(1)
 
     def other() -> None:
