@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +21,7 @@ from .formats import Format
 from .formula import RELU
 from .knobs import Knobs
 from .problem import KERNELS, Problem, Target
+from .tensor_cores import FEWEST_TOKENS, knobs_on_tensor_cores
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
@@ -128,17 +130,31 @@ class Dims(Protocol):
 
 
 @lru_cache(maxsize=4096)
-def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU) -> Kernel:
+def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU, batch_invariant: bool = True) -> Kernel:
     """The kernel of a checked call, looked up by the identity of `dims`, which equal calls share: every call pays for this."""
     if _is_forked:
         _refuse_after_fork()
+    return load(problem_of(name, dims, specialize, activation, batch_invariant), dims.device)
+
+
+@lru_cache(maxsize=4096)
+def gate_of(dims: Dims, specialize: bool) -> Kernel | None:
+    """The kernel of an FFN's gate on tensor cores, or None where these do not serve it."""
+    problem = replace(problem_of("ffn_1", dims, specialize, batch_invariant=False), partial=False)
+    if knobs_on_tensor_cores(problem, target_of(dims.device)) is None:
+        return None
+    return load(problem, dims.device)
+
+
+def problem_of(name: str, dims: Dims, specialize: bool, activation: str = RELU, batch_invariant: bool = True) -> Problem:
+    """What a kernel of a checked call depends on."""
     by_weight, interface = dict(dims.formats), KERNELS[name]
     formats = tuple(by_weight[weight] for weight in interface.weights)
     extras = tuple(p for p in interface.optional if p in dims.extras)
     activation = activation if interface.has_activation else RELU
     shape = dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens
     partial = dims.partial and interface.may_be_partial
-    return load(Problem(name, *shape, formats, activation, extras, partial), dims.device)
+    return Problem(name, *shape, formats, activation, extras, partial, batch_invariant or dims.tokens < FEWEST_TOKENS)
 
 
 @cache
@@ -217,7 +233,7 @@ def _meanwhile(table: dict[K, V], key: K, value: V) -> Iterator[None]:
 
 
 def _forget_kernels() -> None:
-    for cached in (load, _load_once, kernel_of):
+    for cached in (load, _load_once, kernel_of, gate_of):
         cached.cache_clear()
 
 
@@ -236,6 +252,7 @@ def _after_fork() -> None:
     global _is_forked, _loading
     _is_forked, _loading = True, threading.RLock()
     kernel_of.cache_clear()
+    gate_of.cache_clear()
     for kernel in _launchable:
         kernel.launch = _refuse_after_fork
 

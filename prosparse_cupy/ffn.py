@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
@@ -24,15 +25,16 @@ from .arguments import (
     weight,
     with_bound_extras,
 )
-from .compiler import kernel_of, load
+from .compiler import gate_of, kernel_of, load
 from .compressed import Weight
 from .device import current_device, gpu
 from .formats import ITEMSIZE, vector_length
 from .formula import RELU, check_activation, check_norm_eps, check_threshold
 from .knobs import compressed_formats
 from .libraries import A
-from .ops import trailing_arguments
+from .ops import partial_sums, trailing_arguments
 from .problem import KERNELS, Problem
+from .tensor_cores import FEWEST_TOKENS
 from .workspace import take
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def sparse_ffn(
     down_bias: A | None = None,
     norm_weight: A | None = None,
     norm_eps: float = 0.0,
+    batch_invariant: bool = True,
     out: A | None = None,
     specialize: bool = True,
 ) -> A:
@@ -108,6 +111,10 @@ def sparse_ffn(
         The weight of an RMS norm of each token between formulas 3 and 4, as for `ffn_4`.
     norm_eps : float, default 0.0
         As for `ffn_4`.
+    batch_invariant : bool, default True
+        Whether a token has the bits that it has alone, whatever stands beside it. False lets 5 to 8 tokens of 16 bits go to
+        tensor cores, as for `ffn_1` and `ffn_4`, which is faster: a token's bits then depend on the neurons that the others
+        need. The same call has the same bits again.
     out : array, (d_model,) or (B, d_model), optional
         Takes the result. It must not share memory with an input. Of float32 it takes y as it is before its last rounding, as
         for `ffn_4`: some of the neurons' part of y, to be added to that of the others.
@@ -126,7 +133,7 @@ def sparse_ffn(
     """
     check_activation("sparse_ffn", activation, gated=w_gate is not None)
     norm_eps = check_norm_eps("sparse_ffn", norm_eps, norm_weight is not None)
-    how = (check_threshold("sparse_ffn", threshold), activation, norm_eps, specialize)
+    how = (check_threshold("sparse_ffn", threshold), activation, norm_eps, specialize, batch_invariant)
     if w_gate is None:
         extras: Extras = (up_bias, down_bias, norm_weight)
         _refuse_gate_bias("sparse_ffn", gate_bias)
@@ -160,13 +167,14 @@ class _How(NamedTuple):
     activation: str
     norm_eps: float
     specialize: bool
+    batch_invariant: bool
 
 
 def _run(
     call: Call[A],
     arrays: tuple[Any, ...],
     inputs: Sequence[int],
-    how: tuple[float, str, float, bool],
+    how: tuple[float, str, float, bool, bool],
     extras: Mapping[str, Any],
 ) -> A:
     """The first half of an FFN into scratch, and `ffn_4` out of it.
@@ -174,11 +182,13 @@ def _run(
     `arrays` are x, w_gate, w_up and w_down_t, w_gate None without a gate, and `inputs` their addresses, of which a compressed
     weight has several. `how` is a `_How`, and `extras` are the optional arrays.
     """
-    threshold, activation, norm_eps, specialize = how
+    threshold, activation, norm_eps, specialize, batch_invariant = how
     if call.on_host:
         more = {"activation": activation, "norm_eps": norm_eps, **extras}
         return call.on_reference(reference.sparse_ffn, threshold, arrays=arrays, **more)
     half = "ffn_12" if arrays[1] is None else "ffn_123"
+    if not batch_invariant and call.checked.tokens >= FEWEST_TOKENS:
+        return _run_on_tensor_cores(call, inputs, half, how)
     checked, first_of_down = call.checked, len(inputs) - call.checked.down_pointers
     d_ff, d_model, device = checked.d_ff, checked.d_model, checked.device
     first, second = kernel_of(half, checked, specialize, activation), kernel_of("ffn_4", checked, specialize)
@@ -193,6 +203,37 @@ def _run(
         second.launch(stream, overlaps, x1, *inputs[first_of_down:], call.output, d_ff, d_model, *of_second)
     finally:
         home.append(x1)
+    return call.result()
+
+
+def _run_on_tensor_cores(call: Call[A], inputs: Sequence[int], half: str, how: tuple[float, str, float, bool, bool]) -> A:
+    """`_run` where tensor cores may serve: the gate by itself, then `ffn_23` and `ffn_4`, as far as they do."""
+    threshold, activation, norm_eps, specialize, _ = how
+    checked, given, down = call.checked, call.extras, len(inputs) - call.checked.down_pointers
+    dims = checked.d_ff, checked.d_model
+    gate = gate_of(checked, specialize) if half == "ffn_123" else None
+    first = kernel_of(half if gate is None else "ffn_23", checked, specialize, activation)
+    second = kernel_of("ffn_4", checked, specialize, batch_invariant=False)
+    stream = call.family.stream(checked.device)
+    captured = driver.is_captured(stream)
+    overlaps = driver.overlaps(stream, captured)
+    with ExitStack() as scratch:
+
+        def taken() -> int:
+            address, home = take(stream, checked.device, checked.scratch_bytes, captured)
+            scratch.callback(home.append, address)
+            return address
+
+        x1, sums = taken(), scratch.enter_context(partial_sums(second, stream, checked.device, captured))
+        if gate is None:
+            first.launch(stream, overlaps, *inputs[:down], x1, threshold, *dims, *trailing_arguments(half, given, norm_eps))
+        else:
+            (x, w_gate, *w_up), ungated = inputs[:down], taken()
+            gate.launch(stream, overlaps, x, w_gate, ungated, *dims, *trailing_arguments("ffn_1", given, norm_eps))
+            of_up = trailing_arguments("ffn_23", given, norm_eps)
+            first.launch(stream, overlaps, ungated, x, *w_up, x1, threshold, *dims, *of_up)
+        of_down = trailing_arguments("ffn_4", given, norm_eps)
+        second.launch(stream, overlaps, x1, *inputs[down:], call.output, *dims, *of_down, *sums)
     return call.result()
 
 
@@ -219,6 +260,8 @@ class SparseFFN(Generic[A]):
         The weight of an RMS norm between formulas 3 and 4, as for `ffn_4`.
     norm_eps : float, default 0.0
         As for `ffn_4`.
+    batch_invariant : bool, default True
+        As for `sparse_ffn`.
     specialize : bool, default True
         As for `ffn_1`.
 
@@ -244,12 +287,13 @@ class SparseFFN(Generic[A]):
         down_bias: A | None = None,
         norm_weight: A | None = None,
         norm_eps: float = 0.0,
+        batch_invariant: bool = True,
         specialize: bool = True,
     ) -> None:
         self.gated = w_gate is not None
         activation = check_activation("SparseFFN", activation, gated=self.gated)
         norm_eps = check_norm_eps("SparseFFN", norm_eps, norm_weight is not None)
-        self._how = _How(check_threshold("SparseFFN", threshold), activation, norm_eps, specialize)
+        self._how = _How(check_threshold("SparseFFN", threshold), activation, norm_eps, specialize, batch_invariant)
         extras: Extras = (up_bias, down_bias, norm_weight)
         if w_gate is None:
             _refuse_gate_bias("SparseFFN", gate_bias)
@@ -288,6 +332,11 @@ class SparseFFN(Generic[A]):
         """What the norm adds, 0 without one."""
         return self._how.norm_eps
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a token has the bits that it has alone."""
+        return self._how.batch_invariant
+
     def _arrays(self, x: Any) -> tuple[Any, ...]:
         bound = self._weights.arrays
         return (x, *bound[:3]) if self.gated else (x, None, *bound[:2])
@@ -303,6 +352,7 @@ class SparseFFN(Generic[A]):
         more = "" if self.activation == RELU else f", activation={self.activation}"
         more += "" if self.gated else ", gated=False"
         more += "".join(f", {name}" for name in self._extras)
+        more += "" if self.batch_invariant else ", batch_invariant=False"
         return f"SparseFFN(d_model={self.d_model}, d_ff={self.d_ff}, dtype={self.dtype}, threshold={self.threshold:g}{more})"
 
 
@@ -330,6 +380,7 @@ def warmup(
     bias: bool = False,
     norm: bool = False,
     tokens: int | Iterable[int] = 1,
+    batch_invariant: bool = True,
 ) -> list[CompiledKernel]:
     """Compile every kernel of these dims now, so that the first call does not wait and a graph capture does not fail.
 
@@ -351,6 +402,8 @@ def warmup(
         Whether the FFN has a gate, biases of all its projections, and a norm over x1.
     tokens : int or iterable of int, default 1
         How many tokens calls will have, 1 to 8: a kernel is compiled for each number. ``tokens=range(1, 9)`` is all of them.
+    batch_invariant : bool, default True
+        As for `sparse_ffn`.
 
     Returns
     -------
@@ -390,11 +443,12 @@ def warmup(
         act = activation if interface.has_activation else RELU
         for number in numbers if kernel in _OF_TOKENS else (1,):
             start = time.perf_counter()
-            problem = Problem(kernel, d_model, d_ff, name, specialize, number, formats, act, extras)
+            invariant = batch_invariant or number < FEWEST_TOKENS
+            problem = Problem(kernel, d_model, d_ff, name, specialize, number, formats, act, extras, batch_invariant=invariant)
             plan = load(problem, at).plan
             seconds = time.perf_counter() - start
             defines = " ".join(key if value is None else f"{key}={value}" for key, value in plan.defines)
-            report.append(CompiledKernel(kernel, defines, gpu(at).capability, seconds))
+            report.append(CompiledKernel(plan.kernel, defines, gpu(at).capability, seconds))
     return report
 
 

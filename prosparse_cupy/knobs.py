@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from .formats import BF12_ROWS, BF12_SLICES, SLICE_UNIT, VECTOR_BYTES, Format, vector_length
 from .formula import RELU
@@ -38,6 +38,9 @@ Shape = tuple[tuple[int, int, int], tuple[int, int, int]]
 class Knobs(ABC):
     """What all kernels have."""
 
+    suffix: ClassVar[str] = ""
+    """Of the kernel that is launched with them: "_mma" for one on tensor cores, see `tensor_cores`."""
+
     warps: int
     """Of a block."""
     min_blocks: int
@@ -59,6 +62,10 @@ class Knobs(ABC):
 
     def shared_bytes(self, problem: Problem) -> int:
         """Dynamic shared memory of a block."""
+        return 0
+
+    def partial_bytes(self, problem: Problem) -> int:
+        """Of sums that blocks leave for one another, behind `TICKET_BYTES`; 0 for a kernel whose blocks do not."""
         return 0
 
     def legal(self, problem: Problem, target: Target) -> str:

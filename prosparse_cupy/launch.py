@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .knobs import KINDS, Define, Knobs
 from .measured import choose
 from .problem import H100, KERNELS, Problem, Target
+from .tensor_cores import ON_TENSOR_CORES, knobs_on_tensor_cores
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Launch:
     """Each kernel parameter in `struct` characters: P a pointer, PP a struct of two, f float32, i int32."""
     shared_bytes: int = 0
     """Dynamic shared memory of a block."""
+    partial_bytes: int = 0
+    """Of sums that its blocks leave for one another. Then the last two arguments are their address and that of tickets."""
     programmatic: bool = False
     """Whether it may start while its predecessor on the stream ends (programmatic dependent launch)."""
 
@@ -40,15 +43,17 @@ def plan(problem: Problem, target: Target = H100, knobs: Knobs | None = None) ->
         Knobs that the kernel does not have, or cannot be launched with.
     """
     kernel, interface = problem.kernel, KERNELS[problem.kernel]
-    chosen = choose(problem, target) if knobs is None else knobs
-    if type(chosen) is not KINDS[kernel]:
+    chosen = knobs or knobs_on_tensor_cores(problem, target) or choose(problem, target)
+    if type(chosen) not in (KINDS[kernel], ON_TENSOR_CORES.get(kernel)):
         raise ValueError(f"{kernel} has {KINDS[kernel].__name__}, not {type(chosen).__name__}")
     if wrong := chosen.legal(problem, target):
         raise ValueError(f"{kernel}: {chosen}: {wrong}")
     grid, block = chosen.shape(problem)
     programmatic = target.is_programmatic and interface.is_programmatic
     defines = (*_defines(problem), *chosen.defines(problem), *((("PROGRAMMATIC", None),) if programmatic else ()))
-    return Launch(kernel, grid, block, defines, _arguments(problem), chosen.shared_bytes(problem), programmatic)
+    arguments, shared, partial = _arguments(problem), chosen.shared_bytes(problem), chosen.partial_bytes(problem)
+    more = ("P", "P") if partial else ()
+    return Launch(kernel + chosen.suffix, grid, block, defines, (*arguments, *more), shared, partial, programmatic)
 
 
 def _defines(problem: Problem) -> tuple[Define, ...]:

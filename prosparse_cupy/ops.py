@@ -8,16 +8,19 @@ One call, followed down: `ffn_23` -> `check_call` (`arguments`: checks and addre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from . import reference
 from .arguments import Call, Operand, Signature, check_call, extra, total, vector, weight
-from .compiler import kernel_of
+from .compiler import Kernel, kernel_of
 from .compressed import Weight
-from .driver import overlaps
+from .driver import is_captured, overlaps
 from .formula import RELU, check_activation, check_norm_eps, check_threshold
 from .libraries import A
 from .problem import KERNELS, OPTIONAL
+from .tensor_cores import TICKET_BYTES
+from .workspace import size_with_tickets, take
 
 _BIAS = "bias", "d_ff"
 FFN_1 = Signature(
@@ -60,7 +63,15 @@ PACK_DOWN = Signature(
 )
 
 
-def ffn_1(x: A, w_gate: Weight[A], *, bias: A | None = None, out: A | None = None, specialize: bool = True) -> A:
+def ffn_1(
+    x: A,
+    w_gate: Weight[A],
+    *,
+    bias: A | None = None,
+    batch_invariant: bool = True,
+    out: A | None = None,
+    specialize: bool = True,
+) -> A:
     """Gate projection, dense: ``x @ w_gate.T + bias`` (formula 1).
 
     Parameters
@@ -74,6 +85,10 @@ def ffn_1(x: A, w_gate: Weight[A], *, bias: A | None = None, out: A | None = Non
         at a multiple of 16 bytes (biases and what `pack_down` takes excepted).
     bias : array, (d_ff,), optional
         ``gate_proj.bias``, one for all tokens; added in float32, before the gate is rounded.
+    batch_invariant : bool, default True
+        Whether a token has the bits that it has alone. False: 5 to 8 tokens of 16 bits go to tensor cores, where `d_model` is
+        at most 5120, `w_gate` is plain and the dims are compiled in. A token then has the same bits in every call of 5 to 8
+        tokens, and others in smaller ones.
     out : array, (d_ff,) or (B, d_ff), optional
         Takes the result; with it nothing is allocated. Of float32 it takes the sums as they are, not rounded to the dtype: for
         a part of a sum whose other parts are on other GPUs.
@@ -100,7 +115,7 @@ def ffn_1(x: A, w_gate: Weight[A], *, bias: A | None = None, out: A | None = Non
     call: Call[A] = check_call(FFN_1, (x, w_gate), out, (bias,))
     if call.on_host:
         return call.on_reference(reference.ffn_1, bias=bias)
-    _launch("ffn_1", call, specialize)
+    _launch("ffn_1", call, specialize, batch_invariant=batch_invariant)
     return call.result()
 
 
@@ -271,6 +286,7 @@ def ffn_4(
     bias: A | None = None,
     norm_weight: A | None = None,
     norm_eps: float = 0.0,
+    batch_invariant: bool = True,
     out: A | None = None,
     specialize: bool = True,
 ) -> A:
@@ -295,6 +311,10 @@ def ffn_4(
         between norm and projection.
     norm_eps : float, default 0.0
         What the norm adds to the mean of the squares; without `norm_weight` it must be 0.
+    batch_invariant : bool, default True
+        Whether a token has the bits that it has alone. False: 5 to 8 tokens of 16 bits go to tensor cores, where `d_model` is a
+        multiple of 64, `d_ff` one of 8 up to 65536, `w_down_t` is plain, there is no norm, and the dims are compiled in. A
+        token's bits then depend on the neurons that the others need; the same call has the same bits again.
     out : array, (d_model,) or (B, d_model), optional
         Takes the result. It must not share memory with an input. Of float32 it takes the sums as they are, not rounded to the
         dtype: a shard's part of y, to be added to those of other GPUs.
@@ -315,7 +335,7 @@ def ffn_4(
     call: Call[A] = check_call(FFN_4, (x1, w_down_t), out, (bias, norm_weight))
     if call.on_host:
         return call.on_reference(reference.ffn_4, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps)
-    _launch("ffn_4", call, specialize, norm_eps=norm_eps)
+    _launch("ffn_4", call, specialize, norm_eps=norm_eps, batch_invariant=batch_invariant)
     return call.result()
 
 
@@ -349,14 +369,38 @@ def pack_down(w_down: A, *, out: A | None = None, specialize: bool = True) -> A:
 
 
 def _launch(
-    kernel: str, call: Call[A], specialize: bool, *threshold: float, activation: str = RELU, norm_eps: float = 0.0
+    kernel: str,
+    call: Call[A],
+    specialize: bool,
+    *threshold: float,
+    activation: str = RELU,
+    norm_eps: float = 0.0,
+    batch_invariant: bool = True,
 ) -> None:
     """Launch a kernel on the caller's stream: its pointers, the dims, then what it may have or not."""
     checked = call.checked
-    stream, launched = call.family.stream(checked.device), kernel_of(kernel, checked, specialize, activation)
-    overlapping = launched.plan.programmatic and overlaps(stream)
+    stream, launched = call.family.stream(checked.device), kernel_of(kernel, checked, specialize, activation, batch_invariant)
     trailing = trailing_arguments(kernel, call.extras, norm_eps)
-    launched.launch(stream, overlapping, *call.inputs, call.output, *threshold, checked.d_ff, checked.d_model, *trailing)
+    arguments = *call.inputs, call.output, *threshold, checked.d_ff, checked.d_model, *trailing
+    if not launched.plan.partial_bytes:
+        launched.launch(stream, launched.plan.programmatic and overlaps(stream), *arguments)
+        return
+    captured = is_captured(stream)
+    with partial_sums(launched, stream, checked.device, captured) as more:
+        launched.launch(stream, launched.plan.programmatic and overlaps(stream, captured), *arguments, *more)
+
+
+@contextmanager
+def partial_sums(launched: Kernel, stream: int, device: int, captured: bool) -> Iterator[tuple[int, ...]]:
+    """The last arguments of a launch whose blocks leave sums for one another: their address, and that of the tickets."""
+    if not launched.plan.partial_bytes:
+        yield ()
+        return
+    tickets, home = take(stream, device, size_with_tickets(launched.plan.partial_bytes), captured)
+    try:
+        yield tickets + TICKET_BYTES, tickets
+    finally:
+        home.append(tickets)
 
 
 _NONE: Mapping[str, tuple[int | float, ...]] = {

@@ -100,6 +100,8 @@ class Problem:
     """Which of the kernel's `OPTIONAL` arguments a call has."""
     partial: bool = False
     """Whether the result stays in float32, to be added to those of other GPUs, where the dtype is another."""
+    batch_invariant: bool = True
+    """Whether a token has the bits that it has alone. If not, tensor cores may add several up in another order."""
 
     def __post_init__(self) -> None:
         weights = len(KERNELS[self.kernel].weights)
@@ -115,8 +117,8 @@ class Problem:
     @property
     def measured(self) -> Problem:
         """The problem whose knobs serve this one too: activation, biases, norm and a result in float32 cost next to nothing."""
-        is_own = self.activation == RELU and not self.extras and not self.partial
-        return self if is_own else replace(self, activation=RELU, extras=(), partial=False)
+        is_own = self.activation == RELU and not self.extras and not self.partial and self.batch_invariant
+        return self if is_own else replace(self, activation=RELU, extras=(), partial=False, batch_invariant=True)
 
     @property
     def is_plain(self) -> bool:

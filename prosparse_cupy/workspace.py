@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 from . import driver
 from .device import cupy
+from .tensor_cores import TICKET_BYTES
 
 _LEGACY_ID = -1  # stands for the legacy stream's; the driver gives no stream this id
 _MOST_HOMES = 64  # streams and sizes with scratch of their own; the others record and ask for an event at every call
@@ -59,10 +60,19 @@ def size_class(nbytes: int) -> int:
     return max(4096, 1 << (nbytes - 1).bit_length())
 
 
-def take(stream: int, device: int, nbytes: int, captured: bool) -> tuple[int, Home]:
-    """Scratch of `nbytes`, a `size_class`, for launches on `stream` (a `cudaStream_t`), `captured` into a graph or not.
+def size_with_tickets(nbytes: int) -> int:
+    """The size that is allocated for `nbytes` behind tickets, counters that are zero at first and that every use leaves zero.
 
-    Returns its address and the home to which the caller appends the address when its launches are made.
+    It is no `size_class`, so no other use gets the memory.
+    """
+    return max(2 * TICKET_BYTES, size_class(nbytes)) + TICKET_BYTES
+
+
+def take(stream: int, device: int, nbytes: int, captured: bool) -> tuple[int, Home]:
+    """Scratch for launches on `stream` (a `cudaStream_t`), `captured` into a graph or not.
+
+    `nbytes` is a `size_class` or a `size_with_tickets`. Returns the address and the home to which the caller appends it when
+    its launches are made.
     """
     if captured:
         return _for_graph(stream, device, nbytes), []
@@ -126,15 +136,25 @@ def _allocate(device: int, nbytes: int) -> int:
         if _idle[device, nbytes]:
             return _idle[device, nbytes].pop()
         try:
-            return int(runtime.malloc(nbytes))
+            return _new(nbytes)
         except runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
         _free_what_libraries_cache()
         try:
-            return int(runtime.malloc(nbytes))
+            return _new(nbytes)
         except runtime.CUDARuntimeError as error:
             raise MemoryError(f"prosparse_cupy: GPU {device} has no {nbytes} bytes for an FFN's scratch: {error}") from error
+
+
+def _new(nbytes: int) -> int:
+    """New memory of the current GPU; tickets are zero when this returns, for any stream."""
+    address = int(cupy().cuda.runtime.malloc(nbytes))
+    if nbytes != size_class(nbytes):
+        stream = cupy().cuda.Stream(non_blocking=True)
+        cupy().cuda.runtime.memsetAsync(address, 0, TICKET_BYTES, stream.ptr)
+        stream.synchronize()
+    return address
 
 
 def _free_what_libraries_cache() -> None:

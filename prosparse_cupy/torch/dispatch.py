@@ -112,24 +112,27 @@ def _pays(tokens: int, most: int) -> bool:
     return tokens <= MOST_TOKENS_OF_ANY
 
 
-def decoded(tokens: Tensor, weight: TorchWeight, bias: Tensor | None = None, *, partial: bool = False) -> Tensor | None:
+def decoded(
+    tokens: Tensor, weight: TorchWeight, bias: Tensor | None = None, *, partial: bool = False, batch_invariant: bool = True
+) -> Tensor | None:
     """``tokens @ weight.T + bias`` by `ffn_1`, or None where only torch does what is asked.
 
     `tokens` is (d,), or (B, d) with as many as the operator takes. If `partial`, the result stays in float32.
     """
+    how = {} if batch_invariant else {"batch_invariant": False}
     if not forward_is_torchs() or is_cast(tokens) or is_recorded(tokens, (weight, bias)):
         return None
     if tokens.is_cuda and not is_watched():
         try:
             out = tokens.new_empty((*tokens.shape[:-1], weight.shape[0]), dtype=torch.float32) if partial else None
-            y: Tensor = ffn_1(tokens, plain_or_packed(weight), bias=bias, out=out)
+            y: Tensor = ffn_1(tokens, plain_or_packed(weight), bias=bias, batch_invariant=batch_invariant, out=out)
             return y
         except (TypeError, ValueError):  # what the operator refuses, torch does, or refuses as it always did
             return None
     if not is_taken(tokens, weight, extras=() if bias is None else (bias,)):
         return None
     more = {"partial": True} if partial else {}
-    return dispatched("ffn_1", tokens, (weight,), bias=bias, **more)
+    return dispatched("ffn_1", tokens, (weight,), bias=bias, **how, **more)
 
 
 def plain_or_packed(weight: TorchWeight) -> Any:

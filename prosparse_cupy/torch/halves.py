@@ -16,6 +16,8 @@ from .mlp import pack
 class _Half(nn.Linear):
     """A projection that shares the parameters of the `nn.Linear` that it is in the place of."""
 
+    batch_invariant: bool = True
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
@@ -35,17 +37,18 @@ class _Half(nn.Linear):
         if tokens is None:
             return None
         extras = () if self.bias is None else (self.bias,)
+        more = {} if self.batch_invariant or name != "ffn_4" else {"batch_invariant": False}
         if not forward_is_torchs() or is_cast(x) or is_recorded(x, (weight, *extras)):
             return None
         if x.is_cuda and not is_watched():
             try:
-                eager: Tensor = operator(tokens, weight, *threshold, bias=self.bias)
+                eager: Tensor = operator(tokens, weight, *threshold, bias=self.bias, **more)
                 return eager.view(*shape[:-1], -1)
             except (TypeError, ValueError):  # what the operators refuse, torch does, or refuses as it always did
                 return None
         if not is_taken(tokens, weight, extras=extras, axis=0 if name == "ffn_4" else -1):
             return None
-        return dispatched(name, tokens, (weight,), *threshold, bias=self.bias).view(*shape[:-1], -1)
+        return dispatched(name, tokens, (weight,), *threshold, bias=self.bias, **more).view(*shape[:-1], -1)
 
 
 class SparseUp(_Half):

@@ -23,7 +23,14 @@ class DecodingLinear(nn.Linear):
     ----------
     in_features, out_features, device, dtype
         As for `torch.nn.Linear`; bfloat16, float16 or float32, `in_features` a multiple of 8 (4 for float32).
+
+    Attributes
+    ----------
+    batch_invariant : bool
+        As for `ffn_1`; True at first.
     """
+
+    batch_invariant: bool = True
 
     def __init__(self, in_features: int, out_features: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
@@ -55,7 +62,7 @@ class DecodingLinear(nn.Linear):
         elif (
             self.bias is None
             and (tokens := few_tokens(input, "ffn_1")) is not None
-            and (y := decoded(tokens, self.weight)) is not None
+            and (y := decoded(tokens, self.weight, batch_invariant=self.batch_invariant)) is not None
         ):
             return y.view(*input.shape[:-1], -1)
         return nn.functional.linear(input, self.weight, self.bias)

@@ -82,13 +82,16 @@ def _head_of(model: Any) -> nn.Module | None:
 
 
 @torch.no_grad()
-def replace_matrices(model: nn.Module, to_compress: bool) -> list[MatrixPatch]:
+def replace_matrices(model: nn.Module, to_compress: bool, batch_invariant: bool) -> list[MatrixPatch]:
     """Let few tokens read each of these matrices through `ffn_1`, projections of one input as one; with a bar on a terminal."""
     console = Console(stderr=True)
     groups, shared, parallel = list(groups_of(model)), held_twice(model), parallel_of(model)
     shown = console.is_terminal and to_compress
     bar = track(groups, "compressing", console=console, transient=True, disable=not shown)
     done = [patch for holder, group in bar for patch in _replace_group(model, holder, group, to_compress, shared, parallel)]
+    for module in model.modules():
+        if isinstance(module, DecodingLinear):
+            module.batch_invariant = batch_invariant
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what the weights left goes back to the GPU
     return done

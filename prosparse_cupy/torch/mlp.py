@@ -39,6 +39,7 @@ from .parallel import (
 )
 
 PROJECTIONS = LLAMA_LIKE.projections
+_OF_SECOND = ("norm_weight", "norm_eps", "batch_invariant")  # keywords of `sparse_ffn` that `ffn_4` has too
 
 
 class Operands(NamedTuple):
@@ -52,6 +53,7 @@ class Operands(NamedTuple):
     extras: dict[str, Tensor]
     """Biases and the norm's weight, by the names of `sparse_ffn`'s arguments."""
     norm_eps: float
+    batch_invariant: bool
 
     def keywords(self) -> dict[str, Any]:
         """Of `sparse_ffn`, as far as they are not its defaults."""
@@ -60,11 +62,13 @@ class Operands(NamedTuple):
             keywords["activation"] = self.activation
         if self.norm_eps:
             keywords["norm_eps"] = self.norm_eps
+        if not self.batch_invariant:
+            keywords["batch_invariant"] = False
         return keywords
 
     def of_halves(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """The operator of the first half, and the keywords of each."""
-        second = {name: value for name, value in self.keywords().items() if name in ("norm_weight", "norm_eps")}
+        second = {name: value for name, value in self.keywords().items() if name in _OF_SECOND}
         if "down_bias" in self.extras:
             second["bias"] = self.extras["down_bias"]
         first: dict[str, Any] = {"activation": self.activation}
@@ -92,7 +96,11 @@ class SparseMLP(nn.Module):
     ----------
     parallel : TensorParallel or None
         Whose processes hold the other neurons, where this is a shard: what transformers has split, or what `shard` made.
+    batch_invariant : bool
+        As for `sparse_ffn`; True at first.
     """
+
+    batch_invariant: bool = True
 
     def __init__(self, family: MLPFamily, formula: Formula) -> None:
         super().__init__()
@@ -201,6 +209,7 @@ class SparseMLP(nn.Module):
             setattr(part, name, made)
         shard = type(self)._of_parts(part, self.family, formula)
         shard._replaced, shard.parallel, shard._is_own_shard = (), parallel, True
+        shard.batch_invariant = self.batch_invariant
         return shard.train(self.training)
 
     @classmethod
@@ -380,7 +389,8 @@ class SparseMLP(nn.Module):
         is_plain = isinstance(w_up, Tensor) and isinstance(w_down_t, Tensor) and (w_gate is None or isinstance(w_gate, Tensor))
         if is_plain and not found.extras:
             call: Any = sparse_ffn
-            plain: Tensor = call(tokens, w_gate, w_up, w_down_t, found.threshold, activation=found.activation, out=out)
+            how = {"activation": found.activation, "batch_invariant": found.batch_invariant}
+            plain: Tensor = call(tokens, w_gate, w_up, w_down_t, found.threshold, **how, out=out)
             return plain
         gate: Any = None if w_gate is None else plain_or_packed(w_gate)
         up, down = plain_or_packed(w_up), plain_or_packed(w_down_t)
@@ -390,13 +400,21 @@ class SparseMLP(nn.Module):
             found.threshold,
             found.activation,
             found.norm_eps,
+            found.batch_invariant,
             tuple(found.extras),
             *((w.data_ptr(), w.dtype) if isinstance(w, Tensor) else id(w) for w in looked_at),
         )
         bound = self._bound
         if bound is None or bound[0] != key:
             ffn: SparseFFN[Tensor] = SparseFFN(
-                gate, up, down, found.threshold, activation=found.activation, norm_eps=found.norm_eps, **more
+                gate,
+                up,
+                down,
+                found.threshold,
+                activation=found.activation,
+                norm_eps=found.norm_eps,
+                batch_invariant=found.batch_invariant,
+                **more,
             )
             bound = self._bound = key, ffn
         return bound[1](tokens, out=out)
@@ -433,7 +451,7 @@ class SparseMLP(nn.Module):
                 return None
             extras["norm_weight"], norm_eps = modules[norm].weight, eps_of(module)
         kind = DRELU if self._rectifies_up else found[0]
-        return Operands(w_gate, w_up, w_down, found[1], kind, extras, norm_eps)
+        return Operands(w_gate, w_up, w_down, found[1], kind, extras, norm_eps, self.batch_invariant)
 
     def _weight(self, name: str, bias_name: str, extras: dict[str, Tensor]) -> TorchWeight | None:
         """The weight of a projection, whose bias goes to `extras`; None if calling it does more than to multiply and add."""

@@ -23,9 +23,11 @@ from ..arguments import Operand, Signature
 from ..compressed import CompressedWeight
 from ..ffn import SPARSE_FFN
 from ..ops import FFN_1, FFN_4, FFN_12, FFN_23, FFN_123
+from ..tensor_cores import ON_TENSOR_CORES
 from .compressed import checked_packed_of, on_host, weight_of
 
 _SIGNATURES = {s.operator: s for s in (FFN_1, FFN_12, FFN_123, FFN_23, FFN_4, SPARSE_FFN)}
+_ON_TENSOR_CORES = (*ON_TENSOR_CORES, "sparse_ffn")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _PARTIAL = ", bool partial=False"
 _LIBRARY = torch.library.Library("prosparse", "DEF")
@@ -57,6 +59,7 @@ def _more(signature: Signature) -> str:
     keywords = ['str activation="relu"'] * signature.has_threshold
     keywords += [f"Tensor? {operand.name}=None" for operand in signature.optional]
     keywords += ["float norm_eps=0.0"] * any(operand.extra == "norm_weight" for operand in signature.optional)
+    keywords += ["bool batch_invariant=True"] * (signature.operator in _ON_TENSOR_CORES)
     return ", float threshold=0.0" * signature.has_threshold + ", *, " + ", ".join(keywords)
 
 

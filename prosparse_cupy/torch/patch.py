@@ -103,6 +103,7 @@ def patch_model(
     *,
     compress: bool = False,
     linears: bool = True,
+    batch_invariant: bool = True,
     example: Tensor | None = None,
 ) -> PatchReport:
     """Let every FFN of a model whose activation leaves zeros decode sparsely, and its other matrices fast.
@@ -147,6 +148,10 @@ def patch_model(
         that is the embedding too.
     linears : bool, default True
         Also take the other matrices; False leaves all but the sparse FFNs as they are.
+    batch_invariant : bool, default True
+        Whether a token has the bits that it has alone, so that a text depends neither on what is generated beside it nor on how
+        many tokens are verified at once. False lets 5 to 8 tokens at a time go to tensor cores, as for `sparse_ffn`: faster, and
+        as close to float64, but a near tie between two tokens may then fall the other way in a batch.
     example : torch.Tensor, (1, tokens) int64, optional
         Some text: the model is run on it once, and each layer is also tried on the hidden state that it then gets.
 
@@ -170,14 +175,24 @@ def patch_model(
     """
     check_module("patch_model", model)
     with Runner.of(model).alone("patch_model"), as_one(model):
-        return _patched(model, threshold, compress, linears, example)
+        return _patched(model, _Asked(threshold, compress, linears, batch_invariant), example)
 
 
-def _patched(model: nn.Module, threshold: float | None, compress: bool, linears: bool, example: Tensor | None) -> PatchReport:
+class _Asked(NamedTuple):
+    """What `patch_model` is asked for."""
+
+    threshold: float | None
+    compress: bool
+    linears: bool
+    batch_invariant: bool
+
+
+def _patched(model: nn.Module, asked: _Asked, example: Tensor | None) -> PatchReport:
     parallel = parallel_of(model)
+    threshold, compress, linears, batch_invariant = asked
     plan = with_all(parallel, lambda: _planned(model, threshold, compress, linears))
     if parallel is not None:
-        _check_together(parallel, model, plan, compress, linears, example)
+        _check_together(parallel, model, plan, asked, example)
         plan = _agreed(parallel, plan)
     hidden = {} if example is None else _hidden_states(model, plan.found, example)
     release_generation(model)
@@ -189,13 +204,13 @@ def _patched(model: nn.Module, threshold: float | None, compress: bool, linears:
                 continue
             formula, note = was
             becomes = formula if plan.threshold is None else replace(formula, threshold=plan.threshold)
-            reason = _replace(model, name, mlp, family, formula, becomes, hidden.get(name), parallel)
+            reason = _replace(model, name, mlp, family, formula, becomes, hidden.get(name), parallel, batch_invariant)
             layers.append(LayerPatch(name, not reason, becomes.threshold, reason, None if reason else becomes, note))
         if compress:
             uncompressed = layers
             layers = with_all(parallel, lambda: _compress_all(model, uncompressed))
         if linears:
-            matrices = with_all(parallel, lambda: replace_matrices(model, compress))
+            matrices = with_all(parallel, lambda: replace_matrices(model, compress, batch_invariant))
     except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
         _unpatch(model)
         raise
@@ -243,14 +258,13 @@ def _planned(model: nn.Module, threshold: float | None, compress: bool, linears:
     return _Plan(found, mixed, own, given)
 
 
-def _check_together(
-    parallel: TensorParallel, model: nn.Module, plan: _Plan, compress: bool, linears: bool, example: Tensor | None
-) -> None:
+def _check_together(parallel: TensorParallel, model: nn.Module, plan: _Plan, asked: _Asked, example: Tensor | None) -> None:
     """ValueError in all processes where their calls differ, or their group cannot serve."""
     facts = {
         "threshold": plan.threshold,
-        "compress": compress,
-        "linears": linears,
+        "compress": asked.compress,
+        "linears": asked.linears,
+        "batch_invariant": asked.batch_invariant,
         "the shape of example": getattr(example, "shape", None),
     }
     layers = [name for name, *_ in plan.found]
@@ -566,16 +580,17 @@ def _replace(
     becomes: Formula,
     hidden: Tensor | None,
     parallel: TensorParallel | None,
+    batch_invariant: bool,
 ) -> str:
     """Have an MLP decode sparsely, or say why that is not what it computes and leave it as it is.
 
     `parallel` is whose processes hold parts of the model: all replace an MLP, or none.
     """
     if parallel is None:
-        return _why_not_replaced(mlp, mlp, family, was, becomes, hidden, model, name)
+        return _why_not_replaced(mlp, mlp, family, was, becomes, hidden, batch_invariant, model, name)
     # No part of a layer is run by several processes while one may fail.
     with parallel.together():
-        reason = _why_not_replaced(_tried_in_place_of(mlp, family), mlp, family, was, becomes, hidden)
+        reason = _why_not_replaced(_tried_in_place_of(mlp, family), mlp, family, was, becomes, hidden, batch_invariant)
     reason = parallel.agreed(reason)
     if family.is_inside:
         if reason:
@@ -584,7 +599,7 @@ def _replace(
     elif not reason:
         is_shard = isinstance(_parallel_of_mlp(mlp, family), TensorParallel)
         with parallel.together():  # which lays a matrix out anew
-            model.set_submodule(name, made_sparse(mlp, family, becomes, parallel if is_shard else None))
+            model.set_submodule(name, made_sparse(mlp, family, becomes, parallel if is_shard else None, batch_invariant))
     return reason
 
 
@@ -595,6 +610,7 @@ def _why_not_replaced(
     was: Formula,
     becomes: Formula,
     hidden: Tensor | None,
+    batch_invariant: bool,
     model: nn.Module | None = None,
     name: str = "",
 ) -> str:
@@ -610,8 +626,8 @@ def _why_not_replaced(
         if not family.is_inside and (more := other_parameters(mlp, family)):
             return f"it has parameters of its own: {', '.join(more)}"
         if family.is_inside:
-            return _replace_halves(mlp, family, was, becomes, hidden)
-        sparse = made_sparse(tried, family, becomes)
+            return _replace_halves(mlp, family, was, becomes, hidden, batch_invariant)
+        sparse = made_sparse(tried, family, becomes, batch_invariant=batch_invariant)
         if model is not None:
             model.set_submodule(name, sparse)
         reason = why_outside_the_contract(tried, family, was, sparse, becomes, hidden)
@@ -649,13 +665,22 @@ def _tried_in_place_of(mlp: Any, family: MLPFamily) -> Any:
     return other
 
 
-def made_sparse(mlp: nn.Module, family: MLPFamily, formula: Formula, parallel: TensorParallel | None = None) -> SparseMLP:
+def made_sparse(
+    mlp: nn.Module,
+    family: MLPFamily,
+    formula: Formula,
+    parallel: TensorParallel | None = None,
+    batch_invariant: bool = True,
+) -> SparseMLP:
     """The module that takes an MLP's place."""
+    sparse: SparseMLP
     if family == LLAMA_LIKE and formula == Formula(formula.threshold):
-        sparse: SparseMLP = SparseGatedMLP.from_mlp(mlp, formula.threshold)
+        sparse = SparseGatedMLP.from_mlp(mlp, formula.threshold)
         sparse.parallel = parallel
-        return sparse
-    return SparseMLP.of(mlp, family, formula, parallel)
+    else:
+        sparse = SparseMLP.of(mlp, family, formula, parallel)
+    sparse.batch_invariant = batch_invariant
+    return sparse
 
 
 def _put_back(model: nn.Module, name: str, sparse: SparseMLP, tied: dict[object, Any] | None = None) -> None:
@@ -675,7 +700,9 @@ def _put_back(model: nn.Module, name: str, sparse: SparseMLP, tied: dict[object,
     model.set_submodule(name, before.train(sparse.training))
 
 
-def _replace_halves(layer: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None) -> str:
+def _replace_halves(
+    layer: Any, family: MLPFamily, was: Formula, becomes: Formula, hidden: Tensor | None, batch_invariant: bool
+) -> str:
     """The same of projections inside a layer, which stays."""
     up, down = getattr(layer, family.up), getattr(layer, family.down)
     before = getattr(layer, family.activation, None)
@@ -689,9 +716,10 @@ def _replace_halves(layer: Any, family: MLPFamily, was: Formula, becomes: Formul
         return f"inside a layer only the threshold of a ReLU can be moved, not that of {was}"
     elif up.bias is None:  # an activation that must not be applied twice stays the layer's
         decoding = DecodingLinear.of(up)
-        decoding._replaced = (up,)
+        decoding._replaced, decoding.batch_invariant = (up,), batch_invariant
         setattr(layer, family.up, decoding)
     setattr(layer, family.down, SparseDown(down))
+    getattr(layer, family.down).batch_invariant = batch_invariant
     reason = why_outside_the_contract(layer, family, becomes, lambda x: run(layer, family, x), becomes, hidden)
     if reason:
         _put_back_halves(layer)

@@ -415,8 +415,8 @@ def _copied(module: nn.Module, modules: dict[int, nn.Module], configs: dict[int,
 class _Shared:
     """What the projections of one input have computed together, for the one that asks first and the others."""
 
-    def __init__(self, whole: TorchWeight) -> None:
-        self.whole = whole
+    def __init__(self, whole: TorchWeight, batch_invariant: bool) -> None:
+        self.whole, self.batch_invariant = whole, batch_invariant
         self.x: Tensor | None = None
         self.result: Tensor | None = None
         self.asked = 0
@@ -432,7 +432,7 @@ class _Part(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared
         if shared.x is not x:
-            shared.x, shared.asked, shared.result = x, 0, _times(x, shared.whole)
+            shared.x, shared.asked, shared.result = x, 0, _times(x, shared.whole, shared.batch_invariant)
         result = shared.result
         assert result is not None
         shared.asked += 1
@@ -441,7 +441,7 @@ class _Part(nn.Module):
         return result[..., self.start : self.stop].view(*x.shape[:-1], -1)
 
 
-def _times(x: Tensor, whole: TorchWeight) -> Tensor:
+def _times(x: Tensor, whole: TorchWeight, batch_invariant: bool) -> Tensor:
     """``x @ whole.T`` of each token, a row each if they are several: by `ffn_1`, or by the dense path where that is faster."""
     plain = isinstance(whole, Tensor)
     tokens = few_tokens(x, "ffn_1", "plain" if plain else "bf12") if x.numel() > x.shape[-1] else x.flatten()
@@ -449,11 +449,12 @@ def _times(x: Tensor, whole: TorchWeight) -> Tensor:
         return nn.functional.linear(x.flatten(0, -2), whole if isinstance(whole, Tensor) else whole.weight)
     if not is_taken(tokens, whole):
         raise NotImplementedError(f"ffn_1 does not take tokens of {tuple(x.shape)} in {x.dtype}")
-    return dispatched("ffn_1", tokens, (whole,))
+    more = {} if batch_invariant else {"batch_invariant": False}
+    return dispatched("ffn_1", tokens, (whole,), **more)
 
 
 def _parts(whole: Tensor | CompressedLinear, linears: Sequence[Any]) -> Iterator[_Part]:
-    shared, start = _Shared(whole), 0
+    shared, start = _Shared(whole, getattr(linears[0], "batch_invariant", True)), 0
     for linear in linears:
         rows = len(local_of(linear.weight)) if isinstance(linear, nn.Linear) else linear.out_features
         yield _Part(shared, start, start + rows, len(linears))

@@ -21,6 +21,7 @@ extern "C" float sqrtf(float) noexcept;
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 // In a section of its own, so that it can be found and poisoned; -fsanitize-sections keeps its variables under ASan.
 #define __shared__ static __attribute__((section("shared_memory")))
@@ -39,6 +40,10 @@ struct alignas(8) float2 {
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+
+struct alignas(16) float4 {
+    float x, y, z, w;
 };
 
 struct alignas(16) ulonglong2 {
