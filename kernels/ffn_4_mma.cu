@@ -92,8 +92,8 @@ __device__ __forceinline__ int list_rows(Listed& listed, const scalar* x1, int s
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    ffn_4_mma(const scalar* x1, const scalar* w_down_t, result* __restrict__ y, int, int, const scalar* bias, const scalar*, float,
-              float* partials, unsigned* tickets) {
+    ffn_4_mma(const scalar* x1, const scalar* w_down_t, result* __restrict__ y, int, int, const scalar* bias, const scalar*,
+              float, float* partials, unsigned* tickets) {
     static_assert(sizeof(Listed) * WARPS <= SHARED_BYTES, "what a block keeps must fit its dynamic shared memory");
     Listed* of_warps = dynamic_shared<Listed>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;

@@ -21,21 +21,6 @@ static_assert(TOKENS <= MMA_TOKENS, "a token is a column of the second factor");
 
 #ifdef DTYPE_BFLOAT16
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-// Stores to shared memory if `is_stored`: predicated, where the compiler would branch.
-__device__ __forceinline__ void store_if(bool is_stored, uint4* to, const uint4& v) {
-    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.v4.u32 [%1], {%2, %3, %4, %5};\n}"
-                 :
-                 : "r"((unsigned)is_stored), "r"((unsigned)__cvta_generic_to_shared(to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-}
-
-__device__ __forceinline__ void store_if(bool is_stored, unsigned short* to, unsigned short v) {
-    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.u16 [%1], %2;\n}"
-                 :
-                 : "r"((unsigned)is_stored), "r"((unsigned)__cvta_generic_to_shared(to)), "h"(v)
-                 : "memory");
-}
-
 #else
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
 #endif
@@ -54,6 +39,21 @@ __device__ __forceinline__ void load_second(unsigned& b0, unsigned& b1, const ui
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(b0), "=r"(b1)
                  : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+
+// Stores to shared memory if `is_stored`: predicated, where the compiler would branch.
+__device__ __forceinline__ void store_if(bool is_stored, uint4* to, const uint4& v) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.v4.u32 [%1], {%2, %3, %4, %5};\n}"
+                 :
+                 : "r"((unsigned)is_stored), "r"((unsigned)__cvta_generic_to_shared(to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_if(bool is_stored, unsigned short* to, unsigned short v) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.u16 [%1], %2;\n}"
+                 :
+                 : "r"((unsigned)is_stored), "r"((unsigned)__cvta_generic_to_shared(to)), "h"(v)
                  : "memory");
 }
 

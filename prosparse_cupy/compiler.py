@@ -21,7 +21,7 @@ from .formats import Format
 from .formula import RELU
 from .knobs import Knobs
 from .problem import KERNELS, Problem, Target
-from .tensor_cores import FEWEST_TOKENS, knobs_on_tensor_cores
+from .tensor_cores import keeps_bits, knobs_on_tensor_cores
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
@@ -154,7 +154,7 @@ def problem_of(name: str, dims: Dims, specialize: bool, activation: str = RELU, 
     activation = activation if interface.has_activation else RELU
     shape = dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens
     partial = dims.partial and interface.may_be_partial
-    return Problem(name, *shape, formats, activation, extras, partial, batch_invariant or dims.tokens < FEWEST_TOKENS)
+    return Problem(name, *shape, formats, activation, extras, partial, keeps_bits(name, dims.tokens, batch_invariant))
 
 
 @cache

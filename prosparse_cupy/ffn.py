@@ -34,7 +34,7 @@ from .knobs import compressed_formats
 from .libraries import A
 from .ops import partial_sums, trailing_arguments
 from .problem import KERNELS, Problem
-from .tensor_cores import FEWEST_TOKENS
+from .tensor_cores import FEWEST_TOKENS, keeps_bits
 from .workspace import take
 
 if TYPE_CHECKING:
@@ -443,7 +443,7 @@ def warmup(
         act = activation if interface.has_activation else RELU
         for number in numbers if kernel in _OF_TOKENS else (1,):
             start = time.perf_counter()
-            invariant = batch_invariant or number < FEWEST_TOKENS
+            invariant = keeps_bits(kernel, number, batch_invariant)
             problem = Problem(kernel, d_model, d_ff, name, specialize, number, formats, act, extras, batch_invariant=invariant)
             plan = load(problem, at).plan
             seconds = time.perf_counter() - start

@@ -124,6 +124,11 @@ ON_TENSOR_CORES: Mapping[str, type[_OnTensorCores]] = MappingProxyType({"ffn_1":
 """The knobs of the kernels that have one for tensor cores beside them."""
 
 
+def keeps_bits(kernel: str, tokens: int, batch_invariant: bool) -> bool:
+    """Whether a call that asks for batch invariance, or not, has it in any case: what a `Problem` says."""
+    return batch_invariant or tokens < FEWEST_TOKENS or kernel not in ON_TENSOR_CORES
+
+
 def knobs_on_tensor_cores(problem: Problem, target: Target) -> Knobs | None:
     """Those of a problem that tensor cores may do and can."""
     kind = ON_TENSOR_CORES.get(problem.kernel)

@@ -182,6 +182,16 @@ class Cuda:
         self.allocated.append(memory)
         return memory.address
 
+    def set_bytes(self, address: int, value: int, nbytes: int, stream: int) -> None:
+        memory = self.memory_at(address)
+        assert memory is not None, "cudaMemsetAsync of no memory"
+        start = address - memory.address
+
+        def run() -> None:
+            memory.bytes[start : start + nbytes] = value
+
+        self.enqueue(stream, run)
+
     def memory_at(self, address: int) -> Memory | None:
         with self._lock:
             alive = [m for ref in self._memory.values() if (m := ref()) is not None]
@@ -616,6 +626,7 @@ def _module_of(cuda: Cuda) -> Any:
         setDevice=set_device,
         getDeviceProperties=properties,
         malloc=cuda.malloc,
+        memsetAsync=cuda.set_bytes,
         streamIsCapturing=lambda handle: cuda.stream(handle).graph is not None,
         eventRecord=record,
         deviceSynchronize=cuda.synchronize,

@@ -13,16 +13,31 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = {"activation", "bf12", "bias", "elements", "memory", "peers", "plain", "programmatic", "row_dot", "warp", "weights"}
+HEADERS = {
+    "activation",
+    "bf12",
+    "bias",
+    "elements",
+    "memory",
+    "mma",
+    "peers",
+    "plain",
+    "programmatic",
+    "row_dot",
+    "warp",
+    "weights",
+}
 KERNELS = {
     *(f"{name}.cuh" for name in HEADERS),
     "all_reduce.cu",
     "attend.cu",
     "ffn_1.cu",
+    "ffn_1_mma.cu",
     "ffn_12.cu",
     "ffn_123.cu",
     "ffn_23.cu",
     "ffn_4.cu",
+    "ffn_4_mma.cu",
     "pack_down.cu",
     "decompress.cu",
 }

@@ -150,8 +150,8 @@ def patch_model(
         Also take the other matrices; False leaves all but the sparse FFNs as they are.
     batch_invariant : bool, default True
         Whether a token has the bits that it has alone, so that a text depends neither on what is generated beside it nor on how
-        many tokens are verified at once. False lets 5 to 8 tokens at a time go to tensor cores, as for `sparse_ffn`: faster, and
-        as close to float64, but a near tie between two tokens may then fall the other way in a batch.
+        many tokens are verified at once. False lets 5 to 8 tokens at a time go to tensor cores, as for `sparse_ffn`: faster,
+        and as close to float64, but a near tie between two tokens may then fall the other way in a batch.
     example : torch.Tensor, (1, tokens) int64, optional
         Some text: the model is run on it once, and each layer is also tried on the hidden state that it then gets.
 
