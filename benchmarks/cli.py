@@ -33,6 +33,7 @@ from prosparse_cupy.models import (
     TURBOSPARSE_MISTRAL,
     Model,
 )
+from prosparse_cupy.tensor_cores import FEWEST_TOKENS
 from prosparse_cupy.testing import best_dense
 from prosparse_cupy.testing.layers import CORRELATED, MASKS, STEPS, Layers, operators_of
 
@@ -168,19 +169,31 @@ def _with_relu(models: dict[str, Model]) -> dict[str, Model]:
 def batch(names, batches, masks, sparsities, weights, **options) -> None:
     """Several tokens a call: operators and the whole FFN, and at 8 tokens the FFN called eight times.
 
+    From 5 tokens on also what is not batch-invariant, on tensor cores.
+
     Masks are of one sparsity for each token: independent of the other tokens', or correlated, each token sharing 60 % of its
     active neurons with all others. What a call must read is the union.
     """
     wanted = batches or ((1, 8) if options["quick"] else BATCHES)
     settings = [
-        Setting(op, MODELS[name], name, "bfloat16", mask, sparsity, format_, tokens=tokens, with_singles=singles)
+        Setting(
+            op,
+            MODELS[name],
+            name,
+            "bfloat16",
+            mask,
+            sparsity,
+            format_,
+            tokens=tokens,
+            with_singles=op == "SparseFFN" and tokens == 8,
+            with_varying=op != "ffn_23" and tokens >= FEWEST_TOKENS and format_ == "plain",
+        )
         for name in names
         for tokens in wanted
         for op in (*STEPS, "SparseFFN")
         for format_ in weights
         for mask in masks
         for sparsity in sparsities
-        for singles in [op == "SparseFFN" and tokens == 8]
         if tokens > 1 or mask != CORRELATED or len(masks) == 1  # one token has nothing in common with itself
         if op != "ffn_1" or (mask, sparsity) == (masks[0], sparsities[0])  # which is dense: once
     ]

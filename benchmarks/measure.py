@@ -16,7 +16,7 @@ from prosparse_cupy.problem import Target
 from prosparse_cupy.testing import timing
 from prosparse_cupy.testing.dense import Dense
 from prosparse_cupy.testing.layers import Layers
-from prosparse_cupy.testing.measure import DENSE, OURS, SINGLES, Calls, all_right, errors, graph_times, variants
+from prosparse_cupy.testing.measure import DENSE, OURS, SINGLES, VARYING, Calls, all_right, errors, graph_times, variants
 
 from .conditions import Yardsticks
 from .results import Row
@@ -43,6 +43,8 @@ class Setting:
     """Of a call, each with a mask of this sparsity."""
     with_singles: bool = False
     """Whether a whole FFN of several tokens gets a row of as many calls of one token each."""
+    with_varying: bool = False
+    """Whether an operator of several tokens gets a row of calls that are not batch-invariant."""
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
     timed = layers.calls(setting.op, setting.mask, setting.sparsity, setting.weights)
     if method == WALLCLOCK:
         timed = timed[:1]
-    calls, outs = variants(timed, setting.with_singles)
+    calls, outs = variants(timed, setting.with_singles, setting.with_varying)
     times = graph_times(calls, outs, dense, repeats) if method == GRAPH else _wallclock_times(calls, repeats)
     if setting.with_dense:
         eager = {EAGER: lambda: [call() for call in calls[DENSE]]}
@@ -94,7 +96,7 @@ def measure(layers: Layers, setting: Setting, dense: Dense, yard: Yardsticks, me
             dense_error=max(found[DENSE]),
             checked=all_right(found, variant, epsilon),
             noisy=times[variant].is_noisy or times[DENSE].is_noisy,
-            weights=setting.weights if variant in (OURS, SINGLES) else "plain",
+            weights=setting.weights if variant in (OURS, SINGLES, VARYING) else "plain",
         )
         for variant in times
         if variant != DENSE or setting.with_dense

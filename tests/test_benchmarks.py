@@ -375,6 +375,8 @@ def test_what_batch_measures(monkeypatch, no_gpu_needed, tmp_path):
     rows = read_json(tmp_path / "r.json").rows
     assert len({row.key for row in rows}) == len(rows) == 2 * (2 * (1 + 3) + 3 * 2 * (1 + 3 * 2))
     assert {(s.op, s.tokens) for s in settings if s.with_singles} == {("SparseFFN", 8)}
+    varying = {(s.op, s.tokens, s.weights) for s in settings if s.with_varying}
+    assert varying == {(op, 8, "plain") for op in ("ffn_1", "ffn_4", "SparseFFN")}
     assert {s.mask for s in settings if s.tokens == 1 or s.op == "ffn_1"} == {"hot"}
     assert {s.sparsity for s in settings} == {0.89}
     _show(monkeypatch, [QUIET] * 2)
@@ -737,7 +739,7 @@ def _measured(monkeypatch, setting_changes: dict, first=None, wrong: bool = Fals
     exact, unions = np.array([1.0, 2.0]), iter([1000, 3000])
 
     def timed() -> Timed:
-        outs = [np.full(2, np.nan, np.float32) for _ in range(4)]
+        outs = [np.full(2, np.nan, np.float32) for _ in range(5)]
 
         def fill(out, value):
             return lambda: out.__setitem__(slice(None), value)
@@ -745,8 +747,9 @@ def _measured(monkeypatch, setting_changes: dict, first=None, wrong: bool = Fals
         first_call = fill(outs[2], exact) if first else None
         ours = fill(outs[0], exact * 1.5 if wrong else exact)
         singles = fill(outs[3], exact * 1.5 if wrong_singles else exact)
-        active = next(unions)
-        return Timed(ours, outs[0], lambda: exact, fill(outs[1], exact), outs[1], first_call, outs[2], singles, outs[3], active)
+        varying = fill(outs[4], exact * (1.5 if wrong_singles else 1.25))
+        given = ours, outs[0], lambda: exact, fill(outs[1], exact), outs[1], first_call, outs[2], singles, outs[3]
+        return Timed(*given, varying, outs[4], next(unions))
 
     layers = SimpleNamespace(
         calls=lambda *_: [timed(), timed()],
@@ -792,6 +795,14 @@ def test_eight_tokens_and_eight_calls(monkeypatch, wrong):
         (variant, 8, "bf12", "correlated, bf12, 8 tokens") for variant in ("prosparse", "eight calls")
     ]
     assert [row.checked for row in rows] == [True, not wrong] and {row.floor_us for row in rows} == {3.0}
+
+
+def test_what_is_not_batch_invariant_has_a_row_of_its_own(monkeypatch):
+    rows = _measured(monkeypatch, {"tokens": 8, "with_varying": True})
+    assert [(row.variant, row.batch, row.weights, row.error) for row in rows] == [
+        ("prosparse", 8, "plain", 0.0),
+        ("tensor cores", 8, "plain", pytest.approx(0.25)),
+    ]
 
 
 class _NumpyDense(Dense):
@@ -898,6 +909,10 @@ def _layers_call_what_they_check(monkeypatch, formula, op, mask, weights, tokens
         if t.singles is not None:
             t.singles()
             np.testing.assert_allclose(t.singles_out.astype(np.float64), exact, rtol=tolerance, atol=tolerance)
+        assert (t.varying is not None) == (op in ("ffn_1", "ffn_4", "SparseFFN") and tokens > 1)
+        if t.varying is not None:
+            t.varying()
+            np.testing.assert_array_equal(t.varying_out, t.out)  # on NumPy arrays nothing varies
 
 
 @pytest.mark.parametrize("wrong", [False, True])

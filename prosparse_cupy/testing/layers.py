@@ -64,6 +64,9 @@ class Timed:
     singles: Callable[[], Any] | None = None
     """Of a whole FFN of several tokens: as many calls of one token each."""
     singles_out: Any = None
+    varying: Callable[[], Any] | None = None
+    """Of several tokens: the call without batch invariance, for an operator that can do without."""
+    varying_out: Any = None
     active: int = 0
     """Neurons that are active for some token."""
 
@@ -230,11 +233,16 @@ class Layers:
         dense: Callable[[Any], Any],
         exact: Callable[[], truth.Float64],
         first: Callable[[Any], Any] | None = None,
+        varying: Callable[[Any], Any] | None = None,
     ) -> Timed:
         out, dense_out, first_out = (self._poisoned(size) for _ in range(3))
         adopted, first_adopted = self._dense.adopt(dense_out), self._dense.adopt(first_out)
         first_call = (lambda: first(first_adopted)) if first is not None else None
-        return Timed(lambda: call(out), out, exact, lambda: dense(adopted), dense_out, first_call, first_out)
+        timed = Timed(lambda: call(out), out, exact, lambda: dense(adopted), dense_out, first_call, first_out)
+        if varying is None or self.tokens == 1:
+            return timed
+        other = self._poisoned(size)
+        return replace(timed, varying=lambda: varying(other), varying_out=other)
 
     def _ffn_1(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
         x, w = self.x, self._weights[layer][0]
@@ -245,6 +253,7 @@ class Layers:
             lambda out: ops.ffn_1(x, given, out=out),
             lambda out: self._dense.mv(w_, x_, out),
             lambda: truth.dot(w, x),
+            varying=lambda out: ops.ffn_1(x, given, batch_invariant=False, out=out),
         )
 
     def _ffn_123(self, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
@@ -311,6 +320,7 @@ class Layers:
             lambda out: self._dense.mv(w_, x1_, out),
             lambda: truth.down(x1, packed),
             None if first is None else lambda out: first[1](packed_, x1_, out, *dims),
+            varying=lambda out: ops.ffn_4(x1, given, batch_invariant=False, out=out),
         )
 
     def _ffn(self, how: str, layer: int, neurons: Mask, rng: np.random.Generator) -> Timed:
@@ -322,7 +332,7 @@ class Layers:
         norm: dict[str, Any] = {"norm_weight": self._norm, "norm_eps": _NORM_EPS} if formula.normed else {}
         threshold, activation = formula.threshold, formula.activation
         how_: dict[str, Any] = {"threshold": threshold, "activation": activation, **norm}
-        bound = ffn.SparseFFN(*given, **how_)
+        bound, varying = (ffn.SparseFFN(*given, **how_, batch_invariant=flag) for flag in (True, False))
         sparse: dict[str, Callable[[Any], Any]] = {
             "SparseFFN": lambda out: bound(x, out=out),
             "sparse_ffn": lambda out: ffn.sparse_ffn(x, *given, **how_, out=out),
@@ -344,7 +354,8 @@ class Layers:
         def exact() -> truth.Float64:
             return truth.down(truth.rounded(self._exact_x1(layer, neurons), x), packed, **norm)
 
-        timed = self._timed(self.model.d_model, sparse[how], dense, exact)
+        other = (lambda out: varying(x, out=out)) if how == "SparseFFN" else None
+        timed = self._timed(self.model.d_model, sparse[how], dense, exact, varying=other)
         if self.tokens == 1 or how != "SparseFFN":
             return timed
         singles_out = self._poisoned(self.model.d_model)

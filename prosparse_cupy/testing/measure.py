@@ -12,16 +12,18 @@ from . import timing, truth
 from .dense import Dense
 from .layers import Timed
 
-OURS, DENSE, FIRST, SINGLES = "prosparse", "dense", "first release", "eight calls"
-"""`SINGLES` are calls of one token each, which is what one call of eight tokens saves."""
-_OURS = (OURS, SINGLES)  # which launch through CuPy
+OURS, DENSE, FIRST, SINGLES, VARYING = "prosparse", "dense", "first release", "eight calls", "tensor cores"
+"""`SINGLES` are calls of one token each, which is what one call of eight tokens saves; `VARYING` are not batch-invariant."""
+_OURS = (OURS, SINGLES, VARYING)  # which launch through CuPy
 _LEAST_CALLS = 64  # in a graph, whose own launch costs 4 µs
 
 Calls = dict[str, list[Callable[[], Any]]]
 
 
-def variants(timed: Sequence[Timed], with_singles: bool = False) -> tuple[Calls, dict[str, list[Any]]]:
-    """The calls of each way, and the outputs that they leave; `with_singles` those of one token each too."""
+def variants(
+    timed: Sequence[Timed], with_singles: bool = False, with_varying: bool = False
+) -> tuple[Calls, dict[str, list[Any]]]:
+    """The calls of each way, and the outputs that they leave: those of one token each and varying ones only if asked for."""
     calls: Calls = {OURS: [t.call for t in timed], DENSE: [t.dense for t in timed]}
     outs = {OURS: [t.out for t in timed], DENSE: [t.dense_out for t in timed]}
     first = [t.first for t in timed if t.first is not None]
@@ -29,6 +31,8 @@ def variants(timed: Sequence[Timed], with_singles: bool = False) -> tuple[Calls,
         calls[FIRST], outs[FIRST] = first, [t.first_out for t in timed]
     if with_singles:
         calls[SINGLES], outs[SINGLES] = [t.singles for t in timed if t.singles], [t.singles_out for t in timed]
+    if with_varying:
+        calls[VARYING], outs[VARYING] = [t.varying for t in timed if t.varying], [t.varying_out for t in timed]
     return calls, outs
 
 
