@@ -166,16 +166,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
 
     // The block of a slice that comes last adds up what all have found.
-    __shared__ bool is_last;
+    unsigned short& is_last = of_warps[0].rows[0];  // a row number that nobody needs any more
     float* const of_slice = partials + (long long)slice * PARTS * SUMS;
     for (int o = threadIdx.x; o < SUMS; o += THREADS) of_slice[part * SUMS + o] = over_warps(o);
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(tickets + slice, 1u) == PARTS - 1;
+    if (threadIdx.x == 0) is_last = atomicInc(tickets + slice, PARTS - 1) == PARTS - 1;  // which leaves zero
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    if (threadIdx.x == 0) tickets[slice] = 0;
     const volatile float* const all = of_slice;
     for (int o = threadIdx.x; o < SUMS; o += THREADS) {
         float found[PARTS], total = 0.0f;

@@ -21,7 +21,7 @@ from .formats import Format
 from .formula import RELU
 from .knobs import Knobs
 from .problem import KERNELS, Problem, Target
-from .tensor_cores import keeps_bits, knobs_on_tensor_cores
+from .tensor_cores import FEWEST_OF_GATE, keeps_bits, knobs_on_tensor_cores
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "(?P<file>\w+\.cuh)"\n', re.MULTILINE)
@@ -139,7 +139,9 @@ def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU, b
 
 @lru_cache(maxsize=4096)
 def gate_of(dims: Dims, specialize: bool) -> Kernel | None:
-    """The kernel of an FFN's gate on tensor cores, or None where these do not serve it."""
+    """The kernel of an FFN's gate on tensor cores, or None where these do not serve it, or `ffn_123` is faster."""
+    if dims.tokens < FEWEST_OF_GATE:
+        return None
     problem = replace(problem_of("ffn_1", dims, specialize, batch_invariant=False), partial=False)
     if knobs_on_tensor_cores(problem, target_of(dims.device)) is None:
         return None

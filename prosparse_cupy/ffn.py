@@ -113,8 +113,8 @@ def sparse_ffn(
         As for `ffn_4`.
     batch_invariant : bool, default True
         Whether a token has the bits that it has alone, whatever stands beside it. False lets 5 to 8 tokens of 16 bits go to
-        tensor cores, as for `ffn_1` and `ffn_4`, which is faster: a token's bits then depend on the neurons that the others
-        need. The same call has the same bits again.
+        tensor cores, where `ffn_4` does, and `ffn_1` does from 7 tokens on, which is faster: a token's bits then depend on the
+        neurons that the others need. The same call has the same bits again.
     out : array, (d_model,) or (B, d_model), optional
         Takes the result. It must not share memory with an input. Of float32 it takes y as it is before its last rounding, as
         for `ffn_4`: some of the neurons' part of y, to be added to that of the others.
@@ -167,7 +167,7 @@ class _How(NamedTuple):
     activation: str
     norm_eps: float
     specialize: bool
-    batch_invariant: bool
+    batch_invariant: bool = True
 
 
 def _run(

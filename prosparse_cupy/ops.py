@@ -313,8 +313,9 @@ def ffn_4(
         What the norm adds to the mean of the squares; without `norm_weight` it must be 0.
     batch_invariant : bool, default True
         Whether a token has the bits that it has alone. False: 5 to 8 tokens of 16 bits go to tensor cores, where `d_model` is a
-        multiple of 64, `d_ff` one of 8 up to 65536, `w_down_t` is plain, there is no norm, and the dims are compiled in. A
-        token's bits then depend on the neurons that the others need; the same call has the same bits again.
+        multiple of 64, `d_ff` one of 8 whose lists fit a block's shared memory (up to 22528 at a `d_model` of 4096, 51200 on an
+        H100), `w_down_t` is plain, there is no norm, and the dims are compiled in. A token's bits then depend on the neurons
+        that the others need; the same call has the same bits again.
     out : array, (d_model,) or (B, d_model), optional
         Takes the result. It must not share memory with an input. Of float32 it takes the sums as they are, not rounded to the
         dtype: a shard's part of y, to be added to those of other GPUs.

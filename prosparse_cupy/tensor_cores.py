@@ -1,8 +1,8 @@
 """Launches on tensor cores, for callers who do without batch invariance: the bits of a token then depend on the call it is in.
 
 Several tokens are several products of each weight. In the order in which a token is added up alone they cost more than reading
-the weight, from five tokens on; on tensor cores they cost nothing. The launches follow from the shape alone, so the same call
-gives the same bits again on GPUs of one generation.
+the weight, from five tokens on; on tensor cores they cost nothing. The order of sums follows from the shape alone, so the same
+call gives the same bits again; another GPU may lack the shared memory for a shape, or have tensor cores that add otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from .problem import H100, WARP, Problem, Target, ceil_div
 
 FEWEST_TOKENS = 5
 """From which on they pay."""
+FEWEST_OF_GATE = 7
+"""From which on they pay for the gate of a whole FFN: with fewer, `ffn_123`, which never writes a gate to memory, is faster."""
 TICKET_BYTES = 4096
 """Of counters in front of partial sums: zero before a launch and after it, whatever its shape."""
 _TOKENS = 8  # of a product
@@ -117,7 +119,7 @@ class SliceKnobs(_OnTensorCores):
         return self.warps * ceil_div(listed, 16) * 16
 
     def partial_bytes(self, problem: Problem) -> int:
-        return 4 * self.parts * _TOKENS * problem.d_model
+        return 4 * self.parts * _TOKENS * problem.d_model if self.parts > 1 else 16  # which nobody uses
 
 
 ON_TENSOR_CORES: Mapping[str, type[_OnTensorCores]] = MappingProxyType({"ffn_1": TileKnobs, "ffn_4": SliceKnobs})

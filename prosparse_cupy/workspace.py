@@ -149,11 +149,16 @@ def _allocate(device: int, nbytes: int) -> int:
 
 def _new(nbytes: int) -> int:
     """New memory of the current GPU; tickets are zero when this returns, for any stream."""
-    address = int(cupy().cuda.runtime.malloc(nbytes))
+    runtime = cupy().cuda.runtime
+    address = int(runtime.malloc(nbytes))
     if nbytes != size_class(nbytes):
-        stream = cupy().cuda.Stream(non_blocking=True)
-        cupy().cuda.runtime.memsetAsync(address, 0, TICKET_BYTES, stream.ptr)
-        stream.synchronize()
+        try:
+            stream = cupy().cuda.Stream(non_blocking=True)
+            runtime.memsetAsync(address, 0, TICKET_BYTES, stream.ptr)
+            stream.synchronize()
+        except BaseException:
+            runtime.free(address)
+            raise
     return address
 
 

@@ -5,7 +5,8 @@ The kernels run on the host under the sanitizers, behind simulated launches, and
 
 from __future__ import annotations
 
-import threading
+import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_from_five_tokens_on(kernel, tokens):
         ("ffn_1", (5128, 64), {}),  # more of a row than the registers hold beside the tokens
         ("ffn_4", (4104, 64), {}),  # no whole slices
         ("ffn_4", (4096, 65), {}),  # no whole vectors of x1
-        ("ffn_4", (8192, 65544), {}),  # more rows than 16 bits tell apart
+        ("ffn_4", (64, 65544), {}),  # more rows than 16 bits tell apart
         ("ffn_4", (2**17 + 128, 64), {}),  # more slices than tickets
         ("ffn_4", (8192, 28672), {"target": Target(86, 84)}),  # lists that do not fit a block's shared memory
         ("ffn_123", SEVEN_B, {}),
@@ -82,7 +83,7 @@ def test_the_order_of_sums_follows_from_the_shape(dims):
     for kernel in ON_TENSOR_CORES:
         plans = [plan(kernel, dims, target=target) for target in targets]
         orders = {tuple(d for d in p.defines if d[0] in deciding) for p in plans if p.kernel.endswith("_mma")}
-        assert len(orders) <= 1
+        assert len(orders) == (1 if kernel == "ffn_4" or dims[0] <= 5120 else 0)
     found = [plan("ffn_1", SEVEN_B, target=target).grid[0] for target in targets]
     assert found[:4] == [5, 84, 132, 144]
 
@@ -113,9 +114,29 @@ def test_knobs_that_would_change_the_order_are_refused():
 def test_no_spills(kernel, architecture):
     for dims in (SEVEN_B, THIRTEEN_B, ONE_B):
         found = plan(kernel, dims, target=Target(architecture, 132))
-        code, report = compile_for(found, architecture)
-        assert code and " 0 bytes spill stores, 0 bytes spill loads" in report and " 0 bytes stack frame" in report, report
-        assert "warning" not in report, report
+        _assert_no_spills(compile_for(found, architecture)[1])
+
+
+def _assert_no_spills(report: str) -> None:
+    """In any function: a kernel may call one."""
+    for what in ("bytes stack frame", "bytes spill stores", "bytes spill loads"):
+        found = re.findall(rf"(\d+) {what}", report)
+        assert found and {*found} == {"0"}, report
+    assert "warning" not in report, report
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_shared_memory_fits_a_block(capability):
+    """Also where a launch asks for all that there is; a kernel's own would come on top."""
+    target = Target(capability, 100)
+    wide = [(d_model, 64 * n) for d_model in (2048, 4096, 5120, 8192) for n in range(8, 800, 8)]
+    served = [(dims, p) for dims in wide if (p := plan("ffn_4", dims, target=target)).kernel == "ffn_4_mma"]
+    largest = max((found for _, found in served), key=lambda found: found.shared_bytes)
+    assert 0.98 * target.shared_bytes < largest.shared_bytes <= target.shared_bytes
+    assert len(served) < len(wide)
+    _, report = compile_for(largest, capability)
+    _assert_no_spills(report)
+    assert " smem" not in report, report
 
 
 def test_every_variant_compiles():
@@ -123,8 +144,7 @@ def test_every_variant_compiles():
     for architecture in (ARCHITECTURES[0], 90):
         for kernel, bias in (("ffn_1", "gate_bias"), ("ffn_4", "down_bias")):
             for more in ({"dtype": "float16"}, {"tokens": 5, "extras": (bias,)}, {"partial": True, "tokens": 6}):
-                _, report = compile_for(plan(kernel, ONE_B, target=Target(architecture, 132), **more), architecture)
-                assert " 0 bytes spill stores" in report and "warning" not in report, report
+                _assert_no_spills(compile_for(plan(kernel, ONE_B, target=Target(architecture, 132), **more), architecture)[1])
 
 
 # Kernels on the host
@@ -293,7 +313,7 @@ DIMS = (64, 72)
 class Layer:
     """An FFN on a simulated GPU, with the results that it must have."""
 
-    def __init__(self, gpu, dims: tuple[int, int] = DIMS, tokens: int = 6, dtype: str = "bfloat16") -> None:
+    def __init__(self, gpu, dims: tuple[int, int] = DIMS, tokens: int = 7, dtype: str = "bfloat16") -> None:
         rng = np.random.default_rng([*dims, tokens])
         d_model, d_ff = dims
         self.put, self.dtype, self.d_model = gpu.module.asarray, dtype, d_model
@@ -327,7 +347,7 @@ def test_operators(gpu):
     for t, row in enumerate(g):
         assert_rounded_sum(row, *exact_ffn_1(layer.x[t], layer.w[0]), 200)
     x1 = np.where(g > 0, g, 0).astype(g.dtype)
-    out = layer.put(poisoned((6, layer.d_model), "float32"))
+    out = layer.put(poisoned((7, layer.d_model), "float32"))
     assert psc.ffn_4(layer.put(x1), layer.on[2], out=out, batch_invariant=False) is out
     y = psc.ffn_4(layer.put(x1), layer.on[2], batch_invariant=False).get()
     for t, row in enumerate(out.get()):
@@ -349,11 +369,11 @@ def test_a_whole_ffn_is_its_parts(gpu, biased):
     x, of = layer.put(layer.x), {name: layer.put(a) for name, a in biases.items()}
     bound = psc.SparseFFN(*layer.on, T, **of, batch_invariant=False)
     assert not bound.batch_invariant and "batch_invariant=False" in repr(bound)
-    out = layer.put(poisoned((6, layer.d_model), layer.dtype))
+    out = layer.put(poisoned((7, layer.d_model), layer.dtype))
     for found in (psc.sparse_ffn(x, *layer.on, T, **of, batch_invariant=False), bound(x), bound(x, out=out)):
         np.testing.assert_array_equal(bits(found.get()), bits(expected))
     assert _kernels(gpu) == 3 * ["ffn_1_mma", "ffn_23", "ffn_4_mma"]
-    in_float32 = layer.put(poisoned((6, layer.d_model), "float32"))
+    in_float32 = layer.put(poisoned((7, layer.d_model), "float32"))
     bound(x, out=in_float32)
     np.testing.assert_array_equal(bits(in_float32.get().astype(expected.dtype)), bits(expected))
     bound(x[:4])
@@ -374,11 +394,12 @@ def test_a_whole_ffn_is_its_parts(gpu, biased):
         ({"activation": "relu2"}, ["ffn_1_mma", "ffn_23", "ffn_4_mma"]),
         ({"activation": "drelu"}, ["ffn_1_mma", "ffn_23", "ffn_4_mma"]),
         ({"tokens": 4}, ["ffn_123", "ffn_4"]),
+        ({"tokens": 6}, ["ffn_123", "ffn_4_mma"]),
     ],
     ids=str,
 )
 def test_each_part_that_they_serve_goes_to_them(gpu, how, kernels):
-    layer = Layer(gpu, tokens=how.get("tokens", 6), dtype=how.get("dtype", "bfloat16"))
+    layer = Layer(gpu, tokens=how.get("tokens", 7), dtype=how.get("dtype", "bfloat16"))
     x, w = layer.put(layer.x), [*layer.on]
     for i in how.get("packed", ()):
         w[i] = psc.compress(w[i], layout="rows")
@@ -416,7 +437,7 @@ def test_in_a_graph(gpu):
     layer = Layer(gpu)
     expected, x = layer.halves(), layer.put(layer.x)
     ffn = psc.SparseFFN(*layer.on, T, batch_invariant=False)
-    outs = [layer.put(poisoned((6, layer.d_model), layer.dtype)) for _ in range(2)]
+    outs = [layer.put(poisoned((7, layer.d_model), layer.dtype)) for _ in range(2)]
     ffn(x)
     stream = gpu.module.cuda.Stream(non_blocking=True)
     with stream:
@@ -465,9 +486,20 @@ def test_sizes_with_tickets_are_no_others():
         assert size >= nbytes + TICKET_BYTES and size != workspace.size_class(size)
 
 
+def test_a_pickle_of_before_there_was_a_choice():
+    w = [weights(72, 64, "float32", i) for i in range(3)]
+    ffn = psc.SparseFFN(*w, T)
+    state = ffn.__getstate__()
+    state["_how"] = type(ffn._how)(*state["_how"][:4])
+    before = psc.SparseFFN.__new__(psc.SparseFFN)
+    before.__setstate__(state)
+    x = np.ones((6, 64), np.float32)
+    assert before.batch_invariant and np.array_equal(before(x), ffn(x))
+
+
 def test_warmup(gpu):
     d_model, d_ff = DIMS
-    made = psc.warmup(d_model, d_ff, tokens=(1, 6), batch_invariant=False)
+    made = psc.warmup(d_model, d_ff, tokens=(1, 7), batch_invariant=False)
     assert [m.kernel for m in made] == [
         "ffn_1",
         "ffn_1_mma",
@@ -500,16 +532,18 @@ def test_numpy_arrays_run_the_reference_all_the_same():
 
 # On the GPU
 
-BOTH = pytest.mark.parametrize("on", [OnCupy(), OnTorch()], ids=["cupy", "torch"])
+BOTH = pytest.mark.parametrize("on", [OnCupy(), OnTorch()], ids=["OnCupy", "OnTorch"])
+# Blocks of ffn_1_mma go through three tiles and a part of one at the first, and have no whole one at the last.
+ON_GPU = [(4096, 3208), (5120, 1608), ONE_B, (2560, 1032), (64, 8), (192, 2056)]
 
 
 @pytest.mark.gpu
 @BOTH
 @pytest.mark.parametrize("dtype", SIXTEEN)
-@pytest.mark.parametrize("dims", [SEVEN_B, THIRTEEN_B, ONE_B, (2560, 6912), (64, 8), (192, 2056)], ids=str)
+@pytest.mark.parametrize("dims", ON_GPU, ids=str)
 def test_operators_on_the_gpu(on, dims, dtype):
     d_model, d_ff = dims
-    for tokens, biased in ((8, False), (5, True), (7, False)):
+    for tokens, biased in ((8, False), (5, True)):
         given_ = Tokens(dims, dtype, tokens, [0.9, 0.5, 1.0, 0.99, 0.0], d_ff + tokens)
         x, x1, w, w_down = (on.put(a) for a in (given_.x, given_.x1, given_.w, given_.w_down))
         biases = [on.put(a) if biased else None for a in (given_.bias, given_.down_bias)]
@@ -537,7 +571,7 @@ def test_a_whole_ffn_of_real_models(dims):
 
     on, rng, (d_model, d_ff) = OnCupy(), np.random.default_rng(), dims
     ws = [on.put(weights(d_ff, d_model, "bfloat16", seed)) for seed in range(3)]
-    for tokens, share in ((8, 0.0), (8, synthetic.SHARE), (5, 0.0)):
+    for tokens, share in ((8, 0.0), (8, synthetic.SHARE), (7, 0.0)):
         x = on.put(np.stack([token(d_model, "bfloat16", rng) for _ in range(tokens)]))
         masks = synthetic.correlated_masks(d_ff, 0.89, tokens, rng, share)
         synthetic.steer(ws[0], x, cupy.asarray(synthetic.gate_of(masks, T, rng)))
@@ -578,9 +612,9 @@ def test_a_thousand_times_under_load():
         ffns.append(psc.SparseFFN(*ws, T, batch_invariant=False))
         tokens.append(on.put(np.stack([token(d_model, "bfloat16", rng) for _ in range(8)])))
         expected.append(bits(on.get(ffns[-1](tokens[-1]))))
-    wrong: list[str] = []
 
-    def run(number: int) -> None:
+    def run(number: int) -> list[str]:
+        wrong = []
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
             outs = [on.put(poisoned((8, d_model), "bfloat16")) for d_model, _ in shapes]
@@ -598,9 +632,7 @@ def test_a_thousand_times_under_load():
                 if not all(np.array_equal(bits(a.get(stream=stream)), b) for a, b in zip(found, right, strict=True)):
                     wrong.append(f"thread {number}, call {i}")
 
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+        return wrong
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(run, range(4))] == [[]] * 4

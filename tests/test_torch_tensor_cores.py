@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from torch.library import opcheck  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_devices import DEVICES  # noqa: E402
 
+from prosparse_cupy.torch import dispatch, mlp  # noqa: E402
 from prosparse_cupy.torch import DecodingLinear, SparseGatedMLP, generate, patch_model, unpatch_model  # noqa: E402
+from prosparse_cupy.torch.parallel import Sharding  # noqa: E402
+from prosparse_cupy.torch.step import _parts  # noqa: E402
 
 SIZES = {
     "hidden_size": 128,
@@ -49,7 +53,7 @@ def _model(device: str = "cpu", dtype=torch.float32, kind: str = "Llama", **chan
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
 
 
-def _prompts(device: str, number: int = 6):
+def _prompts(device: str, number: int = 7):
     return torch.randint(1, 200, (number, 7), generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -100,6 +104,45 @@ def test_it_stays_with_copies_shards_and_pickles():
     unpatch_model(model)
 
 
+def test_parts_ask_for_it_as_the_whole_does():
+    """What is left of a module: some of its neurons, a step's joined projections, this process's part of a projection."""
+    model = _model()
+    patch_model(model, batch_invariant=False)
+    layer, x = model.model.layers[0], torch.randn(7, 128)
+    assert not layer.mlp._rows(slice(0, 160), None).batch_invariant
+    projections = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+    whole = torch.cat([p.weight for p in projections]).detach()
+    with torch.inference_mode(), Called() as seen:
+        for part in _parts(whole, projections):
+            part(x)
+        projections[1].batch_invariant = True
+        for part in _parts(whole, projections):
+            part(x)
+        shard = SimpleNamespace(style="colwise", whole=lambda y, _: y)
+        for flag in (False, True):
+            Sharding.decoded(shard, x, whole, flag)
+    assert seen.calls == [("ffn_1", False), ("ffn_1", True), ("ffn_1", False), ("ffn_1", True)]
+    unpatch_model(model)
+
+
+@pytest.mark.gpu
+def test_calls_that_pass_by_the_dispatcher_ask_for_it(monkeypatch):
+    model, asked = _model("cuda", torch.bfloat16), []
+
+    def noting(name: str, operator: Any) -> Any:
+        return lambda *arrays, **how: asked.append((name, how["batch_invariant"])) or operator(*arrays, **how)
+
+    monkeypatch.setattr(dispatch, "ffn_1", noting("ffn_1", dispatch.ffn_1))
+    monkeypatch.setattr(mlp, "sparse_ffn", noting("sparse_ffn", mlp.sparse_ffn))
+    for flag in (False, True):
+        patch_model(model, batch_invariant=flag)
+        asked.clear()
+        with torch.inference_mode():
+            model(_prompts("cuda", 1))
+        assert {*asked} == {("ffn_1", flag), ("sparse_ffn", flag)}
+        unpatch_model(model)
+
+
 def test_a_switch_of_one_layer():
     """A module's own attribute, looked at in each call."""
     model = _model()
@@ -111,7 +154,7 @@ def test_a_switch_of_one_layer():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_generate_of_six_texts(device):
+def test_generate_of_seven_texts(device):
     """The same texts in float32, where nothing goes to tensor cores; a step that is traced whole takes it too."""
     model = _model(device)
     prompts = _prompts(device)
@@ -123,8 +166,8 @@ def test_generate_of_six_texts(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"linears": False}, {"compress": True}], ids=str)
-def test_logits_of_six_texts_on_the_gpu(options):
+@pytest.mark.parametrize("options", [{}, {"compress": True}], ids=str)
+def test_logits_of_seven_texts_on_the_gpu(options):
     """As close to float32's as those of a model that is batch-invariant; and the same again."""
     wide = _model("cuda", torch.float32)
     ids = _prompts("cuda")
@@ -145,11 +188,9 @@ def test_logits_of_six_texts_on_the_gpu(options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compress", [False, True])
-def test_generate_in_a_graph_is_the_modules_own_way(compress):
-    """Step by step and in a CUDA graph the same operators in the same order: the same tokens, though near ties may fall."""
+def test_the_same_call_writes_the_same_again():
     model = _model("cuda", torch.bfloat16)
-    patch_model(model, batch_invariant=False, compress=compress)
+    patch_model(model, batch_invariant=False)
     prompts = _prompts("cuda", 8)
     first = generate(model, prompts, max_new_tokens=12)
     assert torch.equal(generate(model, prompts, max_new_tokens=12), first)

@@ -76,7 +76,7 @@ class DecodingLinear(nn.Linear):
             whole: Tensor = before(input)
             return whole
         weight = local_of(self.weight)
-        y = sharding.decoded(input, weight)
+        y = sharding.decoded(input, weight, self.batch_invariant)
         return sharding.whole(nn.functional.linear(input, weight), input.dtype) if y is None else y
 
 

@@ -189,13 +189,14 @@ class Sharding(NamedTuple):
             return self.parallel.sum(y)
         return self.parallel.gather(y) if self.style == "gathered" else y
 
-    def decoded(self, x: Tensor, weight: TorchWeight) -> Tensor | None:
+    def decoded(self, x: Tensor, weight: TorchWeight, batch_invariant: bool = True) -> Tensor | None:
         """The projection of few tokens by `ffn_1`, of which `weight` is this process's part; None of what is for torch."""
         compressed = not isinstance(weight, Tensor)
         tokens = (
             x.flatten() if x.dim() and x.numel() == x.shape[-1] else few_tokens(x, "ffn_1", "bf12" if compressed else "plain")
         )
-        if tokens is None or (y := decoded(tokens, weight, partial=self.style == "rowwise")) is None:
+        is_partial = self.style == "rowwise"
+        if tokens is None or (y := decoded(tokens, weight, partial=is_partial, batch_invariant=batch_invariant)) is None:
             return None
         return self.whole(y, x.dtype).view(*x.shape[:-1], -1)
 

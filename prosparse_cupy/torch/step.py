@@ -454,7 +454,8 @@ def _times(x: Tensor, whole: TorchWeight, batch_invariant: bool) -> Tensor:
 
 
 def _parts(whole: Tensor | CompressedLinear, linears: Sequence[Any]) -> Iterator[_Part]:
-    shared, start = _Shared(whole, getattr(linears[0], "batch_invariant", True)), 0
+    invariant = any(getattr(linear, "batch_invariant", True) for linear in linears)
+    shared, start = _Shared(whole, invariant), 0
     for linear in linears:
         rows = len(local_of(linear.weight)) if isinstance(linear, nn.Linear) else linear.out_features
         yield _Part(shared, start, start + rows, len(linears))

@@ -176,6 +176,12 @@ inline T atomicAdd(T* address, T value) {
     return old;
 }
 
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+    const unsigned old = *address;
+    *address = old >= last ? 0 : old + 1;
+    return old;
+}
+
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
     return by % 32 ? high << by % 32 | low >> (32 - by % 32) : high;
 }

@@ -37,10 +37,20 @@ def tests_of(file: str) -> list[str]:
         names: tuple[str, ...] = ("test_attend",)
     elif file in ("kernels/all_reduce.cu", "prosparse_cupy/peers.py"):
         names = ("test_all_reduce",)
+    elif file.startswith("kernels/") and "mma" in file:
+        names = ("test_tensor_cores",)
     elif file.startswith("kernels/"):
         names = _OF_HOST
     else:
-        names = (*_OF_FORMULAS, *_OF_ARRAYS, *_OF_LAUNCHES, *_OF_OPERATORS, "test_simulated", "test_partial")
+        names = (
+            *_OF_FORMULAS,
+            *_OF_ARRAYS,
+            *_OF_LAUNCHES,
+            *_OF_OPERATORS,
+            "test_simulated",
+            "test_partial",
+            "test_tensor_cores",
+        )
     return [f"tests/{name}.py" for name in dict.fromkeys(names)]
 
 

@@ -30,14 +30,16 @@ MUTANTS = [
         '_launch("ffn_123", call, specialize, threshold)',
     ),
     Mutant(
-        "prosparse_cupy/ops.py", '_launch("ffn_4", call, specialize, norm_eps=norm_eps)', '_launch("ffn_4", call, specialize)'
+        "prosparse_cupy/ops.py",
+        '_launch("ffn_4", call, specialize, norm_eps=norm_eps, ',
+        '_launch("ffn_4", call, specialize, ',
     ),
     Mutant("prosparse_cupy/ops.py", "call.family.stream(checked.device), kernel_of", "0, kernel_of"),
     Mutant("prosparse_cupy/ops.py", "launched.plan.programmatic and overlaps(stream)", "True"),
     Mutant(
         "prosparse_cupy/ops.py",
-        "kernel_of(kernel, checked, specialize, activation)\n",
-        "kernel_of(kernel, checked, True, activation)\n",
+        "kernel_of(kernel, checked, specialize, activation, batch_invariant)\n",
+        "kernel_of(kernel, checked, True, activation, batch_invariant)\n",
         "the bits are the same; whoever asks for it wants fewer kernels",
     ),
     Mutant("prosparse_cupy/ops.py", "[extras.get(p, 0) for p in KERNELS[kernel].optional]", "[*extras.values()]"),
@@ -177,8 +179,8 @@ MUTANTS = [
     ),
     Mutant(
         "prosparse_cupy/compiler.py",
-        "formats, activation, extras, partial), dims.device)",
-        "formats, activation, extras, partial), 0)",
+        "return load(problem_of(name, dims, specialize, activation, batch_invariant), dims.device)",
+        "return load(problem_of(name, dims, specialize, activation, batch_invariant), 0)",
     ),
     Mutant("prosparse_cupy/compiler.py", "activation = activation if interface.has_activation else RELU", "activation = RELU"),
     Mutant(
@@ -203,9 +205,11 @@ MUTANTS = [
         "    return _load_once(problem, device)",
     ),
     Mutant("prosparse_cupy/compiler.py", "        if _is_forked:\n            _refuse_after_fork()\n", ""),
-    Mutant("prosparse_cupy/compiler.py", "    if _is_forked:\n        _refuse_after_fork()\n    by_weight", "    by_weight"),
+    Mutant(
+        "prosparse_cupy/compiler.py", "    if _is_forked:\n        _refuse_after_fork()\n    return load", "    return load"
+    ),
     Mutant("prosparse_cupy/compiler.py", "        kernel.launch = _refuse_after_fork\n", "        pass\n"),
-    Mutant("prosparse_cupy/compiler.py", "    kernel_of.cache_clear()\n    for kernel in", "    for kernel in"),
+    Mutant("prosparse_cupy/compiler.py", "    kernel_of.cache_clear()\n    gate_of", "    gate_of"),
     Mutant("prosparse_cupy/compiler.py", "_is_forked, _loading = True, threading.RLock()", "_is_forked = True"),
     # driver.py
     Mutant(
@@ -332,7 +336,7 @@ MUTANTS = [
     ),
     Mutant("prosparse_cupy/launch.py", "int(name in problem.extras)", "0"),
     Mutant("prosparse_cupy/launch.py", 'partial = (("PARTIAL", None),) if problem.partial else ()', "partial = ()"),
-    Mutant("prosparse_cupy/launch.py", "chosen.shared_bytes(problem), programmatic)", "0, programmatic)"),
+    Mutant("prosparse_cupy/launch.py", "chosen.shared_bytes(problem), chosen.partial", "0, chosen.partial"),
     Mutant("prosparse_cupy/launch.py", "if wrong := chosen.legal(problem, target):", "if wrong := '':"),
     Mutant(
         "prosparse_cupy/launch.py", "programmatic = target.is_programmatic and interface.is_programmatic", "programmatic = True"
@@ -394,6 +398,31 @@ MUTANTS = [
     Mutant("prosparse_cupy/peers.py", "found[r] != _mark(self.number, r)", "False"),
     Mutant("prosparse_cupy/peers.py", "next(others) - self.address", "next(others)"),
     Mutant("prosparse_cupy/peers.py", "        self._zero()\n        tell(None)", "        tell(None)"),
+    # tensor_cores.py, and what launches on tensor cores
+    Mutant("prosparse_cupy/tensor_cores.py", "problem.tokens < FEWEST_TOKENS or ", ""),
+    Mutant("prosparse_cupy/tensor_cores.py", " or not problem.is_plain", ""),
+    Mutant("prosparse_cupy/tensor_cores.py", " or not problem.specialize", ""),
+    Mutant("prosparse_cupy/tensor_cores.py", 'if "norm_weight" in problem.extras:', "if False:"),
+    Mutant("prosparse_cupy/tensor_cores.py", "problem.d_ff > _MOST_ROWS", "False"),
+    Mutant("prosparse_cupy/tensor_cores.py", "problem.d_ff % vector_length(problem.dtype) or ", ""),
+    Mutant("prosparse_cupy/tensor_cores.py", "problem.d_model % self._columns or ", ""),
+    Mutant("prosparse_cupy/tensor_cores.py", "> _MOST_STEPS", "> 100"),
+    Mutant("prosparse_cupy/tensor_cores.py", "// slices))", "// slices)) + 1"),
+    Mutant("prosparse_cupy/tensor_cores.py", "batch_invariant or tokens < FEWEST_TOKENS", "batch_invariant"),
+    Mutant("prosparse_cupy/workspace.py", "if nbytes != size_class(nbytes):", "if False:"),
+    Mutant(
+        "prosparse_cupy/workspace.py",
+        "return max(2 * TICKET_BYTES, size_class(nbytes)) + TICKET_BYTES",
+        "return size_class(nbytes + TICKET_BYTES)",
+    ),
+    Mutant("prosparse_cupy/compiler.py", "if dims.tokens < FEWEST_OF_GATE:", "if False:"),
+    Mutant("prosparse_cupy/compiler.py", "batch_invariant=False), partial=False)", "batch_invariant=False))"),
+    Mutant("prosparse_cupy/ops.py", "yield tickets + TICKET_BYTES, tickets", "yield tickets, tickets"),
+    Mutant(
+        "prosparse_cupy/ffn.py",
+        "(x, w_gate, *w_up), ungated = inputs[:down], taken()",
+        "(x, w_gate, *w_up), ungated = inputs[:down], x1",
+    ),
     # formula.py, reference.py
     Mutant(
         "prosparse_cupy/formula.py",
