@@ -60,7 +60,7 @@ __device__ __forceinline__ int list_rows(Listed& listed, const scalar* x1, int s
 #pragma unroll
     for (int first = 0; first < OWN; first += 32) {
         const int own = first + lane, vector = (own / UNIT * SHARES + share) * UNIT + own % UNIT;
-        const bool is_own = own < OWN && vector < VECTORS;
+        const bool is_own = vector < VECTORS;  // which lanes behind the share's last vector do not find
         uint4 v[MMA_TOKENS];
 #pragma unroll
         for (int t = 0; t < MMA_TOKENS; ++t)

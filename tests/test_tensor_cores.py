@@ -190,8 +190,13 @@ class Tokens:
 SPARSITIES = [0.9, 1.0, 0.5, "one", 0.99, 0.0, 1.0, 0.7]
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN)
-@pytest.mark.parametrize(("dims", "tokens"), [((8, 1), 8), ((264, 101), 5), ((1032, 300), 6), ((512, 41), 7), ((5120, 3), 8)])
+@pytest.mark.parametrize(
+    ("dims", "tokens", "dtype"),
+    [
+        *(((264, 101), 5, dtype) for dtype in SIXTEEN),
+        *(((8, 1), 8, "bfloat16"), ((1032, 81), 6, "float16"), ((512, 41), 7, "bfloat16"), ((5120, 3), 8, "bfloat16")),
+    ],
+)
 def test_the_gate_on_the_host(host, dims, tokens, dtype):
     given_ = Tokens(dims, dtype, tokens, SPARSITIES, tokens)
     for how in ({}, {"biased": True}, {"partial": True, "biased": True}):
@@ -214,13 +219,17 @@ def test_a_gate_does_not_depend_on_the_other_tokens(host):
     np.testing.assert_array_equal(bits(given_.run(host, "ffn_1")), bits(together[3:]))
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN)
 @pytest.mark.parametrize(
-    ("dims", "tokens"),
-    [((64, 8), 8), ((128, 104), 5), ((192, 2056), 6), ((1024, 520), 7)],
+    ("dims", "tokens", "dtype"),
+    [
+        *(((128, 104), 5, dtype) for dtype in SIXTEEN),
+        ((64, 8), 8, "bfloat16"),
+        ((192, 2056), 6, "float16"),
+        ((64, 33032), 5, "bfloat16"),  # more vectors of x1 than a warp has lanes
+    ],
 )
 def test_the_down_projection_on_the_host(host, dims, tokens, dtype):
-    given_ = Tokens(dims, dtype, tokens, SPARSITIES, tokens)
+    given_ = Tokens(dims, dtype, tokens, SPARSITIES if dims[1] < 10_000 else [0.99, "one", 1.0, 0.999], tokens)
     for how in ({}, {"partial": True, "biased": True}):
         out = given_.run(host, "ffn_4", **how)
         given_.check("ffn_4", out, "biased" in how)
@@ -243,7 +252,7 @@ def test_none_one_and_all_rows(host, sparsities):
     given_.check("ffn_4", given_.run(host, "ffn_4"), False)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from([(5, (64, 8)), (8, (128, 272)), (6, (192, 1032)), (7, (64, 4168))]),
     st.floats(0, 1),
@@ -416,7 +425,7 @@ def test_each_part_that_they_serve_goes_to_them(gpu, how, kernels):
 
 def test_tickets_of_streams_and_shapes_are_apart_from_other_scratch(host):
     """Work in any order: x1 of other calls never lies where tickets are, which are zero at first and stay so."""
-    for seed in range(3):
+    for seed in range(2):
         with simulated(host, seed=seed) as gpu:
             layers = [Layer(gpu), Layer(gpu, (128, 136)), Layer(gpu, (64, 72), tokens=8)]
             ffns = [psc.SparseFFN(*layer.on, T, batch_invariant=False) for layer in layers]
@@ -424,8 +433,8 @@ def test_tickets_of_streams_and_shapes_are_apart_from_other_scratch(host):
             gpu.synchronize()
             streams = [gpu.module.cuda.Stream(non_blocking=True) for _ in range(3)]
             found = []
-            for i in range(9):
-                with streams[i % 2 + i // 6]:
+            for i in range(6):
+                with streams[i % 2 + i // 4]:
                     found.append((i % 3, ffns[i % 3](layers[i % 3].put(layers[i % 3].x))))
                     psc.sparse_ffn(layers[0].put(layers[0].x[:2]), *layers[0].on, T)
             gpu.synchronize()

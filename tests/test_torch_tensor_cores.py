@@ -15,8 +15,15 @@ from torch.library import opcheck  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_devices import DEVICES  # noqa: E402
 
-from prosparse_cupy.torch import dispatch, mlp  # noqa: E402
-from prosparse_cupy.torch import DecodingLinear, SparseGatedMLP, generate, patch_model, unpatch_model  # noqa: E402
+from prosparse_cupy.torch import (  # noqa: E402
+    DecodingLinear,
+    SparseGatedMLP,
+    dispatch,
+    generate,
+    mlp,
+    patch_model,
+    unpatch_model,
+)
 from prosparse_cupy.torch.parallel import Sharding  # noqa: E402
 from prosparse_cupy.torch.step import _parts  # noqa: E402
 
