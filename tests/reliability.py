@@ -47,6 +47,9 @@ PROMISES = (
     ),
     Promise("Sums that stay in float32 round to what is returned without", ("partial",)),
     Promise("Launches go to the caller's stream and GPU, and share no scratch", ("simulated", "workspace", "driver", "launch")),
+    Promise(
+        "Without batch invariance: the same on tensor cores, but for the order of sums", ("tensor_cores", "torch_tensor_cores")
+    ),
     Promise("Threads, forks, captures, full memory and broken caches: right, or a clear error", ("abuse", "cache")),
     Promise("Bad input is refused by name before anything is launched", ("arguments", "interop", "dlpack", "bound_weights")),
     Promise("Tuning never changes a bit; tables that are broken or foreign are left out", ("tune", "knobs")),

@@ -23,6 +23,7 @@ from prosparse_cupy.compiler import compiler_options, kernel_folder, source
 from prosparse_cupy.formats import ITEMSIZE
 from prosparse_cupy.knobs import compressed_formats
 from prosparse_cupy.problem import H100, KERNELS, Target
+from prosparse_cupy.tensor_cores import ON_TENSOR_CORES
 
 nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
 
@@ -134,6 +135,49 @@ def test_weights_in_12_bits_do_not_spill_either(report_of, kernel, architecture)
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan
         assert _reported(r"(\d+) bytes stack frame", report) == 0
         assert "warning" not in report, report
+
+
+def _on_tensor_cores(kernel: str, dims: tuple[int, int], architecture: int, tokens: int = 8, **more) -> launch.Launch:
+    shape = Shape(*dims, more.pop("dtype", "bfloat16"), True, Target(architecture, 132))
+    return plan_of(kernel, shape, tokens=tokens, batch_invariant=False, **more)
+
+
+def _assert_nothing_spills(report: str) -> None:
+    """In any function: a kernel may call one."""
+    for what in ("bytes stack frame", "bytes spill stores", "bytes spill loads"):
+        found = re.findall(rf"(\d+) {what}", report)
+        assert found and {*found} == {"0"}, report
+    assert "warning" not in report, report
+
+
+@pytest.mark.parametrize("architecture", EACH)
+@pytest.mark.parametrize("kernel", ON_TENSOR_CORES)
+def test_tensor_cores_do_not_spill_either(report_of, kernel, architecture):
+    for d_model, d_ff, specialize in SHAPES:
+        if specialize:
+            plan = _on_tensor_cores(kernel, (d_model, d_ff), architecture)
+            assert plan.kernel == f"{kernel}_mma"
+            _assert_nothing_spills(report_of(plan, architecture))
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_what_tensor_cores_may_have_beside(report_of, architecture):
+    for kernel, bias in (("ffn_1", "gate_bias"), ("ffn_4", "down_bias")):
+        for more in ({"dtype": "float16"}, {"tokens": 5, "extras": (bias,)}, {"partial": True, "tokens": 6}):
+            _assert_nothing_spills(report_of(_on_tensor_cores(kernel, (2304, 3840), architecture, **more), architecture))
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 90])
+def test_lists_of_tensor_cores_fit_a_block_to_the_byte(report_of, architecture):
+    """Also where a launch asks for all the shared memory that there is: what a kernel declares would come on top."""
+    wide = [(d_model, 64 * n) for d_model in (2048, 4096, 5120, 8192) for n in range(8, 800, 8)]
+    plans = [_on_tensor_cores("ffn_4", dims, architecture) for dims in wide]
+    served = [plan for plan in plans if plan.kernel == "ffn_4_mma"]
+    largest, most = max(served, key=lambda plan: plan.shared_bytes), Target(architecture, 132).shared_bytes
+    assert 0.98 * most < largest.shared_bytes <= most and len(served) < len(plans)
+    report = report_of(largest, architecture)
+    _assert_nothing_spills(report)
+    assert " smem" not in report, report
 
 
 # What a kernel has beside ReLU: the activations that cost more than it with all their biases, and the norm; on the oldest GPU,

@@ -121,7 +121,7 @@ def test_callers_tell_a_launch_whether_it_may_overlap(noted, monkeypatch, stream
     driver.lasting_streams.add(0x77)
     noted.captured.add(0x57)
     told, taken = [], []
-    plan = SimpleNamespace(programmatic=programmatic)
+    plan = SimpleNamespace(programmatic=programmatic, partial_bytes=0)
     kernel = SimpleNamespace(plan=plan, launch=lambda s, overlaps, *_: told.append((s, overlaps)))
     checked = SimpleNamespace(d_ff=24, d_model=16, device=0, scratch_bytes=4096, down_pointers=1)
     family = SimpleNamespace(stream=lambda device: stream)

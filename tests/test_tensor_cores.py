@@ -5,7 +5,6 @@ The kernels run on the host under the sanitizers, behind simulated launches, and
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import Shape, plan_of
 from simulated import simulated
-from test_compile import ARCHITECTURES, EACH, compile_for
 
 import prosparse_cupy as psc
 from prosparse_cupy import launch, reference, workspace
@@ -107,44 +105,6 @@ def test_knobs_that_would_change_the_order_are_refused():
     with pytest.raises(ValueError, match="sm_80 has no programmatic launches"):
         first = Problem("ffn_1", *SEVEN_B, "bfloat16", tokens=8, batch_invariant=False)
         launch.plan(first, Target(80, 108), TileKnobs(16, 1, early_successor=True))
-
-
-@pytest.mark.parametrize("architecture", EACH)
-@pytest.mark.parametrize("kernel", ON_TENSOR_CORES)
-def test_no_spills(kernel, architecture):
-    for dims in (SEVEN_B, THIRTEEN_B, ONE_B):
-        found = plan(kernel, dims, target=Target(architecture, 132))
-        _assert_no_spills(compile_for(found, architecture)[1])
-
-
-def _assert_no_spills(report: str) -> None:
-    """In any function: a kernel may call one."""
-    for what in ("bytes stack frame", "bytes spill stores", "bytes spill loads"):
-        found = re.findall(rf"(\d+) {what}", report)
-        assert found and {*found} == {"0"}, report
-    assert "warning" not in report, report
-
-
-@pytest.mark.parametrize("capability", [80, 86, 90])
-def test_shared_memory_fits_a_block(capability):
-    """Also where a launch asks for all that there is; a kernel's own would come on top."""
-    target = Target(capability, 100)
-    wide = [(d_model, 64 * n) for d_model in (2048, 4096, 5120, 8192) for n in range(8, 800, 8)]
-    served = [(dims, p) for dims in wide if (p := plan("ffn_4", dims, target=target)).kernel == "ffn_4_mma"]
-    largest = max((found for _, found in served), key=lambda found: found.shared_bytes)
-    assert 0.98 * target.shared_bytes < largest.shared_bytes <= target.shared_bytes
-    assert len(served) < len(wide)
-    _, report = compile_for(largest, capability)
-    _assert_no_spills(report)
-    assert " smem" not in report, report
-
-
-def test_every_variant_compiles():
-    """Other dtypes, numbers of tokens, and what a call may have beside."""
-    for architecture in (ARCHITECTURES[0], 90):
-        for kernel, bias in (("ffn_1", "gate_bias"), ("ffn_4", "down_bias")):
-            for more in ({"dtype": "float16"}, {"tokens": 5, "extras": (bias,)}, {"partial": True, "tokens": 6}):
-                _assert_no_spills(compile_for(plan(kernel, ONE_B, target=Target(architecture, 132), **more), architecture)[1])
 
 
 # Kernels on the host
