@@ -212,9 +212,9 @@ def test_none_one_and_all_rows(host, sparsities):
     given_.check("ffn_4", given_.run(host, "ffn_4"), False)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=24, suppress_health_check=list(HealthCheck))
 @given(
-    st.sampled_from([(5, (64, 8)), (8, (128, 272)), (6, (192, 1032)), (7, (64, 4168))]),
+    st.sampled_from([(5, (64, 8)), (8, (128, 272)), (6, (192, 1032))]),
     st.floats(0, 1),
     st.integers(0, 2**32 - 1),
 )
@@ -357,22 +357,17 @@ def test_a_whole_ffn_is_its_parts(gpu, biased):
         ({"packed": (0,)}, ["ffn_123", "ffn_4_mma"]),
         ({"packed": (2,)}, ["ffn_1_mma", "ffn_23", "ffn_4"]),
         ({"packed": (1,)}, ["ffn_1_mma", "ffn_23", "ffn_4_mma"]),
-        ({"packed": (0, 1, 2)}, ["ffn_123", "ffn_4"]),
-        ({"specialize": False}, ["ffn_123", "ffn_4"]),
-        ({"dtype": "float32"}, ["ffn_123", "ffn_4"]),
-        ({"activation": "relu2"}, ["ffn_1_mma", "ffn_23", "ffn_4_mma"]),
         ({"activation": "drelu"}, ["ffn_1_mma", "ffn_23", "ffn_4_mma"]),
-        ({"tokens": 4}, ["ffn_123", "ffn_4"]),
         ({"tokens": 6}, ["ffn_123", "ffn_4_mma"]),
     ],
     ids=str,
 )
 def test_each_part_that_they_serve_goes_to_them(gpu, how, kernels):
-    layer = Layer(gpu, tokens=how.get("tokens", 7), dtype=how.get("dtype", "bfloat16"))
+    layer = Layer(gpu, tokens=how.get("tokens", 7))
     x, w = layer.put(layer.x), [*layer.on]
     for i in how.get("packed", ()):
         w[i] = psc.compress(w[i], layout="rows")
-    more: dict[str, Any] = {name: how[name] for name in ("specialize", "activation") if name in how}
+    more: dict[str, Any] = {name: how[name] for name in ("activation",) if name in how}
     if how.get("normed"):
         more |= {"norm_weight": layer.put(layer.w[0][:, 0].copy()), "norm_eps": 0.5}
     gate_ = w[0] if how.get("gated", True) else None
@@ -387,7 +382,7 @@ def test_tickets_of_streams_and_shapes_are_apart_from_other_scratch(host):
     """Work in any order: x1 of other calls never lies where tickets are, which are zero at first and stay so."""
     for seed in range(2):
         with simulated(host, seed=seed) as gpu:
-            layers = [Layer(gpu), Layer(gpu, (128, 136)), Layer(gpu, (64, 72), tokens=8)]
+            layers = [Layer(gpu), Layer(gpu, (128, 72)), Layer(gpu, (64, 72), tokens=8)]
             ffns = [psc.SparseFFN(*layer.on, T, batch_invariant=False) for layer in layers]
             expected = [layer.halves() for layer in layers]
             gpu.synchronize()
@@ -531,6 +526,74 @@ def test_operators_on_the_gpu(on, dims, dtype):
             operator(vector, matrix, bias=bias, out=sums, batch_invariant=False)
             given_.check(kernel, on.get(sums), biased)
             np.testing.assert_array_equal(bits(on.get(sums).astype(DTYPES[dtype])), bits(found))
+
+
+class Drawn:
+    """A call of an operator on the GPU whose shape and numbers are drawn, between canaries; `what` tells them."""
+
+    def __init__(self, seed: int, draw: int) -> None:
+        rng = self.rng = np.random.default_rng([seed, draw])
+        self.dtype, self.tokens = str(rng.choice(SIXTEEN)), int(rng.integers(5, 9))
+        self.kernel = ("ffn_1", "ffn_4")[draw % 2]
+        if self.kernel == "ffn_1":
+            self.dims = 8 * int(rng.integers(1, 641)), int(rng.integers(1, 2200))
+        else:
+            self.dims = (
+                64 * int(rng.choice([1, 2, 3, 16, 33, 40, 64, 66])),
+                8 * int(rng.choice([1, 2, 63, 257, 511, 1024, 1376])),
+            )
+        self.what = f"seed {seed}, draw {draw}: {self.kernel} of {self.tokens} tokens, {self.dims}, {self.dtype}"
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        d_model, d_ff = self.dims
+        rng, kind = self.rng, DTYPES[self.dtype]
+        w = weights(d_ff, d_model, self.dtype, int(rng.integers(3))).copy()
+        if self.kernel == "ffn_1":
+            return np.stack([token(d_model, self.dtype, rng) for _ in range(self.tokens)]), w
+        x1 = np.stack([token(d_ff, self.dtype, rng) for _ in range(self.tokens)])
+        shares = rng.choice([0.0, 0.01, 0.1, 0.5, 1.0], self.tokens)[:, None]
+        masks = rng.random(x1.shape) < shares
+        if rng.random() < 0.5:  # side by side
+            masks = np.sort(masks, axis=1)
+        x1 = np.where(masks, x1, rng.choice([0.0, -0.0], x1.shape)).astype(kind)
+        for value in rng.permutation([np.nan, np.inf, -np.inf, 1e-40])[: rng.integers(4)]:
+            w[rng.integers(d_ff), rng.integers(d_model)] = kind.type(value)
+        return x1, w
+
+    def expected(self, vectors: np.ndarray, w: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray]:
+        with np.errstate(invalid="ignore"):
+            return exact_ffn_1(vectors[t], w) if self.kernel == "ffn_1" else exact_ffn_4(vectors[t], w)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_calls_on_the_gpu(seed):
+    """Numbers within the bound, those that are not finite where they belong, nothing beside the output; the same again."""
+    import cupy
+
+    fresh = int(np.random.default_rng().integers(2**31))
+    for draw in range(10):
+        call = Drawn(fresh + seed, draw)
+        vectors, w = call.arrays()
+        given_ = cupy.asarray(vectors), cupy.asarray(w)
+        size = call.tokens * (call.dims[1] if call.kernel == "ffn_1" else call.dims[0])
+        found = []
+        for canary in (0x7FD5, 0x3F5A):
+            whole = cupy.full(size + 16, canary, np.uint16)
+            out = whole[8 : 8 + size].view(DTYPES[call.dtype]).reshape(call.tokens, -1)
+            getattr(psc, call.kernel)(*given_, out=out, batch_invariant=False)
+            assert (whole[:8] == canary).all() and (whole[8 + size :] == canary).all(), call.what
+            found.append(out.get())
+        np.testing.assert_array_equal(bits(found[0]), bits(found[1]), err_msg=call.what)
+        for given_one, before in zip(given_, (vectors, w), strict=True):
+            assert np.array_equal(bits(given_one.get()), bits(before)), call.what
+        for t, row in enumerate(found[0]):
+            total, magnitude = call.expected(vectors, w, t)
+            finite = np.isfinite(total)
+            np.testing.assert_array_equal(np.isnan(row.astype(np.float32)), np.isnan(total), err_msg=call.what)
+            infinite = np.isinf(total)
+            np.testing.assert_array_equal(row[infinite].astype(np.float64), total[infinite], err_msg=call.what)
+            assert_rounded_sum(row[finite], total[finite], magnitude[finite], 2 * vectors.shape[1] + 16)
 
 
 @pytest.mark.gpu
