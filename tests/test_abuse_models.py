@@ -393,7 +393,8 @@ class _At:
     def __call__(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(self.FOLDER):
             return None
-        self.begun[id(frame)] = set()
+        if frame.f_lineno == frame.f_code.co_firstlineno or id(frame) not in self.begun:  # else a generator goes on
+            self.begun[id(frame)] = set()
         return self._line
 
     def run(self, function) -> str:
