@@ -189,10 +189,13 @@ def test_a_gate_does_not_depend_on_the_other_tokens(host):
     ],
 )
 def test_the_down_projection_on_the_host(host, dims, tokens, dtype):
-    given_ = Tokens(dims, dtype, tokens, SPARSITIES if dims[1] < 10_000 else [0.99, "one", 1.0, 0.999], tokens)
+    given_ = Tokens(dims, dtype, tokens, SPARSITIES if dims[1] < 10_000 else [0.9, "one", 1.0, 0.99], tokens)
     for how in ({}, {"partial": True, "biased": True}):
         out = given_.run(host, "ffn_4", **how)
         given_.check("ffn_4", out, "biased" in how)
+        if not how:  # of many rows the bound of a sum would let some be left out
+            exact = given_.x1.astype(np.float64) @ given_.w_down.astype(np.float64)
+            assert np.linalg.norm(out.astype(np.float64) - exact) <= 3e-3 * np.linalg.norm(exact)
         np.testing.assert_array_equal(bits(out), bits(given_.run(host, "ffn_4", **how, seed=1)), err_msg="another order")
     nothing = ~given_.x1.astype(np.float32).any(axis=1)
     assert nothing.any() or tokens < 7
