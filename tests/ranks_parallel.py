@@ -391,10 +391,10 @@ def without_memory_in_one(path: str, ids: list[list[int]]) -> Any:
 def patched_but_one_cannot_pack(path: str) -> None:
     model, before = _loaded(path, "float32"), patch.made_sparse
 
-    def failing(mlp: Any, family: Any, formula: Any, parallel: Any = None, **others: Any) -> Any:
+    def failing(mlp: Any, family: Any, formula: Any, parallel: Any = None, *others: Any, **more: Any) -> Any:
         if parallel is not None and dist.get_rank() == 1:
             raise torch.OutOfMemoryError("no room, says the test")
-        return before(mlp, family, formula, parallel, **others)
+        return before(mlp, family, formula, parallel, *others, **more)
 
     patch.made_sparse = failing
     try:

@@ -599,8 +599,7 @@ def _replace(
     elif not reason:
         is_shard = isinstance(_parallel_of_mlp(mlp, family), TensorParallel)
         with parallel.together():  # which lays a matrix out anew
-            own = parallel if is_shard else None
-            model.set_submodule(name, made_sparse(mlp, family, becomes, own, batch_invariant=batch_invariant))
+            model.set_submodule(name, made_sparse(mlp, family, becomes, parallel if is_shard else None, batch_invariant))
     return reason
 
 
