@@ -7,6 +7,8 @@ driver lacks it, launches go through CuPy and wait for their predecessor's end a
 from __future__ import annotations
 
 import ctypes
+import gc
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -218,3 +220,57 @@ def allowed_during_captures() -> Iterator[None]:
         yield
     finally:
         _check(exchange(ctypes.addressof(mode)))
+
+
+class _Collector:
+    """Python's garbage collector, which stays off while anybody wants that, and comes back on if it was on."""
+
+    def __init__(self) -> None:
+        self.lock, self.was_on = threading.Lock(), False
+        self.wanted_off: set[object] = set()
+
+    def off(self, wanted_by: object) -> None:
+        with self.lock:
+            self.was_on |= gc.isenabled()
+            self.wanted_off.add(wanted_by)
+            gc.disable()
+
+    def on_again(self, wanted_by: object) -> None:
+        with self.lock:
+            self.wanted_off.discard(wanted_by)
+            if not self.wanted_off:
+                self.restore()
+
+    def restore(self) -> None:
+        if self.was_on:
+            gc.enable()
+        self.was_on = False
+
+
+_collector = _Collector()
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Keeps Python from collecting garbage: a CUDA graph in it must not be destroyed by a thread that captures.
+
+    A graph in a reference cycle lives until a collection, which may begin in any thread and at any line. CUDA does not let a
+    thread destroy a graph while it captures another, and gives the capture up.
+    """
+    capture = object()
+    try:
+        _collector.off(capture)
+        yield
+    finally:
+        _collector.on_again(capture)
+
+
+def _collect_as_before() -> None:
+    """In a forked process: the threads that captured are not here."""
+    global _collector
+    _collector.restore()
+    _collector = _Collector()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_collect_as_before)

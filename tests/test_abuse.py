@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -624,6 +625,57 @@ def _captures_beside_calls(mode: int) -> None:
         for out in mine:
             _assert_same(out, layer.expected)
     print("done")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", ["step", "calls"])
+def test_a_graph_in_garbage_does_not_spoil_a_capture(captured, torch_gpu):
+    assert _in_a_process(_captures_with_a_graph_in_garbage, captured, True).split() == ["captured", "collected"]
+
+
+@pytest.mark.gpu
+def test_without_care_it_does(torch_gpu):
+    """So that the test above tests something: CUDA gives up a capture whose thread destroys a graph."""
+    assert _in_a_process(_captures_with_a_graph_in_garbage, "step", False).split()[0] == "refused"
+
+
+def _captures_with_a_graph_in_garbage(captured: str, with_care: bool) -> None:
+    """Python would collect at the next objects that are made, which is while something is captured."""
+    import torch
+
+    from prosparse_cupy.testing import torch_dense
+    from prosparse_cupy.torch import capture
+
+    if not with_care:
+        capture.without_collections = contextlib.nullcontext
+    gc.set_threshold(10**6)  # none before
+    ones, x = torch.ones(4, device="cuda"), torch.zeros(4, device="cuda")
+    garbage: list[Any] = [torch.cuda.CUDAGraph()]
+    with torch.cuda.graph(garbage[0]):
+        ones.add_(1)
+    garbage[0].replay()
+    garbage.append(garbage)
+    dropped = weakref.ref(garbage[0])
+    del garbage
+
+    def function() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            gc.set_threshold(10)
+            assert len([[] for _ in range(1000)]) == 1000
+        x.add_(1)
+
+    try:
+        if captured == "step":
+            replay = capture.captured(function, x.device, function).replay
+        else:
+            replay = torch_dense.capture([function])
+    except RuntimeError as error:
+        print("refused", error)
+        return
+    replay()
+    assert x.tolist() == [2.0] * 4
+    assert len([[] for _ in range(1000)]) == 1000
+    print("captured", "collected" if gc.isenabled() and dropped() is None else "kept")
 
 
 @pytest.mark.gpu

@@ -90,6 +90,7 @@ def _surroundings(device: str = "cpu") -> tuple[Any, ...]:
     """What a call must leave as it found it, beside the model."""
     hooks = nn.modules.module
     found = (
+        gc.isenabled(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),

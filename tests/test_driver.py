@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
+import os
 import struct
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -241,6 +244,66 @@ def test_overlapping_launches_see_what_their_predecessors_wrote():
             run()
             cupy.cuda.Device().synchronize()
             np.testing.assert_array_equal(bits(on.get(hidden[layers % 2])), bits(expected))
+
+
+class _Garbage:
+    """In a reference cycle from the start."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def _many_objects() -> None:
+    """As many as make Python collect, were it allowed to."""
+    assert len([[] for _ in range(100 * gc.get_threshold()[0])])
+
+
+def test_nothing_is_collected_while_a_graph_is_captured():
+    gc.collect()
+    with driver.without_collections():
+        garbage = weakref.ref(_Garbage())
+        _many_objects()
+        assert garbage() is not None and not gc.isenabled()
+    assert gc.isenabled()
+    _many_objects()
+    assert garbage() is None
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    yield
+    gc.enable()
+
+
+def test_who_turned_collections_off_finds_them_off(collector):
+    gc.disable()
+    with driver.without_collections():
+        assert not gc.isenabled()
+    assert not gc.isenabled()
+
+
+def test_collections_wait_for_the_last_capture(collector):
+    with pytest.raises(ZeroDivisionError), driver.without_collections():
+        with contextlib.ExitStack() as first, driver.without_collections():
+            first.enter_context(driver.without_collections())
+            first.close()
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        raise ZeroDivisionError
+    assert gc.isenabled()
+    gc.disable()
+    with driver.without_collections():
+        pass
+    assert not gc.isenabled(), "what was on before an earlier capture says nothing of this one"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_collects_though_its_parent_captured(collector):
+    with driver.without_collections():
+        child = os.fork()
+        if not child:
+            os._exit(not gc.isenabled())
+        assert os.waitpid(child, 0)[1] == 0 and not gc.isenabled()
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..device import cupy
+from ..driver import without_collections
 
 Call = Callable[[], Any]
 Clock = Callable[[Call], float]
@@ -80,10 +81,11 @@ def capture(calls: Sequence[Call]) -> Call:
         for call in calls:
             call()
         stream.synchronize()
-        stream.begin_capture()
-        for call in calls:
-            call()
-        graph = stream.end_capture()
+        with without_collections():
+            stream.begin_capture()
+            for call in calls:
+                call()
+            graph = stream.end_capture()
     return lambda: graph.launch(cp.cuda.Stream.null)
 
 

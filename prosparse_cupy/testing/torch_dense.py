@@ -8,6 +8,7 @@ from functools import cache
 import torch
 import torch.utils.dlpack
 
+from ..driver import without_collections
 from ..formula import Formula
 from ..torch.activation import module_of
 from . import timing
@@ -58,7 +59,7 @@ def capture(calls: Sequence[timing.Call], runs_before: int = 1) -> timing.Call:
                 call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with without_collections(), torch.cuda.graph(graph):
         for call in calls:
             call()
     return graph.replay

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..driver import without_collections
+
 _capturing = threading.Lock()
 """Held while something is captured: the default generator of a GPU is then part of the capture, whoever draws from it."""
 
@@ -28,11 +30,12 @@ def captured(function: Callable[[], None], device: torch.device, before: Callabl
             with torch.cuda.stream(side):
                 before()
                 side.synchronize()
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    function()
-                finally:
-                    graph.capture_end()
+                with without_collections():
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        function()
+                    finally:
+                        graph.capture_end()
         finally:  # after a failure too: the memory that was run on is freed, for the other stream to take
             torch.cuda.current_stream().wait_stream(side)
     return graph

@@ -240,6 +240,15 @@ MUTANTS = [
         "return True",
     ),
     Mutant("prosparse_cupy/driver.py", "return stream > LEGACY and is_capturing()(stream)", "return False"),
+    Mutant("prosparse_cupy/driver.py", "            gc.disable()\n", ""),
+    Mutant("prosparse_cupy/driver.py", "self.was_on |= gc.isenabled()", "self.was_on = gc.isenabled()"),
+    Mutant(
+        "prosparse_cupy/driver.py",
+        "            if not self.wanted_off:\n                self.restore()",
+        "            self.restore()",
+    ),
+    Mutant("prosparse_cupy/driver.py", "        self.was_on = False\n\n\n_collector", "\n\n_collector"),
+    Mutant("prosparse_cupy/driver.py", "    _collector.restore()\n", ""),
     Mutant(
         "prosparse_cupy/driver.py",
         "            with on_device(device):\n                return programmatic(stream, overlaps, *arguments)\n",
