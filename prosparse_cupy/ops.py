@@ -20,7 +20,7 @@ from .formula import RELU, check_activation, check_norm_eps, check_threshold
 from .libraries import A
 from .problem import KERNELS, OPTIONAL
 from .tensor_cores import TICKET_BYTES
-from .workspace import size_with_tickets, take
+from .workspace import take, with_tickets
 
 _BIAS = "bias", "d_ff"
 FFN_1 = Signature(
@@ -397,7 +397,7 @@ def partial_sums(launched: Kernel, stream: int, device: int, captured: bool) -> 
     if not launched.plan.partial_bytes:
         yield ()
         return
-    tickets, home = take(stream, device, size_with_tickets(launched.plan.partial_bytes), captured)
+    tickets, home = take(stream, device, with_tickets(launched.plan.partial_bytes), captured)
     try:
         yield tickets + TICKET_BYTES, tickets
     finally:

@@ -36,21 +36,30 @@ class Home(Protocol):
     def append(self, address: int, /) -> None: ...
 
 
+class WithTickets(NamedTuple):
+    """So many bytes behind `TICKET_BYTES` of tickets: counters that are zero at first, and that every use leaves zero."""
+
+    behind: int
+
+
+Size = int | WithTickets  # no WithTickets equals a number, so no other use gets its memory
+
+
 class _OfGraph(NamedTuple):
     """An address that a CUDA graph owns."""
 
     device: int
-    nbytes: int
+    size: Size
     address: int
     destroyed: driver.DestructionMark
 
 
-_homes: dict[tuple[int, int, int], list[int]] = {}
+_homes: dict[tuple[int, int, Size], list[int]] = {}
 """The free addresses of a stream, by device, stream id and size."""
-_passing: defaultdict[tuple[int, int], deque[tuple[Any, int]]] = defaultdict(deque)
+_passing: defaultdict[tuple[int, Size], deque[tuple[Any, int]]] = defaultdict(deque)
 """Addresses, each with the event after which it is free, by device and size."""
 _graphs: list[_OfGraph] = []
-_idle: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+_idle: defaultdict[tuple[int, Size], list[int]] = defaultdict(list)
 """Addresses that nothing uses, by device and size."""
 _lock = threading.RLock()  # not for the single operations on lists and dicts that a running call needs, which are atomic
 
@@ -60,33 +69,30 @@ def size_class(nbytes: int) -> int:
     return max(4096, 1 << (nbytes - 1).bit_length())
 
 
-def size_with_tickets(nbytes: int) -> int:
-    """The size that is allocated for `nbytes` behind tickets, counters that are zero at first and that every use leaves zero.
-
-    It is no `size_class`, so no other use gets the memory.
-    """
-    return max(2 * TICKET_BYTES, size_class(nbytes)) + TICKET_BYTES
+def with_tickets(nbytes: int) -> WithTickets:
+    """The size that is allocated for `nbytes` and tickets."""
+    return WithTickets(size_class(nbytes))
 
 
-def take(stream: int, device: int, nbytes: int, captured: bool) -> tuple[int, Home]:
+def take(stream: int, device: int, size: Size, captured: bool) -> tuple[int, Home]:
     """Scratch for launches on `stream` (a `cudaStream_t`), `captured` into a graph or not.
 
-    `nbytes` is a `size_class` or a `size_with_tickets`. Returns the address and the home to which the caller appends it when
+    `size` is a `size_class` or `with_tickets`. Returns the address and the home to which the caller appends it when
     its launches are made.
     """
     if captured:
-        return _for_graph(stream, device, nbytes), []
+        return _for_graph(stream, device, size), []
     ident = driver.stream_id(stream) if stream > driver.LEGACY else _LEGACY_ID
     try:
-        home = _homes[device, ident, nbytes]
+        home = _homes[device, ident, size]
         return home.pop(), home
     except (KeyError, IndexError):  # the stream's first call, or one while other threads have all of its addresses
         pass
     with _lock:
-        key = device, ident, nbytes
+        key = device, ident, size
         if key in _homes or ident == _LEGACY_ID or len(_homes) < _MOST_HOMES:
-            return _allocate(device, nbytes), _homes.setdefault(key, [])
-        return _Passing.take(stream, device, nbytes)
+            return _allocate(device, size), _homes.setdefault(key, [])
+        return _Passing.take(stream, device, size)
 
 
 class _Passing:
@@ -96,62 +102,68 @@ class _Passing:
         self._event, self._stream, self._addresses = event, stream, addresses
 
     @classmethod
-    def take(cls, stream: int, device: int, nbytes: int) -> tuple[int, _Passing]:
+    def take(cls, stream: int, device: int, size: Size) -> tuple[int, _Passing]:
         """One of the addresses that have been back for longest, if its event has happened, or a new one."""
-        addresses = _passing[device, nbytes]
+        addresses = _passing[device, size]
         with cupy().cuda.Device(device), driver.allowed_during_captures():
             for _ in range(min(len(addresses), 8)):  # one long launch must not keep all others from being found
                 event, address = addresses.popleft()
                 if event.done:
                     return address, cls(event, stream, addresses)
                 addresses.append((event, address))
-            return _allocate(device, nbytes), cls(cupy().cuda.Event(disable_timing=True), stream, addresses)
+            return _allocate(device, size), cls(cupy().cuda.Event(disable_timing=True), stream, addresses)
 
     def append(self, address: int) -> None:
         cupy().cuda.runtime.eventRecord(self._event.ptr, self._stream)
         self._addresses.append((self._event, address))
 
 
-def _for_graph(stream: int, device: int, nbytes: int) -> int:
+def _for_graph(stream: int, device: int, size: Size) -> int:
     """An address for the graph that `stream` is captured into; those of destroyed graphs become idle."""
     with _lock:
         for owned in [g for g in _graphs if g.destroyed.is_set()]:
             _graphs.remove(owned)
             owned.destroyed.free()
-            _idle[owned.device, owned.nbytes].append(owned.address)
-        address = _allocate(device, nbytes)
+            _idle[owned.device, owned.size].append(owned.address)
+        address = _allocate(device, size)
         try:
             destroyed = driver.DestructionMark(stream)
         except BaseException:
-            _idle[device, nbytes].append(address)
+            _idle[device, size].append(address)
             raise
-        _graphs.append(_OfGraph(device, nbytes, address, destroyed))
+        _graphs.append(_OfGraph(device, size, address, destroyed))
         return address
 
 
-def _allocate(device: int, nbytes: int) -> int:
+def _allocate(device: int, size: Size) -> int:
     """An idle address, or a new one."""
     runtime = cupy().cuda.runtime
     with cupy().cuda.Device(device), driver.allowed_during_captures():
-        if _idle[device, nbytes]:
-            return _idle[device, nbytes].pop()
+        if _idle[device, size]:
+            return _idle[device, size].pop()
         try:
-            return _new(nbytes)
+            return _new(size)
         except runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
         _free_what_libraries_cache()
         try:
-            return _new(nbytes)
+            return _new(size)
         except runtime.CUDARuntimeError as error:
-            raise MemoryError(f"prosparse_cupy: GPU {device} has no {nbytes} bytes for an FFN's scratch: {error}") from error
+            raise MemoryError(
+                f"prosparse_cupy: GPU {device} has no {_bytes(size)} bytes for an FFN's scratch: {error}"
+            ) from error
 
 
-def _new(nbytes: int) -> int:
+def _bytes(size: Size) -> int:
+    return size if isinstance(size, int) else TICKET_BYTES + size.behind
+
+
+def _new(size: Size) -> int:
     """New memory of the current GPU; tickets are zero when this returns, for any stream."""
     runtime = cupy().cuda.runtime
-    address = int(runtime.malloc(nbytes))
-    if nbytes != size_class(nbytes):
+    address = int(runtime.malloc(_bytes(size)))
+    if isinstance(size, WithTickets):
         try:
             stream = cupy().cuda.Stream(non_blocking=True)
             runtime.memsetAsync(address, 0, TICKET_BYTES, stream.ptr)

@@ -18,11 +18,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import click
@@ -366,6 +367,14 @@ def _without_pools() -> None:
     cupy.cuda.set_pinned_memory_allocator(None)
 
 
+def without_spare_bytes(put: Callable[[Any, str, Any], None]) -> None:
+    """Make scratch as large as its use, so that what is written beyond is found. `put` is setattr, or undoes it later."""
+    from prosparse_cupy import arguments, ops, workspace
+
+    put(arguments, "size_class", lambda nbytes: nbytes)
+    put(ops, "with_tickets", workspace.WithTickets)
+
+
 def control_source(tool: str) -> str:
     return f'extern "C" __global__ void ffn_control(int* a) {{ {CONTROLS[tool]} }}'
 
@@ -396,13 +405,12 @@ class Share:
 def run_tests(arguments: list[str], share: int, shares: int) -> None:
     """Run a share of tests with line numbers in the kernels, which changes none of their instructions."""
 
-    from prosparse_cupy import arguments as checked
     from prosparse_cupy import compiler
 
     _without_pools()
+    without_spare_bytes(setattr)
     options = compiler.compiler_options
     compiler.compiler_options = lambda plan: (*options(plan), "-lineinfo")
-    checked.size_class = lambda nbytes: nbytes  # type: ignore[attr-defined]
     sys.exit(pytest.main(arguments, plugins=[Share(share, shares)]))
 
 

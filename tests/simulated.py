@@ -186,6 +186,8 @@ class Cuda:
         memory = self.memory_at(address)
         assert memory is not None, "cudaMemsetAsync of no memory"
         start = address - memory.address
+        if start + nbytes > memory.nbytes:
+            raise self.module.cuda.runtime.CUDARuntimeError(_INVALID, "cudaMemsetAsync beyond the end of the memory")
 
         def run() -> None:
             memory.bytes[start : start + nbytes] = value

@@ -15,6 +15,7 @@ from gpu_arrays import OnCupy, OnNumpy, OnTorch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import Shape, plan_of
+from sanitize import without_spare_bytes
 from simulated import simulated
 
 import prosparse_cupy as psc
@@ -432,12 +433,12 @@ def test_out_of_memory_gives_all_scratch_back(gpu, monkeypatch, works):
     expected = ffn(x).get()
     new, asked = workspace._new, 0
 
-    def perhaps(nbytes: int) -> int:
+    def perhaps(size: workspace.Size) -> int:
         nonlocal asked
         asked += 1
         if asked > works:
             raise gpu.module.cuda.runtime.CUDARuntimeError(2, "malloc")
-        return new(nbytes)
+        return new(size)
 
     before = len(gpu.allocated)
     with gpu.module.cuda.Stream(non_blocking=True), monkeypatch.context() as patched:
@@ -450,10 +451,35 @@ def test_out_of_memory_gives_all_scratch_back(gpu, monkeypatch, works):
     assert len(gpu.allocated) == before + 3
 
 
-def test_sizes_with_tickets_are_no_others():
-    for nbytes in (1, 4096, 8192, 8193, 2**19, 2**19 + 1, 3 * 2**20):
-        size = workspace.size_with_tickets(nbytes)
-        assert size >= nbytes + TICKET_BYTES and size != workspace.size_class(size)
+def test_memory_with_tickets_serves_nothing_else(gpu):
+    stream = gpu.module.cuda.Stream(non_blocking=True)
+    size = workspace.with_tickets(5000)
+    address, home = workspace.take(stream.ptr, 0, size, False)
+    home.append(address)
+    made = gpu.allocated[-1]
+    assert made.address == address and made.nbytes == TICKET_BYTES + size.behind and size.behind >= 5000
+    assert not made.bytes[:TICKET_BYTES].any() and made.bytes[TICKET_BYTES:].all()
+    others = [workspace.take(stream.ptr, 0, nbytes, False) for nbytes in (size.behind, TICKET_BYTES + size.behind)]
+    assert address not in [other for other, _ in others]
+    for other, its in others:
+        its.append(other)
+    assert workspace.take(stream.ptr, 0, size, False)[0] == address
+
+
+def test_scratch_has_no_spare_bytes_under_the_sanitizers(gpu, monkeypatch):
+    """Which find what is written beyond its end."""
+    without_spare_bytes(monkeypatch.setattr)
+    layer = Layer(gpu)
+    before = len(gpu.allocated)
+    ffn = psc.SparseFFN(*layer.on, T, batch_invariant=False)
+    with gpu.module.cuda.Stream(non_blocking=True):
+        y = ffn(layer.put(layer.x)).get()
+        assert [m.nbytes for m in gpu.allocated[before:]] == [
+            2 * 7 * DIMS[1],
+            TICKET_BYTES + plan("ffn_4", DIMS, tokens=7).partial_bytes,
+            2 * 7 * DIMS[1],
+        ]
+        np.testing.assert_array_equal(bits(y), bits(layer.halves()))
 
 
 def test_a_pickle_of_before_there_was_a_choice():
