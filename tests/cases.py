@@ -158,7 +158,9 @@ def dims(draw: st.DrawFn, dtype: str, elements: int, longest: int) -> tuple[int,
     return length * vectors, rows
 
 
-SPECIALIZED = ((264, 101), (8, 1), (2304, 33), (4104, 29), (40, 700), (520, 133), (2840, 20))
+ON_TENSOR_CORES = ((64, 72), (1088, 520), (4096, 144))
+"""(d_model, d_ff) of which tensor cores take both halves: slices of 64 columns, an odd number of these, and slices of 128."""
+SPECIALIZED = ((264, 101), (8, 1), (2304, 33), (4104, 29), (40, 700), (520, 133), (2840, 20), *ON_TENSOR_CORES)
 """(d_model, d_ff) of cases whose dims are constants: each is kernels of its own.
 
 They end inside every tile, but for 2304, whose rows of 16-bit elements are whole batches; warps share rows of 4104; slices of

@@ -33,7 +33,7 @@ from rich.table import Table  # noqa: E402
 from prosparse_cupy.device import NoGPUError, current_device, gpu  # noqa: E402
 
 GPU, HOST, NUMPY = BACKENDS = ("gpu", "host", "numpy")
-_ON_HOST = ((264, 101), (8, 1), (40, 700), (520, 33), (2304, 3))  # where a column costs more than a row
+_ON_HOST = ((264, 101), (8, 1), (40, 700), (520, 33), (2304, 3), (64, 72))  # where a column costs more than a row
 _SIZES: dict[str, dict[str, Any]] = {
     GPU: {"elements": 600_000, "longest": 1100, "specialized": SPECIALIZED},
     HOST: {"elements": 8_000, "longest": 72, "specialized": _ON_HOST, "ways": ("call", "stream", "graph")},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cases import ON_TENSOR_CORES
 from checks import bits, poisoned
 from gpu_arrays import OnCupy, OnTorch
 from test_batches import Block, Kind, T
@@ -55,6 +56,35 @@ class Case(Block):
         return f"{self.on.name}: {self.kind}, {shape}, specialize={self.specialize}"
 
 
+class Varying:
+    """An FFN without batch invariance, whose blocks count one another's parts; the same call has the same bits each time."""
+
+    def __init__(self, tokens: int, dims: tuple[int, int], rng: np.random.Generator) -> None:
+        import cupy
+
+        block = Block(OnCupy(), dims, "bfloat16", tokens, Kind(), rng=rng)
+        self.dims, self.tokens, self.x = dims, tokens, block.on.put(block.x)
+        w = block.put_w
+        self.ffn = psc.SparseFFN(w["w_gate"], w["w_up"], w["w_down_t"], T, batch_invariant=False)
+        self.outs = [cupy.empty((tokens, dims[0]), block.x.dtype) for _ in range(LANES + 1)]
+        self.launch(0)
+        self.expected = self.outs[0].get()
+        exact = block("SparseFFN").astype(np.float64)
+        error = np.linalg.norm(self.expected.astype(np.float64) - exact) / np.linalg.norm(exact)
+        assert exact.any() and error < 0.01, f"{self!r} is {error} from the exact order's"  # of which each is rounded twice
+
+    def launch(self, lane: int) -> None:
+        """Into a result that is spoilt before."""
+        self.outs[lane].fill(float("nan"))
+        self.ffn(self.x, out=self.outs[lane])
+
+    def check(self, lane: int) -> None:
+        np.testing.assert_array_equal(bits(self.outs[lane].get()), bits(self.expected))
+
+    def __repr__(self) -> str:
+        return f"tensor cores: {self.tokens} tokens, {self.dims}"
+
+
 class Work:
     """Everything that is to be done, and what came of it."""
 
@@ -69,6 +99,7 @@ class Work:
         self._lane = 0
         torch = _torch_with_a_gpu()
         self.cases = [self._case(OnCupy()) for _ in range(BLOCKS)]
+        self.varying = [Varying(tokens, dims, self.rng) for dims in ON_TENSOR_CORES for tokens in (5, 8)]
         self.tensors = [self._case(OnTorch()) for _ in range(BLOCKS)] if torch else []
         steps: dict[Callable[[], None], float] = {
             self.operators: 60,
@@ -76,6 +107,7 @@ class Work:
             self.threads: 3,
             self.graphs: 6,
             self.compressed: 1,
+            self.tensor_cores: 6,
         }
         if torch:
             self._torch, self._modules = torch, [self._module(case) for case in self.tensors if _is_plain(case)]
@@ -189,6 +221,17 @@ class Work:
             graph.replay()
             self._result("graphs of torch", case, case.checked(operator, out))
         self._torch.cuda.synchronize()
+
+    def tensor_cores(self) -> None:
+        """On the default stream, or four at once on a new one that is destroyed while it runs."""
+        import cupy
+
+        drawn = [(self.varying[self.rng.integers(len(self.varying))], self._next_lane()) for _ in range(4)]
+        with contextlib.nullcontext() if self.rng.integers(2) else cupy.cuda.Stream(non_blocking=True):
+            for ffn, lane in drawn:
+                ffn.launch(lane)
+        for ffn, lane in drawn:
+            self._result("tensor cores", ffn, partial(ffn.check, lane))
 
     def compressed(self) -> None:
         case = self.cases[self.rng.integers(len(self.cases))]

@@ -15,10 +15,12 @@ from gpu_arrays import Exporter, OnCupy, OnNumpy, OnTorch
 
 import prosparse_cupy as psc
 from prosparse_cupy import reference
+from prosparse_cupy.tensor_cores import FEWEST_OF_GATE, FEWEST_TOKENS
 
 _CANARIES = ({2: 0x7FD5, 4: 0x7FD5D5D5}, {2: 0x3F5A, 4: 0x3F5A5A5A})
 """What lies around an array, and in an output before the call: NaN, or else a number."""
 _DOWN = ("ffn_4", "sparse_ffn", "SparseFFN")  # whose result is of d_model
+_MAY_VARY = ("ffn_1", *_DOWN)  # with `batch_invariant=False`
 _ALIGNMENT = 16
 
 
@@ -34,6 +36,7 @@ class Call:
     compressed: bool = False
     partial: bool = False
     specialize: bool = False
+    batch_invariant: bool = True
     way: str = "call"
     given_out: bool = True
     canary: int = 0
@@ -58,8 +61,12 @@ class Call:
         return (*self.lead, matrix.shape[self.operator in _DOWN])
 
     def of(self, operator: str, arrays: dict[str, np.ndarray], **more: Any) -> Call:
-        """Another operator on other arrays, plain, in the ordinary way, rounded unless `more` says so."""
-        plain = {"compressed": False, "specialize": False, "way": "call", "given_out": True, "partial": False}
+        """Another operator on other arrays, plain, in the ordinary way, rounded unless `more` says so.
+
+        Without batch invariance dims stay constants: without them there are no tensor cores.
+        """
+        specialize = not more.get("batch_invariant", self.batch_invariant)
+        plain = {"compressed": False, "specialize": specialize, "way": "call", "given_out": True, "partial": False}
         return replace(self, operator=operator, arrays=arrays, **{**plain, **more})
 
     def some(self, *names: str, **renamed: str) -> dict[str, np.ndarray]:
@@ -190,7 +197,9 @@ class Place:
 
 
 def _bind(call: Call, a: dict[str, Any]) -> Callable[[Any], Any]:
-    more = {"specialize": call.specialize}
+    more: dict[str, Any] = {"specialize": call.specialize}
+    if call.operator in _MAY_VARY:
+        more["batch_invariant"] = call.batch_invariant
     act = {"activation": call.activation}
     norm = {"norm_weight": a["norm_weight"], "norm_eps": call.norm_eps} if "norm_weight" in a else {}
     t = call.threshold
@@ -256,7 +265,16 @@ def check(case: Case, place: Place) -> None:
         _verify(place, call, out)
         if place.name == "numpy":
             _same(place, out, _by_reference(call), "NumPy arrays run the reference")
+        elif case.specialize and case.tokens >= FEWEST_TOKENS and case.operator in _MAY_VARY:
+            _without_invariance(place, call, replace(own, batch_invariant=False), _way(case), case.given_out)
     place.counts["cases"] += 1
+
+
+def _without_invariance(place: Place, call: Call, own: Call, way: str, given_out: bool) -> None:
+    """On tensor cores, where the shape allows that."""
+    out, again = place.run(own), place.run(replace(own, canary=1, way=way, given_out=given_out))
+    _same(place, out, again, "the same bits again without batch invariance")
+    _verify(place, replace(call, batch_invariant=False, specialize=True), out)
 
 
 def _way(case: Case) -> str:
@@ -305,7 +323,12 @@ def _verify(place: Place, call: Call, out: np.ndarray) -> None:
         _verify(place, two, out)
     elif operator in ("sparse_ffn", "SparseFFN"):
         names = ("x", "w_gate", "w_up", "gate_bias", "up_bias")
-        half = call.of("ffn_123" if "w_gate" in call.arrays else "ffn_12", call.some(*names))
+        half = call.of("ffn_123" if "w_gate" in call.arrays else "ffn_12", call.some(*names), batch_invariant=True)
+        if not call.batch_invariant and "w_gate" in call.arrays and call.lead[0] >= FEWEST_OF_GATE:
+            gates = call.of("ffn_1", call.some("x", "w_gate", "gate_bias"))
+            gate = place.run(gates)
+            _verify(place, gates, gate)
+            half = call.of("ffn_23", {"gate": gate, **call.some("x", "w_up", "up_bias")}, batch_invariant=True)
         x1 = place.run(half)
         _verify(place, half, x1)
         down = call.of("ffn_4", {"x1": x1, **call.some("w_down_t", "down_bias", "norm_weight")}, partial=call.partial)

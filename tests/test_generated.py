@@ -13,7 +13,7 @@ from simulated import simulated
 
 NUMPY = {"elements": 10_000, "ways": ("call",)}
 HOST = {"elements": 3_000, "longest": 40, "ways": ("call", "stream", "graph")}
-GPU = {"elements": 100_000, "specialized": ((264, 101),), "ways": ("call", "stream", "graph", "dlpack")}
+GPU = {"elements": 100_000, "specialized": ((264, 101), (1088, 520)), "ways": ("call", "stream", "graph", "dlpack")}
 # Few, as each is ten kernels and more to build: what differs between them is in other tests of the host's kernels too.
 HOST_KINDS = {
     "tokens": Kind("bfloat16", False, 8, True, "relu", (), False, False, False),
@@ -26,6 +26,7 @@ GPU_KINDS = {
     "specialised": Kind("bfloat16", False, 3, True, "relu2", BIASES, True, False, True),
     "partial": Kind("bfloat16", False, 2, True, "drelu", BIASES, False, True, False),
     "vector": Kind("float16", False, 0, True, "relu2", (), True, False, False),
+    "tensor cores": Kind("bfloat16", False, 8, True, "relu", BIASES, False, False, True),
     "packed": Kind("bfloat16", True, 4, False, "relu", BIASES[1:], False, False, True),
 }
 some = settings(deadline=None, suppress_health_check=list(HealthCheck))
