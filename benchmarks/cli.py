@@ -65,6 +65,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md", "docs/operators.md", "docs/models.md", "docs/compression.md", "docs/engines.md")
 BATCHES = (1, 2, 4, 8)
+_OF_BATCHES = (*STEPS, "SparseFFN")
+_STOPPED = "stopped before all was measured"
 SPARSITIES = (0.0, 0.3, 0.5, 0.66, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
 
 _json = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here.")
@@ -166,7 +168,8 @@ def _with_relu(models: dict[str, Model]) -> dict[str, Model]:
 @click.option("--mask", "masks", type=click.Choice([*MASKS, CORRELATED]), multiple=True, default=["hot", CORRELATED])
 @click.option("--at", "sparsities", type=click.FloatRange(0, 1), multiple=True, default=[0.89], show_default=True)
 @click.option("--weights", type=click.Choice(_WEIGHTS), multiple=True, default=list(_WEIGHTS), show_default=True)
-def batch(names, batches, masks, sparsities, weights, **options) -> None:
+@click.option("--op", "ops", type=click.Choice(_OF_BATCHES), multiple=True, default=_OF_BATCHES, show_default=True)
+def batch(names, batches, masks, sparsities, weights, ops, **options) -> None:
     """Several tokens a call: operators and the whole FFN, and at 8 tokens the FFN called eight times.
 
     From 5 tokens on also what is not batch-invariant, on tensor cores.
@@ -190,7 +193,7 @@ def batch(names, batches, masks, sparsities, weights, **options) -> None:
         )
         for name in names
         for tokens in wanted
-        for op in (*STEPS, "SparseFFN")
+        for op in ops
         for format_ in weights
         for mask in masks
         for sparsity in sparsities
@@ -457,14 +460,14 @@ def _finish(result: Result, json_path: Path | None, csv_path: Path | None) -> No
         click.echo(
             f"CHECK FAILED: {row.op} {row.model} {row.dtype} {row.setting} {row.sparsity:.2%}: error {row.error:.3g}", err=True
         )
-    sys.exit(1 if result.failed else 0)
+    sys.exit(1 if result.failed or _STOPPED in result.head.disturbances else 0)
 
 
 def _measure_all(command: str, settings: list[Setting], repeats: int, method: str, is_portable: bool) -> Result:
     yard, watch = conditions.prepare()
     rows: list[Row] = []
     names: dict[str, str] = {}
-    with _progress(len(settings)) as show:
+    with _progress(len(settings)) as show, _kept_if_stopped(rows, watch):
         done = 0
         for (model, dtype, tokens), group in _by_layers(settings):
             dense = best_dense(NUMPY_DTYPES[dtype])
@@ -480,6 +483,17 @@ def _measure_all(command: str, settings: list[Setting], repeats: int, method: st
     name = command + (" --portable" if is_portable else "")
     rows.sort(key=lambda row: [s.label for s in settings].index(row.model))
     return Result(conditions.head(name, method, "; ".join(sorted({*names.values()})), yard, watch), tuple(rows))
+
+
+@contextmanager
+def _kept_if_stopped(rows: list[Row], watch: conditions.Watch) -> Iterator[None]:
+    """Ctrl-C ends the measurement, but what has been measured by then is a result, which says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        watch.disturbances.append(_STOPPED)
 
 
 def _measure_group(group: list[Setting], measure_one: Callable[[Setting], list[Row]], show: Show, done: int) -> list[Row]:
