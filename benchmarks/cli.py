@@ -448,19 +448,22 @@ def _need_gpu() -> None:
 
 
 def _finish(result: Result, json_path: Path | None, csv_path: Path | None) -> None:
-    """Print, write; exit status 1 where a check failed."""
+    """Print, write; exit status 1 where a check failed, or not all was measured: that is written to a file of its own."""
     Console(width=None if sys.stdout.isatty() else 150).print(tables.terminal(result))
     for disturbance in result.head.disturbances:
         click.echo(f"disturbed: {disturbance}", err=True)
-    if json_path:
-        write_json(result, json_path)
-    if csv_path:
-        write_csv(result, csv_path)
+    is_stopped = _STOPPED in result.head.disturbances
+    for path, write in ((json_path, write_json), (csv_path, write_csv)):
+        if path:
+            to = path.with_suffix(f".partial{path.suffix}") if is_stopped else path
+            write(result, to)
+            if is_stopped:
+                click.echo(f"what was measured is in {to}", err=True)
     for row in result.failed:
         click.echo(
             f"CHECK FAILED: {row.op} {row.model} {row.dtype} {row.setting} {row.sparsity:.2%}: error {row.error:.3g}", err=True
         )
-    sys.exit(1 if result.failed or _STOPPED in result.head.disturbances else 0)
+    sys.exit(1 if result.failed or is_stopped else 0)
 
 
 def _measure_all(command: str, settings: list[Setting], repeats: int, method: str, is_portable: bool) -> Result:
@@ -487,7 +490,7 @@ def _measure_all(command: str, settings: list[Setting], repeats: int, method: st
 
 @contextmanager
 def _kept_if_stopped(rows: list[Row], watch: conditions.Watch) -> Iterator[None]:
-    """Ctrl-C ends the measurement, but what has been measured by then is a result, which says so."""
+    """Ctrl-C ends the measurement, but the groups of settings that are finished by then are a result, which says so."""
     try:
         yield
     except KeyboardInterrupt:

@@ -223,22 +223,23 @@ def allowed_during_captures() -> Iterator[None]:
 
 
 class _Collector:
-    """Python's garbage collector, which stays off while anybody wants that, and comes back on if it was on."""
+    """Python's garbage collector, which is off while somebody holds it, and comes back on if it was on."""
 
     def __init__(self) -> None:
-        self.lock, self.was_on = threading.Lock(), False
-        self.wanted_off: set[object] = set()
+        self.lock, self.was_on = threading.RLock(), False  # a signal's handler may capture too
+        self.holders: set[object] = set()
 
-    def off(self, wanted_by: object) -> None:
+    def hold(self, holder: object) -> None:
         with self.lock:
-            self.was_on |= gc.isenabled()
-            self.wanted_off.add(wanted_by)
+            self.holders.add(holder)  # first: who comes in between must not turn it on
+            if gc.isenabled():
+                self.was_on = True
             gc.disable()
 
-    def on_again(self, wanted_by: object) -> None:
+    def let_go(self, holder: object) -> None:
         with self.lock:
-            self.wanted_off.discard(wanted_by)
-            if not self.wanted_off:
+            self.holders.discard(holder)
+            if not self.holders:
                 self.restore()
 
     def restore(self) -> None:
@@ -252,17 +253,22 @@ _collector = _Collector()
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Keeps Python from collecting garbage: a CUDA graph in it must not be destroyed by a thread that captures.
+    """Keeps Python from collecting garbage by itself: a CUDA graph in it must not be destroyed by a thread that captures.
 
     A graph in a reference cycle lives until a collection, which may begin in any thread and at any line. CUDA does not let a
-    thread destroy a graph while it captures another, and gives the capture up.
+    thread destroy a graph while it captures another, and gives the capture up. The collector is the process's, so it is off for
+    all threads meanwhile; what others do to it by `gc.enable` or `gc.disable` until the end is undone then.
     """
     capture = object()
     try:
-        _collector.off(capture)
+        _collector.hold(capture)
         yield
     finally:
-        _collector.on_again(capture)
+        try:
+            _collector.let_go(capture)
+        except BaseException:  # an interrupt: once more, which changes nothing that is done
+            _collector.let_go(capture)
+            raise
 
 
 def _collect_as_before() -> None:

@@ -424,22 +424,29 @@ def test_a_disturbed_group_is_measured_once_more_and_told(monkeypatch, no_gpu_ne
 
 
 @pytest.mark.parametrize("groups", [0, 1])
-def test_what_was_measured_before_an_interrupt_is_written(monkeypatch, no_gpu_needed, tmp_path, groups):
+def test_groups_that_were_measured_before_an_interrupt_are_written_beside(monkeypatch, no_gpu_needed, tmp_path, groups):
     made = []
 
     def measured(layers, setting, **_):
-        made.append(setting.model)
-        if len({model.name for model in made}) > groups:
+        made.append(setting.label)
+        if made.count(setting.label) == 3 and len({*made}) > groups:
             raise KeyboardInterrupt
         return [_row(setting.op, model=setting.label, sparsity=setting.sparsity)]
 
     monkeypatch.setattr(cli, "measure", measured)
-    done = CliRunner().invoke(cli.main, ["paper", "--json", str(tmp_path / "r.json")])
-    assert done.exit_code == 1 and (tmp_path / "r.json").exists() == bool(groups)
+    for name in ("r.json", "r.csv"):
+        (tmp_path / name).write_text("an earlier result")
+    files = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv")]
+    done = CliRunner().invoke(cli.main, ["batch", "--batch", "2", *files])
+    assert done.exit_code == 1 and made[-1] == ("7B", "13B")[groups]
+    assert all((tmp_path / name).read_text() == "an earlier result" for name in ("r.json", "r.csv"))
+    parts = [tmp_path / "r.partial.json", tmp_path / "r.partial.csv"]
+    assert [part.exists() for part in parts] == [bool(groups)] * 2
     if groups:
-        result = read_json(tmp_path / "r.json")
-        assert {row.model for row in result.rows} == {p.label for p in PUBLISHED if "7B" in p.label}
-        assert result.head.disturbances == ("stopped before all was measured",) and "stopped before" in done.output
+        result = read_json(parts[0])
+        assert {row.model for row in result.rows} == {"7B"} and len(result.rows) == made.count("7B")
+        assert result.head.disturbances == ("stopped before all was measured",)
+        assert "stopped before all was measured" in done.output and str(parts[1]) in done.output.replace("\n", "")
 
 
 def test_host_times_too_are_measured_once_more(monkeypatch, no_gpu_needed, tmp_path):

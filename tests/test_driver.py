@@ -8,20 +8,23 @@ import dataclasses
 import gc
 import os
 import struct
+import sys
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from checks import DTYPES, bits, gate, poisoned, token, weights
 from gpu_arrays import OnCupy
 from plans import Shape, plan_of
+from simulated import simulated
 
 import prosparse_cupy as psc
 from prosparse_cupy import compiler, driver, ffn, ops
 from prosparse_cupy.problem import Target
-from prosparse_cupy.testing import synthetic
+from prosparse_cupy.testing import synthetic, timing
 
 PLAN = plan_of("ffn_23", Shape(4096, 11008, "bfloat16"))
 ARGUMENTS = (0x7F0000000010, 0x7F0000000020, 0x7F0000000030, 0x7F0000000040, 0.25, 11008, 4096, 0x7F0000000050)
@@ -295,6 +298,73 @@ def test_collections_wait_for_the_last_capture(collector):
     with driver.without_collections():
         pass
     assert not gc.isenabled(), "what was on before an earlier capture says nothing of this one"
+
+
+def _interrupted_in(code: Any, nth: int) -> bool:
+    """Capture, and be interrupted at the nth line of this code; False where it has fewer."""
+    passed = 0
+
+    def stop(frame, event, argument):
+        nonlocal passed
+        if event == "line":
+            passed += 1
+            if passed == nth:
+                raise KeyboardInterrupt
+        return stop
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: stop if frame.f_code is code else None)
+    try:
+        with driver.without_collections():
+            pass
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("method", ["hold", "let_go", "restore"])
+def test_an_interrupt_does_not_leave_collections_off(method, collector):
+    nth = 1
+    while _interrupted_in(getattr(driver._Collector, method).__code__, nth):
+        assert gc.isenabled() and not driver._collector.holders, f"interrupted at line {nth}"
+        nth += 1
+    assert nth > 2
+
+
+def test_a_capture_inside_another_at_any_line(collector):
+    """As a signal's handler may make one."""
+    inside = 0
+
+    def capture(frame, event, argument):
+        nonlocal inside
+        if event == "line" and not busy:
+            busy.append(True)
+            inside += 1
+            with driver.without_collections():
+                assert not gc.isenabled()
+            busy.clear()
+        return capture
+
+    busy: list[bool] = []
+    codes = [getattr(driver._Collector, name).__code__ for name in ("hold", "let_go", "restore")]
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: capture if frame.f_code in codes and not busy else None)
+    try:
+        with driver.without_collections():
+            assert not gc.isenabled()
+    finally:
+        sys.settrace(before)
+    assert gc.isenabled() and inside > 6
+
+
+def test_the_harness_captures_so(host):
+    """What benchmarks time."""
+    seen: list[bool] = []
+    with simulated(host):
+        timing.capture([lambda: seen.append(gc.isenabled())])
+    assert seen == [True, False] and gc.isenabled()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

@@ -511,6 +511,16 @@ def test_warmup(gpu):
     assert len(gpu._functions) == loaded, "something was left to compile"
 
 
+def test_fewer_tokens_have_the_kernels_of_batch_invariance(gpu):
+    layer = Layer(gpu, tokens=4)
+    x, more = layer.put(layer.x), ({}, {"batch_invariant": False})
+    psc.ffn_1(x, layer.on[0])
+    loaded = len(gpu._functions)
+    found = [psc.ffn_1(x, layer.on[0], **kind).get() for kind in more]
+    assert len(gpu._functions) == loaded, "a kernel was compiled twice"
+    np.testing.assert_array_equal(*map(bits, found))
+
+
 # On the host and through torch
 
 

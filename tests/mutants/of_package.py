@@ -241,10 +241,20 @@ MUTANTS = [
     ),
     Mutant("prosparse_cupy/driver.py", "return stream > LEGACY and is_capturing()(stream)", "return False"),
     Mutant("prosparse_cupy/driver.py", "            gc.disable()\n", ""),
-    Mutant("prosparse_cupy/driver.py", "self.was_on |= gc.isenabled()", "self.was_on = gc.isenabled()"),
     Mutant(
         "prosparse_cupy/driver.py",
-        "            if not self.wanted_off:\n                self.restore()",
+        "            if gc.isenabled():\n                self.was_on = True\n",
+        "            self.was_on = gc.isenabled()\n",
+    ),
+    Mutant(
+        "prosparse_cupy/driver.py",
+        "which changes nothing that is done\n            _collector.let_go(capture)\n",
+        "which changes nothing that is done\n",
+    ),
+    Mutant("prosparse_cupy/testing/timing.py", "with without_collections():", "if True:"),
+    Mutant(
+        "prosparse_cupy/driver.py",
+        "            if not self.holders:\n                self.restore()",
         "            self.restore()",
     ),
     Mutant("prosparse_cupy/driver.py", "        self.was_on = False\n\n\n_collector", "\n\n_collector"),
@@ -276,10 +286,10 @@ MUTANTS = [
     ),
     Mutant(
         "prosparse_cupy/workspace.py",
-        "        home = _homes[device, ident, nbytes]\n",
+        "        home = _homes[device, ident, size]\n",
         "        home = _homes[device, 0, nbytes]\n",
     ),
-    Mutant("prosparse_cupy/workspace.py", "key = device, ident, nbytes", "key = device, _LEGACY_ID, nbytes"),
+    Mutant("prosparse_cupy/workspace.py", "key = device, ident, size", "key = device, _LEGACY_ID, nbytes"),
     Mutant(
         "prosparse_cupy/workspace.py",
         "ident = driver.stream_id(stream) if stream > driver.LEGACY else _LEGACY_ID",
@@ -291,7 +301,7 @@ MUTANTS = [
         "ident = _LEGACY_ID",
     ),
     Mutant("prosparse_cupy/workspace.py", "        return home.pop(), home\n", "        return home[-1], home\n"),
-    Mutant("prosparse_cupy/workspace.py", "addresses = _passing[device, nbytes]", "addresses = _passing[0, nbytes]"),
+    Mutant("prosparse_cupy/workspace.py", "addresses = _passing[device, size]", "addresses = _passing[0, nbytes]"),
     Mutant("prosparse_cupy/workspace.py", "if event.done:", "if True:"),
     Mutant(
         "prosparse_cupy/workspace.py",
@@ -302,7 +312,7 @@ MUTANTS = [
         "prosparse_cupy/workspace.py", "for owned in [g for g in _graphs if g.destroyed.is_set()]:", "for owned in [*_graphs]:"
     ),
     Mutant("prosparse_cupy/workspace.py", "for owned in [g for g in _graphs if g.destroyed.is_set()]:", "for owned in []:"),
-    Mutant("prosparse_cupy/workspace.py", "        if _idle[device, nbytes]:\n", "        if False:\n"),
+    Mutant("prosparse_cupy/workspace.py", "        if _idle[device, size]:\n", "        if False:\n"),
     Mutant(
         "prosparse_cupy/workspace.py",
         "return max(4096, 1 << (nbytes - 1).bit_length())",
