@@ -234,6 +234,18 @@ def batch(result: Result, varying: bool = False) -> str:
     return markdown(["", "model", "masks", *headings], rows)
 
 
+def batch_sparsities(result: Result) -> str:
+    """Times and speed-ups of a whole FFN over sparsities, for each number of tokens and for what is not batch-invariant."""
+    shown = [r for r in result.rows if r.variant in ("prosparse", "tensor cores")]
+    columns = sorted({(r.batch, r.variant) for r in shown})
+    rows = []
+    for sparsity in dict.fromkeys(r.sparsity for r in shown):
+        found = {(r.batch, r.variant): r for r in shown if r.sparsity == sparsity}
+        rows.append([f"{sparsity:.0%}", *(f"{_us(found[c])} ({found[c].speedup:.2f}x)" for c in columns)])
+    headings = [f"{batch} tokens{'' if variant == 'prosparse' else f', {variant}'}" for batch, variant in columns]
+    return markdown(["sparsity of each token", *headings], rows)
+
+
 def _batch_order(key: tuple[str, str, str, str, str, float]) -> tuple[object, ...]:
     """Of the rows of a model: by operator, masks, weights, and what is compared last."""
     _, op, variant, weights, mask, sparsity = key
@@ -348,6 +360,8 @@ TABLES = {
     "sweep-families": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
     "batch": batch,
     "batch-tensor-cores": partial(batch, varying=True),
+    "batch-sparsities-7b": batch_sparsities,
+    "batch-sparsities-13b": batch_sparsities,
     "host": host,
     "decode": decode,
     "decode-afm": decode,
