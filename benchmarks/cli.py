@@ -63,7 +63,10 @@ Show = Callable[[str, int], None]
 
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md", "docs/operators.md", "docs/models.md", "docs/compression.md", "docs/engines.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("performance", "measurements", "operators", "models", "compression", "engines")),
+)
 BATCHES = (1, 2, 4, 8)
 _OF_BATCHES = (*STEPS, "SparseFFN")
 _STOPPED = "stopped before all was measured"

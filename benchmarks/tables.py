@@ -283,6 +283,19 @@ def summary(results: dict[str, Result]) -> str:
     )
 
 
+def ffn_short(results: dict[str, Result]) -> str:
+    """The operators of the two LLaMAs, plain and in 12 bits: µs, speed-up over dense and ratio to the floor."""
+    result, rows = results["ffn"], []
+    for model in ("7B", "13B"):
+        for op in ("ffn_1", "ffn_23", "ffn_4", "ffn_123", "SparseFFN"):
+            found = [result.find(model=model, op=op, variant="prosparse", weights=weights) for weights in ("plain", "bf12")]
+            cells = (f"{_us(row)}, {row.speedup:.2f}x, {row.ratio:.2f}" for row in found)
+            rows.append([f"`{op}`", model, f"{found[0].dense_us:.1f}", *cells])
+    named = f"{result.head.gpu}, commit {result.head.commit}, `benchmarks/results/{RESULT_FILE.format('ffn')}`"
+    headings = ["", "model", "dense µs", "plain: µs, speed-up, ratio to the floor", "12 bits: µs, speed-up, ratio to its floor"]
+    return f"{markdown(headings, rows)}\n{named}\n"
+
+
 def families(results: dict[str, Result]) -> str:
     """Families of MLPs that are patched, and what one FFN of each gains where it was measured."""
     result, rows = results["ffn"], []
@@ -348,7 +361,7 @@ def cost_of_70b(results: dict[str, Result]) -> str:
     return markdown(heads_of_table, rows)
 
 
-_OF_ALL = {"summary": summary, "families": families, "cost-70B": cost_of_70b}
+_OF_ALL = {"summary": summary, "ffn-short": ffn_short, "families": families, "cost-70B": cost_of_70b}
 """Tables that are made of several results."""
 TABLES = {
     "ffn": ffn,

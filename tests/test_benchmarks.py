@@ -733,6 +733,21 @@ def test_pages_agree_with_the_results(stored, page):
     assert tables.fill(text, stored) == text, "run python -m benchmarks report"
 
 
+def test_the_short_table_has_both_llamas(stored):
+    lines = tables.ffn_short(stored).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:12]] == ["7B"] * 5 + ["13B"] * 5
+    row = stored["ffn"].find(model="13B", op="SparseFFN", variant="prosparse", weights="bf12")
+    assert f"{row.time_us:.1f}, {row.speedup:.2f}x, {row.ratio:.2f}" in lines[11] and stored["ffn"].head.commit in lines[13]
+
+
+def test_a_table_of_several_tokens_over_sparsities(stored):
+    result = stored["batch-sparsities-7b"]
+    lines = tables.batch_sparsities(result).splitlines()
+    assert lines[0].count("|") == 6 and "8 tokens, tensor cores" in lines[0] and len(lines) == 2 + 4
+    row = result.find(batch=8, variant="tensor cores", sparsity=0.5)
+    assert lines[3].startswith("| 50% |") and f"{row.time_us:.1f} ~ ({row.speedup:.2f}x) |" in lines[3]
+
+
 def test_figures_are_drawings_with_axes_named(stored, tmp_path):
     figures = pytest.importorskip("benchmarks.figures", reason='the extra "bench" brings matplotlib')
     drawn = {
