@@ -73,6 +73,7 @@ def _is_whole(case: Case) -> bool:
     return case.operator in ("sparse_ffn", "SparseFFN")
 
 
+@pytest.mark.slow
 def test_a_simulated_gpu_without_batch_invariance(host):
     with simulated(host) as cuda:
         place = Place("host", cuda.random.seed)
