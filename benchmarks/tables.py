@@ -292,6 +292,8 @@ def ffn_short(results: dict[str, Result]) -> str:
             cells = (f"{_us(row)}, {row.speedup:.2f}x, {row.ratio:.2f}" for row in found)
             rows.append([f"`{op}`", model, f"{found[0].dense_us:.1f}", *cells])
     named = f"{result.head.gpu}, commit {result.head.commit}, `benchmarks/results/{RESULT_FILE.format('ffn')}`"
+    if any(row.noisy for row in result.rows if row.model in ("7B", "13B")):
+        named += "; ~: spread above 5 %"
     headings = ["", "model", "dense µs", "plain: µs, speed-up, ratio to the floor", "12 bits: µs, speed-up, ratio to its floor"]
     return f"{markdown(headings, rows)}\n{named}\n"
 
@@ -362,7 +364,7 @@ def cost_of_70b(results: dict[str, Result]) -> str:
 
 
 _OF_ALL = {"summary": summary, "ffn-short": ffn_short, "families": families, "cost-70B": cost_of_70b}
-"""Tables that are made of several results."""
+"""Tables that are made of several results, or of a part of one."""
 TABLES = {
     "ffn": ffn,
     "paper": paper,
