@@ -119,10 +119,11 @@ def measure_parallel(
         dense_us = dense_us or times.median
         known = {"weights": weights, "gpus": gpus, "context": context, "dense_us": dense_us, "dense_error": 0.0, **facts}
         yield _row(model, label, STEP, times, **known, **_kernels(model, step, context), prepare_s=step.seconds)
-        new = context - _PROMPT
-        call = partial(generate, model, prompt, max_new_tokens=new, do_sample=False)
-        times = times_on_the_host(call, new, max(2, repeats // 16), model.device)
-        yield _row(model, label, GENERATE, times, **known, peak_MiB=_peak(model))
+        new, texts = context - _PROMPT, max(2, repeats // 8)
+        call = partial(generate, model, prompt, do_sample=False)
+        times = times_on_the_host(partial(call, max_new_tokens=new), new, texts, model.device)
+        first = times_on_the_host(partial(call, max_new_tokens=1), 1, texts, model.device)
+        yield _row(model, label, GENERATE, times, **known, peak_MiB=_peak(model), first_token_ms=first.median / 1000)
         release_generation(model)
         del step, call  # which would keep these weights beside the next ones
 

@@ -136,6 +136,8 @@ class DecodeRow:
     """Of GPU memory, as torch's allocator counts it."""
     prepare_s: float = math.nan
     """To compile and capture the step: the first of a process pays for the compiler's own start."""
+    first_token_ms: float = math.nan
+    """Of `generate`, whose time a token has it in it: what a call prepares, the prompt, and the first token."""
     weights: str = "plain"
     """`unpatched`, or patched and `plain` or `bf12`."""
     gpus: int = 1

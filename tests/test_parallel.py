@@ -380,6 +380,7 @@ def test_the_benchmark_measures_a_small_model(two):
     for rows in (first, last):
         assert [(row["variant"], row["weights"]) for row in rows] == ours
         assert all(row["checked"] and row["gpus"] == 2 and row["time_us"] > 0 for row in rows)
+        assert all(row["first_token_ms"] > 0 for row in rows[1::2])
         assert all(abs(row["sparsity"] - 0.9) < 0.05 for row in rows[2:]) and rows[2]["error"] < 0.03
     assert [row["error"] for row in first] == [row["error"] for row in last]
 
