@@ -8,6 +8,8 @@
 //   x (TOKENS, d_model), w_gate and w_up (d_ff, d_model) in formats W_GATE and W_UP, all 16-byte aligned
 //   x1 (TOKENS, d_ff), every element written   gate_bias and up_bias (d_ff,) if GATE_BIAS and UP_BIAS
 //   launch   WARPS warps a block, ABREAST neurons a warp, or two warps with several tokens; grid ceil(d_ff / (that of a block))
+//            EARLY_SUCCESSOR: the next launch, which is ffn_4, may start with the first warps that are done: ffn_4 waits before
+//            it writes, so what other warps still read is safe
 //   numerics as ffn_1 followed by ffn_23, to the bit: float32 accumulation, one rounding of the gate and one of x1
 
 #include "activation.cuh"
@@ -41,7 +43,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         const float g = ABREAST == 1 ? gate : __shfl_sync(ALL_LANES, gate, r * PLACES + threadIdx.x % PLACES);
         if (tokens >> threadIdx.x % PLACES & 1) products[r] = combine(g, biased<UP_BIAS>(up, up_bias, first + r));
     }
+#ifdef EARLY_SUCCESSOR
     let_successor_in();
+#endif
 #pragma unroll
     for (int r = 0; r < ABREAST; ++r)
         if (threadIdx.x % (32 * SHARING) < TOKENS && first + r < rows)

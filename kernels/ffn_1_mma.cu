@@ -95,7 +95,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         multiply(sums, slots, of_token, row_of(w_gate, share, tile + 1), share);
         partial[tile % 2][warp][lane] = sums.both();
         __syncthreads();  // one a tile: before it comes to this buffer again, every warp has come to the other's barrier
+#ifdef EARLY_SUCCESSOR
         if (tile == tiles - 1 && !GATE_BIAS) let_successor_in();
+#endif
         const int t = threadIdx.x / TILE_ROWS, of_tile = threadIdx.x % TILE_ROWS, j = share.first + tile * TILE_ROWS + of_tile;
         if (t >= TOKENS || j >= share.end) continue;
         const float* mine = reinterpret_cast<const float*>(partial[tile % 2]) + of_tile * MMA_TOKENS + t;

@@ -6,8 +6,9 @@
 //
 //   x1 (TOKENS, d_ff) and w_down_t (d_ff, d_model) in format W_DOWN, both 16-byte aligned
 //   y (TOKENS, d_model), every element written   bias (d_model,) if DOWN_BIAS   norm_weight (d_ff,) if NORM_WEIGHT
-//   launch   WARPS warps a block; a block owns LANES * 16 bytes of every row, so all blocks do the same work whatever the mask,
-//            and no sum crosses blocks; grid ceil(d_model / (LANES * VEC))
+//   launch   WARPS warps a block; a block owns a slice, LANES * 16 bytes of every row, so all blocks do the same work whatever the
+//            mask, and no sum crosses blocks; grid ceil(d_model / (LANES * VEC)) * ceil(TOKENS / HERE), slice after slice, so
+//            that blocks with other tokens of a slice run at the same time, and find its rows in L2
 //            SHARES: rows are dealt out in so many shares, each a warp's, or several warps' which divide the tokens. A warp lists
 //            the active ones among the rows of its share and reads those: no barrier before the first weight. It goes through
 //            its tokens one by one, so that each is added up as if it were alone; a row that others have read is in the cache
@@ -15,7 +16,7 @@
 //            UNIT: neighbouring vectors of x1 that go to one share
 //            LISTED: rows of a tile that a share has at most
 //            LISTS: tokens whose rows a warp reads side by side, 1 or 2
-//            HERE: tokens of a block; grid.y is ceil(TOKENS / HERE)
+//            HERE: tokens of a block
 //            SHARED_BYTES: dynamic shared memory of a block, if it needs more than it has without
 //   numerics float32 accumulation in an order that only the token's mask, d_ff, d_model and the dtype decide, one rounding at the
 //            store, or none if PARTIAL; bias and norm are applied before it, in float32
@@ -128,6 +129,7 @@ __device__ __forceinline__ result finished(float total, float squares, int rows,
 constexpr int SPLIT = WARPS / SHARES;                            // warps that divide the tokens of a share among them
 constexpr int OWN = (HERE + SPLIT - 1) / SPLIT;                  // tokens of a warp
 constexpr int MOST_JOINT = W_DOWN::HAS_ESCAPES ? 2 : 4;          // registers are few
+constexpr int PARTS = (TOKENS + HERE - 1) / HERE;                // blocks of a slice
 constexpr int JOINT = OWN < MOST_JOINT ? OWN : MOST_JOINT;       // of these, looked at together
 constexpr int OUTPUTS = (HERE * SLICE + THREADS - 1) / THREADS;  // of a thread
 static_assert(WARPS % SHARES == 0, "every share has as many warps");
@@ -203,14 +205,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
     // Without a division where every warp has a share of its own: the compiler does not know how many warps there are.
     const int share = SPLIT == 1 ? warp : warp % SHARES, first_own = SPLIT == 1 ? 0 : warp / SHARES * OWN;
 
-    const int chunk = blockIdx.x * LANES + threadIdx.x % LANES;
+    const int slice = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
+    const int chunk = slice * LANES + threadIdx.x % LANES;
     const bool is_column = WHOLE_SLICES || chunk < stored<W_DOWN>(chunks);
     const W_DOWN::Column mine = W_DOWN::column(w_down_t, chunk, chunks);
     // The block's tokens.
-    const int here = TOKENS % HERE == 0 ? HERE : min(HERE, TOKENS - (int)blockIdx.y * HERE);
-    if constexpr (HERE < TOKENS) {
-        x1 += (long long)blockIdx.y * HERE * rows;
-        y += (long long)blockIdx.y * HERE * columns;
+    const int here = TOKENS % HERE == 0 ? HERE : min(HERE, TOKENS - part * HERE);
+    if constexpr (PARTS > 1) {
+        x1 += (long long)part * HERE * rows;
+        y += (long long)part * HERE * columns;
     }
     wait_for_predecessor();
     auto& lists = shared.lists[warp];
@@ -272,11 +275,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
         }
     }
     __syncthreads();
+    if constexpr (!DOWN_BIAS) let_successor_in();  // all but a bias is read
 
     // Over the shares.
 #pragma unroll
     for (int o = 0; o < OUTPUTS; ++o) {
-        const int output = o * THREADS + threadIdx.x, token = output / SLICE, c = blockIdx.x * SLICE + output % SLICE;
+        const int output = o * THREADS + threadIdx.x, token = output / SLICE, c = slice * SLICE + output % SLICE;
         if (token >= here || c >= columns) continue;
         float total = 0.0f, all = 0.0f;
 #pragma unroll

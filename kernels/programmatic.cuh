@@ -1,7 +1,9 @@
 // programmatic: launches that overlap the end of their predecessor on the stream (programmatic dependent launch, sm_90).
 //
 //   PROGRAMMATIC      the launch may start while its predecessor ends
-//   EARLY_SUCCESSOR   its successor may start before this launch has written its results
+//
+// A launch is over when all of its blocks have ended; `let_successor_in` lets the next one on the stream start before. That one may
+// be foreign, and write before it waits: then nothing may be left to read, by any warp of the block.
 
 #ifdef __CUDACC__
 
@@ -13,11 +15,10 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
-// Starts the successor's blocks as soon as all blocks of this launch have come here. All threads call it after their last read,
-// because a foreign successor may write before it waits and must overwrite nothing that is still needed.
+// Lets the successor's blocks start as soon as a thread of every block of this launch has come here, or the block has ended.
 __device__ __forceinline__ void let_successor_in() {
-#ifdef EARLY_SUCCESSOR
-    asm volatile("bar.sync 0;\n griddepcontrol.launch_dependents;" ::: "memory");
+#ifdef PROGRAMMATIC
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

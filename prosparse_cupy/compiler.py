@@ -130,11 +130,13 @@ class Dims(Protocol):
 
 
 @lru_cache(maxsize=4096)
-def kernel_of(name: str, dims: Dims, specialize: bool, activation: str = RELU, batch_invariant: bool = True) -> Kernel:
+def kernel_of(
+    name: str, dims: Dims, specialize: bool, activation: str = RELU, batch_invariant: bool = True, in_ffn: bool = False
+) -> Kernel:
     """The kernel of a checked call, looked up by the identity of `dims`, which equal calls share: every call pays for this."""
     if _is_forked:
         _refuse_after_fork()
-    return load(problem_of(name, dims, specialize, activation, batch_invariant), dims.device)
+    return load(problem_of(name, dims, specialize, activation, batch_invariant, in_ffn), dims.device)
 
 
 @lru_cache(maxsize=4096)
@@ -148,7 +150,9 @@ def gate_of(dims: Dims, specialize: bool) -> Kernel | None:
     return load(problem, dims.device)
 
 
-def problem_of(name: str, dims: Dims, specialize: bool, activation: str = RELU, batch_invariant: bool = True) -> Problem:
+def problem_of(
+    name: str, dims: Dims, specialize: bool, activation: str = RELU, batch_invariant: bool = True, in_ffn: bool = False
+) -> Problem:
     """What a kernel of a checked call depends on."""
     by_weight, interface = dict(dims.formats), KERNELS[name]
     formats = tuple(by_weight[weight] for weight in interface.weights)
@@ -156,7 +160,7 @@ def problem_of(name: str, dims: Dims, specialize: bool, activation: str = RELU, 
     activation = activation if interface.has_activation else RELU
     shape = dims.d_model, dims.d_ff, dims.dtype, specialize, dims.tokens
     partial = dims.partial and interface.may_be_partial
-    return Problem(name, *shape, formats, activation, extras, partial, keeps_bits(name, dims.tokens, batch_invariant))
+    return Problem(name, *shape, formats, activation, extras, partial, keeps_bits(name, dims.tokens, batch_invariant), in_ffn)
 
 
 @cache
@@ -178,9 +182,16 @@ _loading = threading.RLock()
 
 @cache
 def _load_once(problem: Problem, device: int) -> Kernel:
-    kernel = Kernel(launch.plan(problem, target_of(device), _tried.get(problem.measured)), device)
+    plan = _plan(problem, device)
+    if problem.in_ffn and plan == _plan(by_itself := replace(problem, in_ffn=False), device):
+        return _load_once(by_itself, device)
+    kernel = Kernel(plan, device)
     _loaded.append(kernel)
     return kernel
+
+
+def _plan(problem: Problem, device: int) -> launch.Launch:
+    return launch.plan(problem, target_of(device), _tried.get(problem.measured))
 
 
 _pretended: dict[int, Target] = {}

@@ -23,6 +23,7 @@ from .problem import H100, KERNELS, WARP, Problem, Target, ceil_div
 _MOST_WARPS = 32
 _REGISTERS = 65536  # of a multiprocessor
 _STATIC_BYTES = 48 * 1024  # of shared memory, which a block has without being asked
+_RESERVED = 1024  # bytes of shared memory that a block costs besides; a multiprocessor has as much more than a block may have
 _MOST_LISTED = 20480  # rows of a tile, which take 16 bits each of 48 KB of shared memory
 _FEWEST_REGISTERS = 24  # of a thread, which no kernel needs fewer than
 _MOST_LOADS = 64  # far more than registers hold; their loops are unrolled, and a table's million would keep NVRTC busy
@@ -183,7 +184,7 @@ class EarlyRowKnobs(RowKnobs):
     """Of `ffn_12`, whose successor reads what it has written."""
 
     early_successor: bool = False
-    """Whether the next launch may start before this one has written its results."""
+    """Whether `ffn_4`, in a whole FFN, may start before this launch has written its results."""
 
     @classmethod
     def rule(cls, problem: Problem, target: Target) -> EarlyRowKnobs:
@@ -205,6 +206,10 @@ class EarlyRowKnobs(RowKnobs):
         if self.early_successor and not target.is_programmatic:
             return f"sm_{target.capability} has no programmatic launches"
         return super().legal(problem, target)
+
+    def defines(self, problem: Problem) -> tuple[Define, ...]:
+        knobs = self if problem.in_ffn else replace(self, early_successor=False)
+        return super(EarlyRowKnobs, knobs).defines(problem)
 
 
 @dataclass(frozen=True)
@@ -340,16 +345,19 @@ class ColumnKnobs(Knobs):
 
     @classmethod
     def _of_tokens(cls, problem: Problem, target: Target, alone: bool) -> ColumnKnobs:
-        """A block has one token; where a multiprocessor has one block, up to four, with twice as many warps if it has all."""
+        """A block has one token; where a multiprocessor has one block, up to four, with twice as many warps if it has all. Of
+        more than four, two tokens a block, their lists side by side, serve every sparsity; but 12 bits take the registers."""
         tokens, warps = problem.tokens, order_of_ffn_4(problem).warps
         blocks, newest = _MOST_WARPS // warps, target.capability >= 100
         if not problem.specialize:
             return cls(warps, min_blocks=1, loads=3, here=tokens)._fitting(problem, target)
+        if tokens > 4 and problem.is_plain:
+            return cls(warps, blocks, loads=3, lists=2, here=2)._fitting(problem, target)
         if not alone:  # with few loads at once three blocks of 16 warps have registers enough
             loads, more = (3, 1) if tokens > 4 else (2, 0 if problem.is_plain else 1)
             return cls(warps, blocks + more, loads)
         if tokens > 4:
-            return cls(warps, blocks, loads=3 if newest else 4, here=4)._fitting(problem, target)
+            return cls(warps, blocks, loads=3, here=4)._fitting(problem, target)
         if 2 * warps <= _MOST_WARPS:
             lists, loads = (1, 6 if problem.is_plain else 4) if tokens == 2 else (2, 2)
             twice = cls(2 * warps, min_blocks=1, loads=loads, lists=lists, here=tokens)
@@ -358,8 +366,11 @@ class ColumnKnobs(Knobs):
         return cls(warps, blocks, loads=4 if problem.is_plain and not newest else 3, here=tokens)._fitting(problem, target)
 
     def _fitting(self, problem: Problem, target: Target) -> ColumnKnobs:
-        """These, with so few tokens in a block that they fit its shared memory."""
+        """These, with one list where its blocks would not fit a multiprocessor with two, and so few tokens in a block that they
+        fit its shared memory."""
         knobs = self
+        if knobs.lists > 1 and knobs.min_blocks * (knobs.shared_bytes(problem) + _RESERVED) > target.shared_bytes + _RESERVED:
+            knobs = replace(knobs, lists=1)
         while knobs.here > 1 and knobs.shared_bytes(problem) > target.shared_bytes:
             knobs = replace(knobs, here=knobs.here // 2)
         return knobs
@@ -378,8 +389,8 @@ class ColumnKnobs(Knobs):
                 yield ColumnKnobs(warps, min_blocks, loads)
 
     def shape(self, problem: Problem) -> Shape:
-        grid = ceil_div(problem.vectors, order_of_ffn_4(problem).lanes), ceil_div(problem.tokens, self.here), 1
-        return grid, (WARP * self.warps, 1, 1)
+        slices = ceil_div(problem.vectors, order_of_ffn_4(problem).lanes)
+        return (slices * ceil_div(problem.tokens, self.here), 1, 1), (WARP * self.warps, 1, 1)
 
     def legal(self, problem: Problem, target: Target) -> str:
         order = order_of_ffn_4(problem)

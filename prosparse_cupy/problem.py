@@ -102,6 +102,8 @@ class Problem:
     """Whether the result stays in float32, to be added to those of other GPUs, where the dtype is another."""
     batch_invariant: bool = True
     """Whether a token has the bits that it has alone. If not, tensor cores may add several up in another order."""
+    in_ffn: bool = False
+    """Whether `ffn_4` is launched right behind it: whoever else may write before waiting, into what is still read."""
 
     def __post_init__(self) -> None:
         weights = len(KERNELS[self.kernel].weights)
@@ -117,8 +119,10 @@ class Problem:
     @property
     def measured(self) -> Problem:
         """The problem whose knobs serve this one too: activation, biases, norm and a result in float32 cost next to nothing."""
-        is_own = self.activation == RELU and not self.extras and not self.partial and self.batch_invariant
-        return self if is_own else replace(self, activation=RELU, extras=(), partial=False, batch_invariant=True)
+        is_own = self.activation == RELU and not (self.extras or self.partial or self.in_ffn) and self.batch_invariant
+        if is_own:
+            return self
+        return replace(self, activation=RELU, extras=(), partial=False, batch_invariant=True, in_ffn=False)
 
     @property
     def is_plain(self) -> bool:

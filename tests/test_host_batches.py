@@ -197,6 +197,8 @@ def test_neurons_of_a_warp_of_ffn_123_have_the_bits_of_one_alone(host, tokens, a
         (8, "bfloat16", True, True),
         (5, "float16", True, False),
         (8, "float32", True, False),
+        (5, "bfloat16", True, True),  # blocks of two tokens, of which the last has one
+        (7, "float32", False, True),
     ],
 )
 def test_ffn_4(host, tokens, dtype, norm, specialize):
@@ -220,7 +222,14 @@ def test_ffn_4_lists_more_rows_than_a_tile(host, tokens):
 
 @pytest.mark.parametrize(
     ("tokens", "dims", "specialize"),
-    [(2, (264, 101), False), (8, (264, 101), False), (3, (264, 101), True), (8, (2120, 20), False), (3, (2120, 20), True)],
+    [
+        (2, (264, 101), False),
+        (8, (264, 101), False),
+        (3, (264, 101), True),
+        (7, (264, 101), True),
+        (8, (2120, 20), False),
+        (3, (2120, 20), True),
+    ],
 )
 def test_compressed_weights_give_the_bits_of_plain_ones(host, tokens, dims, specialize):
     rng = np.random.default_rng(tokens)

@@ -99,8 +99,10 @@ def test_knobs_of_another_kernel_are_refused():
 
 def test_defines_leave_out_what_is_off():
     assert SharedRowKnobs(8, 4, 8).defines(SEVEN_B["ffn_23"]) == (("WARPS", 8), ("MIN_BLOCKS", 4), ("LOADS", 8), ("ABREAST", 1))
-    early = FusedRowKnobs(1, 1, 2, early_successor=True).defines(SEVEN_B["ffn_123"])
+    fused = FusedRowKnobs(1, 1, 2, early_successor=True)
+    early = fused.defines(dataclasses.replace(SEVEN_B["ffn_123"], in_ffn=True))
     assert early == (("WARPS", 1), ("MIN_BLOCKS", 1), ("LOADS", 2), ("ABREAST", 1), ("EARLY_SUCCESSOR", None))
+    assert fused.defines(SEVEN_B["ffn_123"]) == early[:-1], "by itself it does not know its successor"
 
 
 # Tables

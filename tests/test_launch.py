@@ -88,9 +88,16 @@ def test_warps_of_ffn_23_share_rows_that_two_of_them_can_halve(shape):
 
 @given(kernels, shapes)
 def test_by_the_rule_a_successor_comes_early_only_where_all_rows_have_a_warp(kernel, shape):
-    early = "EARLY_SUCCESSOR" in _defines(plan_of(kernel, shape))
+    early = "EARLY_SUCCESSOR" in _defines(plan_of(kernel, shape, in_ffn=True))
     fits = kernel == "ffn_12" or (kernel == "ffn_123" and shape.d_ff <= 32 * shape.target.multiprocessors)
     assert early == (fits and shape.specialize and shape.target.capability >= 90)
+
+
+@given(kernels, shapes)
+def test_only_ffn_4_is_let_in_early(kernel, shape):
+    """By itself a kernel does not know who comes next, and that may write before it waits."""
+    alone, in_ffn = _defines(plan_of(kernel, shape)), _defines(plan_of(kernel, shape, in_ffn=True))
+    assert "EARLY_SUCCESSOR" not in alone and {k: v for k, v in in_ffn.items() if k != "EARLY_SUCCESSOR"} == alone
 
 
 @given(shapes)

@@ -173,6 +173,33 @@ def test_a_whole_ffn_is_its_halves(gpu, gated, dtype, tokens, specialize):
         np.testing.assert_array_equal(bits(found.get()), bits(y))
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+def test_a_first_half_lets_its_successor_in_where_that_is_ffn_4(gpu, gated):
+    """By itself, and before anything else, it does not: others may write before they wait, into what is still read."""
+    layer = Layer(gpu)
+    w_gate, w_up, w_down_t = layer.w
+    for tokens, how in ((None, {}), (3, {}), (5, {"batch_invariant": False})):
+        x = layer.put(layer.x(tokens))
+        psc.sparse_ffn(x, w_gate if gated else None, w_up, w_down_t, **how)
+        psc.ffn_123(x, w_gate, w_up) if gated else psc.ffn_12(x, w_up)
+        half, then, alone = gpu.launches[-3:]
+        assert half.kernel == alone.kernel == ("ffn_123" if gated else "ffn_12") and then.kernel.startswith("ffn_4")
+        assert half.overlaps and then.overlaps and alone.overlaps
+        assert "EARLY_SUCCESSOR" in half.defines and "EARLY_SUCCESSOR" not in alone.defines
+        assert half.defines.keys() - alone.defines.keys() == {"EARLY_SUCCESSOR"}
+
+
+def test_a_half_that_is_launched_alike_everywhere_is_compiled_once(gpu):
+    """In 12 bits no rule lets a successor in that early."""
+    layer = Layer(gpu)
+    packed = psc.compress(layer.w[1], layout="rows")
+    x = layer.put(layer.x())
+    psc.sparse_ffn(x, None, packed, layer.w[2])
+    loaded = len(gpu._functions)
+    psc.ffn_12(x, packed)
+    assert len(gpu._functions) == loaded and gpu.launches[-1].kernel == gpu.launches[-3].kernel == "ffn_12"
+
+
 @TOKENS
 def test_compressed_weights_have_the_bits_of_plain_ones(gpu, tokens):
     layer = Layer(gpu)

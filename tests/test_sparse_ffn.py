@@ -359,11 +359,12 @@ def test_a_sparse_ffn_whose_biases_have_changed_is_refused():
 
 def _compiled(monkeypatch) -> list[Problem]:
     """The problems that `warmup` asks a stand-in for the compiler for."""
-    problems = []
+    problems, kernels = [], {}
 
     def load(problem, device):
         problems.append(problem)
-        return SimpleNamespace(plan=launch.plan(replace(problem, tokens=1)))  # whose knobs are not this test's
+        plan = launch.plan(replace(problem, tokens=1))  # whose knobs are not this test's
+        return kernels.setdefault((plan, problem.tokens), SimpleNamespace(plan=plan))
 
     monkeypatch.setattr(ffn_module, "load", load)
     monkeypatch.setattr(ffn_module, "gpu", lambda device: SimpleNamespace(capability=90))
@@ -377,8 +378,10 @@ def test_warmup_compiles_what_a_call_asks_for(monkeypatch, gated, halves, compre
     problems = _compiled(monkeypatch)
     options = {"activation": "relu2", "gated": gated, "bias": True, "norm": True, "compressed": compressed}
     report = psc.warmup(64, 101, device=0, **options)
+    in_ffn = [] if (gated, compressed) == (False, True) else [halves[0]]  # which lets ffn_4 in there, and nobody by itself
+    assert [c.kernel for c in report if "EARLY_SUCCESSOR" in c.defines] == in_ffn
     assert [c.kernel for c in report] == sorted(
-        ["ffn_1", *halves, "ffn_4", "pack_down", *["decompress"] * compressed], key=list(KERNELS).index
+        ["ffn_1", *halves, *in_ffn, "ffn_4", "pack_down", *["decompress"] * compressed], key=list(KERNELS).index
     )
     by_kernel = {problem.kernel: problem for problem in problems}
     assert all(by_kernel[kernel].activation == "relu2" for kernel in halves)
@@ -395,10 +398,10 @@ def test_warmup_for_several_tokens(monkeypatch, tokens, numbers):
     """Each kernel for each number, but those that see no tokens once."""
     problems = _compiled(monkeypatch)
     report = psc.warmup(64, 101, device=0, compressed=True, tokens=tokens)
-    by_kernel = {kernel: [p.tokens for p in problems if p.kernel == kernel] for kernel in KERNELS}
+    by_kernel = {kernel: [p.tokens for p in problems if p.kernel == kernel and not p.in_ffn] for kernel in KERNELS}
     of_weights = {kernel: [1] for kernel in ("pack_down", "decompress")}
     assert by_kernel == {**dict.fromkeys(KERNELS, numbers), **of_weights, "ffn_12": []}
-    assert [c.kernel for c in report] == [p.kernel for p in problems]
+    assert [c.kernel for c in report] == [p.kernel for p in problems], "ffn_123 is another one in a whole FFN"
 
 
 @pytest.mark.parametrize("tokens", [0, 9, -1, 2.0, "2", None, [], [1, 9], [1.0]])

@@ -24,7 +24,7 @@ from . import Mutant, of_kernels, of_package
 ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = [*of_kernels.MUTANTS, *of_package.MUTANTS]
 _TIMEOUT_S = 900
-_OF_HOST = ("test_host_kernels", "test_host_batches", "test_bf12", "test_partial", "test_simulated")
+_OF_HOST = ("test_programmatic", "test_host_kernels", "test_host_batches", "test_bf12", "test_partial", "test_simulated")
 _OF_ARRAYS = ("test_arguments", "test_bound_weights", "test_interop", "test_dlpack", "test_sparse_ffn", "test_reference")
 _OF_LAUNCHES = ("test_launch", "test_knobs", "test_driver", "test_workspace", "test_cache", "test_tune", "test_abuse")
 _OF_FORMULAS = ("test_formula", "test_truth", "test_bf12", "test_compressed")

@@ -228,7 +228,7 @@ MUTANTS = [
     Mutant("kernels/ffn_4.cu", "if (is_listed(i)) s[i][t] *= to_float(norms[i]);", ""),
     Mutant("kernels/ffn_4.cu", "alike &= bits[t] == bits[0];", ""),
     Mutant("kernels/ffn_4.cu", "chunk < stored<W_DOWN>(chunks)", "chunk < chunks"),
-    Mutant("kernels/ffn_4.cu", "x1 += (long long)blockIdx.y * HERE * rows;", "x1 += (long long)blockIdx.y * rows;"),
+    Mutant("kernels/ffn_4.cu", "x1 += (long long)part * HERE * rows;", "x1 += (long long)part * rows;"),
     Mutant("kernels/ffn_4.cu", "if (token >= last) continue;", ""),
     Mutant(
         "kernels/ffn_4.cu",
@@ -238,6 +238,10 @@ MUTANTS = [
     Mutant("kernels/ffn_4.cu", "for (int i = 0; i < SHARES; ++i) all +=", "for (int i = 1; i < SHARES; ++i) all +="),
     Mutant("kernels/ffn_4.cu", "y[(long long)token * columns + c]", "y[(long long)token * SLICE + c]"),
     Mutant("kernels/ffn_4.cu", "typedef unsigned long long Bits;", "typedef unsigned Bits;"),
+    Mutant("kernels/ffn_4.cu", "blockIdx.x / PARTS", "blockIdx.x"),
+    Mutant("kernels/ffn_4.cu", "TOKENS - part * HERE", "TOKENS"),
+    Mutant("kernels/ffn_4.cu", "if constexpr (!DOWN_BIAS) let_successor_in();", "let_successor_in();"),
+    Mutant("kernels/ffn_4.cu", "if constexpr (!DOWN_BIAS) let_successor_in();", ""),
     # pack_down.cu, decompress.cu
     Mutant("kernels/pack_down.cu", "tile[threadIdx.x][i]", "tile[i][threadIdx.x]"),
     Mutant("kernels/pack_down.cu", "(long long)(c0 + i) * rows", "(c0 + i) * rows", _LARGE),
@@ -246,8 +250,10 @@ MUTANTS = [
     Mutant("kernels/decompress.cu", "if (first + 32 * i < chunks) out", "out"),
     Mutant("kernels/decompress.cu", "if (row >= D_FF(d_ff)) return;", "if (row > D_FF(d_ff)) return;"),
     # programmatic.cuh
-    Mutant("kernels/programmatic.cuh", 'asm volatile("griddepcontrol.wait;" ::: "memory");', "", _ON_GPU),
-    Mutant("kernels/programmatic.cuh", "bar.sync 0;\\n ", "", _ON_GPU),
+    Mutant("kernels/programmatic.cuh", 'asm volatile("griddepcontrol.wait;" ::: "memory");', ""),
+    Mutant("kernels/programmatic.cuh", 'asm volatile("griddepcontrol.launch_dependents;" ::: "memory");', ""),
+    Mutant("kernels/ffn_12.cu", "#ifdef EARLY_SUCCESSOR\n    let", "#if 1\n    let"),
+    Mutant("kernels/ffn_123.cu", "#ifdef EARLY_SUCCESSOR\n    let", "#if 1\n    let"),
     # all_reduce.cu, peers.cuh
     Mutant("kernels/all_reduce.cu", "exchanges[blockIdx.x] + 1", "exchanges[blockIdx.x] + 2"),
     Mutant("kernels/all_reduce.cu", "exchange % 2", "0"),

@@ -91,9 +91,16 @@ MUTANTS = [
     Mutant("prosparse_cupy/ffn.py", 'half = "ffn_12" if arrays[1] is None else "ffn_123"', 'half = "ffn_123"'),
     Mutant(
         "prosparse_cupy/ffn.py",
-        'kernel_of(half, checked, specialize, activation), kernel_of("ffn_4", checked, specialize)',
-        'kernel_of(half, checked, specialize), kernel_of("ffn_4", checked, specialize)',
+        "first = kernel_of(half, checked, specialize, activation, in_ffn=True)",
+        "first = kernel_of(half, checked, specialize, in_ffn=True)",
     ),
+    Mutant(
+        "prosparse_cupy/ffn.py",
+        "first = kernel_of(half, checked, specialize, activation, in_ffn=True)",
+        "first = kernel_of(half, checked, specialize, activation)",
+    ),
+    Mutant("prosparse_cupy/ffn.py", "activation, in_ffn=gate is None)", "activation)"),
+    Mutant("prosparse_cupy/ffn.py", "if loaded is not before:", "if True:"),
     Mutant(
         "prosparse_cupy/ffn.py",
         "return _run(call, self._arrays(x), (token, *weights), self._how, self._extras)",
@@ -179,9 +186,11 @@ MUTANTS = [
     ),
     Mutant(
         "prosparse_cupy/compiler.py",
-        "return load(problem_of(name, dims, specialize, activation, batch_invariant), dims.device)",
-        "return load(problem_of(name, dims, specialize, activation, batch_invariant), 0)",
+        "return load(problem_of(name, dims, specialize, activation, batch_invariant, in_ffn), dims.device)",
+        "return load(problem_of(name, dims, specialize, activation, batch_invariant, in_ffn), 0)",
     ),
+    Mutant("prosparse_cupy/compiler.py", "if problem.in_ffn and plan == _plan(", "if problem.in_ffn and None is _plan("),
+    Mutant("prosparse_cupy/compiler.py", "if problem.in_ffn and plan == _plan(", "if problem.in_ffn and plan is not _plan("),
     Mutant("prosparse_cupy/compiler.py", "activation = activation if interface.has_activation else RELU", "activation = RELU"),
     Mutant(
         "prosparse_cupy/compiler.py",
@@ -360,7 +369,8 @@ MUTANTS = [
     Mutant(
         "prosparse_cupy/launch.py", "programmatic = target.is_programmatic and interface.is_programmatic", "programmatic = True"
     ),
-    Mutant("prosparse_cupy/knobs.py", "ceil_div(problem.tokens, self.here), 1", "1, 1"),
+    Mutant("prosparse_cupy/knobs.py", "slices * ceil_div(problem.tokens, self.here)", "slices"),
+    Mutant("prosparse_cupy/knobs.py", "self if problem.in_ffn else replace(self, early_successor=False)", "self"),
     Mutant(
         "prosparse_cupy/knobs.py",
         "of_block = self.rows or max(1, self.warps // _sharing(problem))",

@@ -1,0 +1,62 @@
+"""Programmatic launches: what a kernel may do before it waits for its predecessor, and after it lets its successor in."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from plans import Shape, plan_of
+from test_compile import ptx_of
+
+from prosparse_cupy import models
+from prosparse_cupy.problem import Target
+
+KERNELS = ["ffn_1", "ffn_12", "ffn_123", "ffn_23", "ffn_4"]
+WAIT, LET_IN, BARRIER = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "bar.sync"
+EXTRAS = {
+    "ffn_1": ("gate_bias",),
+    "ffn_12": ("up_bias",),
+    "ffn_123": ("gate_bias", "up_bias"),
+    "ffn_23": ("up_bias",),
+    "ffn_4": ("down_bias", "norm_weight"),
+}
+
+
+def _ptx(kernel: str, architecture: int = 90, model: models.Model = models.MINICPM_S_1B, **more) -> str:
+    shape = Shape(model.d_model, model.d_ff, "bfloat16", target=Target(architecture, 132))
+    return ptx_of(plan_of(kernel, shape, **more), architecture)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_reads_and_writes_after_its_wait(kernel):
+    """And never through the cache of what does not change while the kernel runs: its predecessor may be writing."""
+    for model in (models.LLAMA_2_7B, models.MINICPM_S_1B):
+        for tokens, extras in ((1, ()), (8, EXTRAS[kernel])):
+            before, waits, after = _ptx(kernel, model=model, tokens=tokens, extras=extras, in_ffn=True).partition(WAIT)
+            assert waits and WAIT not in after
+            assert not re.search(r"\b(ld|st|cp)\.\S*global", before) and "ld.global.nc" not in after
+    assert not re.search(r"griddepcontrol|cluster", _ptx(kernel, 80)), "sm_80 has none of these"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_successor_that_may_write_before_it_waits_finds_nothing_left_to_read(kernel, tokens):
+    """It comes when the launch ends; `ffn_4` lets it in before, behind the barrier that its last reads are before."""
+    text = _ptx(kernel, tokens=tokens)
+    assert text.count(LET_IN) == (kernel == "ffn_4")
+    if kernel == "ffn_4":
+        before, after = text.split(LET_IN)
+        reads, barrier, between = before.rpartition(BARRIER)
+        assert barrier and not re.search(r"\b(ld|st|bra)\b|global", between)
+        assert "ld.global" in reads and "st.global" not in reads and "st.global" in after and "ld.global" not in after
+        assert LET_IN in _ptx(kernel, tokens=tokens, extras=("norm_weight",)), "the norm's weights are read with the rows"
+    assert LET_IN not in _ptx(kernel, tokens=tokens, extras=EXTRAS[kernel]), "a bias is read at the end"
+
+
+@pytest.mark.parametrize("kernel", ["ffn_12", "ffn_123"])
+def test_ffn_4_is_let_in_between_the_last_read_and_the_write(kernel):
+    """By each warp as it is done: `ffn_4` waits before it writes."""
+    for extras in ((), EXTRAS[kernel]):
+        reads, lets, writes = _ptx(kernel, in_ffn=True, extras=extras).partition(LET_IN)
+        assert lets and LET_IN not in writes and BARRIER not in reads
+        assert "ld.global" in reads and "st.global" not in reads and "st.global" in writes and "ld.global" not in writes
