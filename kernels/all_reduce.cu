@@ -40,6 +40,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
         for (int r = 0; r < RANKS; ++r)
             if (r != rank) send(to[r] + (parity * RANKS + rank) * capacity + pair, own.x, own.y, exchange);
+    }
+    __syncthreads();     // every thread has read its numbers, and that of the exchange
+    let_successor_in();  // whose start hides behind the way from the other GPUs
+    if (threadIdx.x == 0) exchanges[blockIdx.x] = exchange;
+    if (exists) {
 #pragma unroll
         for (int r = 0; r < RANKS; ++r) {
             const float2 other =
@@ -49,6 +54,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
     if (exists) out[i] = sum.x;
     if (is_whole) out[i + 1] = sum.y;
-    __syncthreads();  // every thread has read the number
-    if (threadIdx.x == 0) exchanges[blockIdx.x] = exchange;
 }

@@ -171,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         }
     }
     __syncthreads();
+    let_successor_in();  // all is read but what blocks leave for one another
 
     // The warps of the block.
     float* const mine = partials + (long long)(block * SPLITS + split) * HEADS * (HEAD_DIM + 2);

@@ -9,6 +9,8 @@ from plans import Shape, plan_of
 from test_compile import ptx_of
 
 from prosparse_cupy import models
+from prosparse_cupy.attention import Attention, attend_plan
+from prosparse_cupy.peers import all_reduce_plan
 from prosparse_cupy.problem import Target
 
 KERNELS = ["ffn_1", "ffn_12", "ffn_123", "ffn_23", "ffn_4"]
@@ -60,3 +62,21 @@ def test_ffn_4_is_let_in_between_the_last_read_and_the_write(kernel):
         reads, lets, writes = _ptx(kernel, in_ffn=True, extras=extras).partition(LET_IN)
         assert lets and LET_IN not in writes and BARRIER not in reads
         assert "ld.global" in reads and "st.global" not in reads and "st.global" in writes and "ld.global" not in writes
+
+
+@pytest.mark.parametrize("several", [(), (2, 4)], ids=["one token", "several"])
+def test_attend_lets_its_successor_in_once_all_but_its_own_sums_is_read(several):
+    text = ptx_of(attend_plan(Attention("bfloat16", 32, 8, 128, *several), True), 90)
+    before, after = text.split(LET_IN)
+    reads, barrier, between = before.rpartition(BARRIER)
+    assert barrier and "ld.global" in reads and not re.search(r"\b(ld|st|bra)\b", between)
+    assert set(re.findall(r"\bld\.[\w.]*global[\w.]*", after)) == {"ld.volatile.global.f32"}, "what blocks leave for each other"
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_all_reduce_lets_its_successor_in_while_it_waits_for_the_other_gpus(ranks):
+    """Its numbers have been read, and sent, by all threads of the block."""
+    before, after = ptx_of(all_reduce_plan(ranks, 5120, programmatic=True), 90).split(LET_IN)
+    reads, barrier, between = before.rpartition(BARRIER)
+    assert barrier and "ld.global" in reads and "st.relaxed.sys" in reads and not re.search(r"\b(ld|st|bra)\b", between)
+    assert "ld.global.f32" not in after and "ld.relaxed.sys" in after and "st.relaxed.sys" not in after

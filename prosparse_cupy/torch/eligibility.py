@@ -49,7 +49,9 @@ _MODES = {  # what makes transformers run another loop, or more than a loop, and
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPES = ("dynamic", "longrope")  # whose frequencies follow the length, on the host
 _OF_TORCH = set(nn.Module().__dict__) - {"training"}
-_CACHES = {"_packed", "_bound", "_halves", "config"}  # of modules: what they keep of calls; configs are looked at once
+_NOT_ASKED = _OF_TORCH | {"_packed", "_bound", "_halves", "config", "_split"}
+"""Of modules: what they keep of calls, or for `unpatch_model`; configs are looked at once."""
+_ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
 def why_another_mode(model: Any, options: dict[str, Any]) -> str:
@@ -241,39 +243,63 @@ def _prepares_as_ever(model: Any) -> bool:
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What a step depends on: where tensors lie, and what modules are and are set to. Another state needs another step."""
+    """What a step depends on: where tensors lie, and what modules are and are set to. Another state needs another step.
+
+    Every call asks for it, of hundreds of modules. So it is flat: numbers and names cost Python's garbage collector nothing.
+    """
     settings = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, forward_is_torchs()
-    found: list[Any] = [settings, torch.are_deterministic_algorithms_enabled(), repr(vars(getattr(model, "config", model)))]
+    found: list[Any] = [*settings, torch.are_deterministic_algorithms_enabled(), repr(vars(getattr(model, "config", model)))]
     for module in model.modules():
-        own = module.__dict__
-        tensors = [(n, _state(t)) for n, t in (*own["_parameters"].items(), *own["_buffers"].items()) if t is not None]
-        others = [(name, _state(value)) for name, value in own.items() if name not in _OF_TORCH and name not in _CACHES]
+        own, kind = module.__dict__, type(module)
         hooked = (does_more(module) and not forward_is_parallel(module)) or bool(module._backward_hooks)
-        found.append((type(module), type(module).forward, tuple(own["_modules"]), hooked, tuple(tensors), tuple(others)))
+        found += kind, kind.forward, hooked
+        found += own["_modules"]
+        for tensors in (own["_parameters"], own["_buffers"]):
+            found.append(len(tensors))
+            for name, tensor in tensors.items():
+                found.append(name)
+                _add(found, tensor)
+        for name, value in own.items():
+            if name not in _NOT_ASKED:
+                found.append(name)
+                if type(value) in _ATOMS:
+                    found.append(value)
+                else:
+                    _add(found, value)
     return tuple(found)
 
 
-def _state(value: Any, depth: int = 3) -> Any:
-    """A value that is equal to that of another time if nothing has changed."""
-    if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
-        return value
-    if isinstance(value, Tensor):
+def _add(found: list[Any], value: Any, depth: int = 3) -> None:
+    """Add what is equal to that of another time if nothing about a value has changed."""
+    if type(value) in _ATOMS:
+        found.append(value)
+    elif isinstance(value, Tensor):
         value = local_of(value)
-        return value.data_ptr(), value.shape, value.dtype, value.stride()
-    if isinstance(value, nn.Module):
-        return "module", id(value)
-    if depth and isinstance(value, dict):
-        return tuple((str(k), _state(v, depth - 1)) for k, v in value.items())
-    if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return type(value).__name__, tuple(_state(v, depth - 1) for v in value)
-    try:
-        return _Same(weakref.ref(value))
-    except TypeError:
-        return repr(value)
+        found += value.data_ptr(), value.dtype, value.dim()
+        found += value.shape
+        found += value.stride()
+    elif isinstance(value, nn.Module):
+        found += "module", id(value)
+    elif depth and isinstance(value, dict):
+        found += "dict", len(value)
+        for key, of_key in value.items():
+            found.append(str(key))
+            _add(found, of_key, depth - 1)
+    elif depth and isinstance(value, (list, tuple, set, frozenset)):
+        found += type(value).__name__, len(value)
+        for one in value:
+            _add(found, one, depth - 1)
+    else:
+        try:
+            found.append(_Same(weakref.ref(value)))
+        except TypeError:
+            found.append(repr(value))
 
 
 class _Same:
     """An object that is equal to itself alone, and to nothing once it is gone."""
+
+    __slots__ = ("_reference",)
 
     def __init__(self, reference: weakref.ref[Any]) -> None:
         self._reference = reference

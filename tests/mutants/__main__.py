@@ -34,9 +34,9 @@ _OF_OPERATORS = tuple(f"test_{kernel}" for kernel in ("ffn_1", "ffn_12", "ffn_12
 def tests_of(file: str) -> list[str]:
     """What must notice mutants of a file: what takes long comes last."""
     if file == "kernels/attend.cu":
-        names: tuple[str, ...] = ("test_attend",)
+        names: tuple[str, ...] = ("test_attend", "test_programmatic")
     elif file in ("kernels/all_reduce.cu", "prosparse_cupy/peers.py"):
-        names = ("test_all_reduce",)
+        names = ("test_all_reduce", "test_programmatic")
     elif file.startswith("kernels/") and "mma" in file:
         names = ("test_tensor_cores",)
     elif file.startswith("kernels/"):

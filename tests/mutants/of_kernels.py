@@ -268,6 +268,7 @@ MUTANTS = [
     Mutant("kernels/all_reduce.cu", "r == 0 ? other", "r == rank ? other"),
     Mutant("kernels/all_reduce.cu", "if (threadIdx.x == 0) exchanges[blockIdx.x] = exchange;", ""),
     Mutant("kernels/all_reduce.cu", "__syncthreads();", ""),
+    Mutant("kernels/all_reduce.cu", "let_successor_in();", ""),
     # ffn_1_mma.cu, ffn_4_mma.cu, mma.cuh
     Mutant("kernels/ffn_1_mma.cu", "WHOLE || own + QUAD * i < CHUNKS", "true"),
     Mutant("kernels/ffn_1_mma.cu", "min(row, share.end - 1)", "row"),
@@ -309,6 +310,7 @@ MUTANTS = [
     Mutant("kernels/mma.cuh", "@p st.shared.u16", "st.shared.u16", _ON_GPU),
     # attend.cu
     Mutant("kernels/attend.cu", "*position >= capacity - token", "*position > capacity - token"),
+    Mutant("kernels/attend.cu", "let_successor_in();", ""),
     Mutant(
         "kernels/attend.cu",
         "window > 0 && p + 1 > window ? p + 1 - window : 0",
