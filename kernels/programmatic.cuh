@@ -3,7 +3,8 @@
 //   PROGRAMMATIC      the launch may start while its predecessor ends
 //
 // A launch is over when all of its blocks have ended; `let_successor_in` lets the next one on the stream start before. That one may
-// be foreign, and write before it waits: then nothing may be left to read, by any warp of the block.
+// be foreign, and write before it waits: then nothing may be left to read, by any warp of the block. But wait it must, if it starts
+// so itself: whoever comes behind it waits for it alone, and is to find what this launch has written.
 
 #ifdef __CUDACC__
 

@@ -93,6 +93,8 @@ def _load_once(attention: Attention, device: int) -> Kernel:
 def attend_plan(attention: Attention, programmatic: bool) -> Launch:
     """The launch of an attention of this shape."""
     a = attention
+    # With several tokens the launch waits for its predecessor's end: it was neither tested nor timed otherwise.
+    programmatic = programmatic and a.sequences * a.tokens == 1
     defines = (
         (f"DTYPE_{a.dtype.upper()}", None),
         ("HEAD_DIM", a.head_dim),
@@ -106,6 +108,4 @@ def attend_plan(attention: Attention, programmatic: bool) -> Launch:
         *((("PROGRAMMATIC", None),) if programmatic else ()),
     )
     grid = a.splits * a.tokens, a.blocks, a.sequences
-    # With several tokens the launch waits for its predecessor's end: it was neither tested nor timed otherwise.
-    programmatic = programmatic and a.sequences * a.tokens == 1
     return Launch("attend", grid, (WARP * _WARPS, 1, 1), defines, (*9 * ("P",), "f", "i", "i"), programmatic=programmatic)

@@ -118,7 +118,8 @@ class Problem:
 
     @property
     def measured(self) -> Problem:
-        """The problem whose knobs serve this one too: activation, biases, norm and a result in float32 cost next to nothing."""
+        """The problem whose knobs serve this one too: activation, biases, norm and a result in float32 cost next to nothing,
+        and the knobs say what holds in an FFN."""
         is_own = self.activation == RELU and not (self.extras or self.partial or self.in_ffn) and self.batch_invariant
         if is_own:
             return self

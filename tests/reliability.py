@@ -47,6 +47,7 @@ PROMISES = (
     ),
     Promise("Sums that stay in float32 round to what is returned without", ("partial",)),
     Promise("Launches go to the caller's stream and GPU, and share no scratch", ("simulated", "workspace", "driver", "launch")),
+    Promise("Launches that overlap read and write nothing too early", ("programmatic",)),
     Promise(
         "Without batch invariance: the same on tensor cores, but for the order of sums", ("tensor_cores", "torch_tensor_cores")
     ),

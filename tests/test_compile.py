@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def _reported(pattern: str, report: str) -> int:
 def test_no_spills_within_budget(report_of, kernel, dtype, architecture):
     for d_model, d_ff, specialize in SHAPES:
         target = Target(architecture, 132)
-        plan = plan_of(kernel, Shape(d_model, d_ff, dtype, specialize, target))
+        plan = plan_of(kernel, Shape(d_model, d_ff, dtype, specialize, target), in_ffn=True)
         report = report_of(plan, architecture)
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0
         assert _reported(r"(\d+) bytes stack frame", report) == 0
@@ -130,7 +131,8 @@ def test_no_spills_within_budget(report_of, kernel, dtype, architecture):
 def test_weights_in_12_bits_do_not_spill_either(report_of, kernel, architecture):
     for d_model, d_ff, specialize in SHAPES:
         formats = compressed_formats(kernel, d_model, d_ff)
-        plan = plan_of(kernel, Shape(d_model, d_ff, "bfloat16", specialize, Target(architecture, 132)), formats=formats)
+        shape = Shape(d_model, d_ff, "bfloat16", specialize, Target(architecture, 132))
+        plan = plan_of(kernel, shape, formats=formats, in_ffn=True)
         report = report_of(plan, architecture)
         assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan
         assert _reported(r"(\d+) bytes stack frame", report) == 0
@@ -202,7 +204,7 @@ def test_activations_biases_and_norm_do_not_spill_either(report_of, kernel, weig
         dtype = "bfloat16" if more else weights
         for activation, extras in OTHERS[kernel]:
             shape = Shape(d_model, d_ff, dtype, True, Target(architecture, 132))
-            plan = plan_of(kernel, shape, activation=activation, extras=extras, **more)
+            plan = plan_of(kernel, shape, activation=activation, extras=extras, in_ffn=True, **more)
             report = report_of(plan, architecture)
             assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, plan
             assert _reported(r"(\d+) bytes stack frame", report) == 0
@@ -217,7 +219,7 @@ def test_launches_of_the_shipped_tables_do_not_spill(report_of):
     for file in measured._SHIPPED.glob("*.json"):
         target = H100._replace(name=json.loads(file.read_text())["gpu"])
         for row in measured.read(file, target):
-            plan = launch.plan(row.problem, target, row.knobs)
+            plan = launch.plan(replace(row.problem, in_ffn=True), target, row.knobs)
             report = report_of(plan, target.capability)
             assert _reported(r"(\d+) bytes spill stores", report) == _reported(r"(\d+) bytes spill loads", report) == 0, row
             threads = 32 * row.knobs.warps * row.knobs.min_blocks

@@ -174,7 +174,7 @@ def _with_knob(content: dict, name: str, value: object) -> dict:
         (lambda c: "{", "Expecting property name"),
         (lambda c: [], "it holds no list of measurements"),
         (lambda c: {**c, "measured": 3}, "it holds no list of measurements"),
-        (lambda c: {**c, "version": 0}, "it is of version 0, not 1"),
+        (lambda c: {**c, "version": 0}, "it is of version 0, not 2"),
         (lambda c: {**c, "gpu": "NVIDIA A100"}, "it is of a 'NVIDIA A100', not of a 'NVIDIA H100 80GB HBM3'"),
         (lambda c: {**c, "measured": [{**c["measured"][0], "kernel": "ffn_9"}]}, "a line of it cannot be read"),
         (lambda c: {**c, "measured": [{**c["measured"][0], "knobs": {"wings": 2}}]}, "a line of it cannot be read"),

@@ -64,9 +64,24 @@ def test_ffn_4_is_let_in_between_the_last_read_and_the_write(kernel):
         assert "ld.global" in reads and "st.global" not in reads and "st.global" in writes and "ld.global" not in writes
 
 
-@pytest.mark.parametrize("several", [(), (2, 4)], ids=["one token", "several"])
-def test_attend_lets_its_successor_in_once_all_but_its_own_sums_is_read(several):
-    text = ptx_of(attend_plan(Attention("bfloat16", 32, 8, 128, *several), True), 90)
+@pytest.mark.parametrize(("kernel", "bias"), [("ffn_1", "gate_bias"), ("ffn_4", "down_bias")])
+def test_tensor_cores(kernel, bias):
+    """`ffn_1_mma` lets its successor in behind the barrier of its last tile; `ffn_4_mma` may read x1 once more."""
+    for extras in ((), (bias,)):
+        text = _ptx(kernel, model=models.LLAMA_2_7B, tokens=8, batch_invariant=False, extras=extras)
+        before, waits, after = text.partition(f".entry {kernel}_mma")[2].partition(WAIT)
+        assert waits and not re.search(r"\b(ld|st|cp)\.\S*global", before)
+        lets_in = kernel == "ffn_1" and not extras
+        assert after.count(LET_IN) == lets_in
+        if lets_in:
+            reads, _, writes = after.partition(LET_IN)
+            reads, barrier, between = reads.rpartition(BARRIER)
+            assert barrier and not re.search(r"\b(ld|st)\b", between) and "st.global" in writes and "ld.global" not in writes
+
+
+def test_attend_lets_its_successor_in_once_all_but_its_own_sums_is_read():
+    assert "griddepcontrol" not in ptx_of(attend_plan(Attention("bfloat16", 32, 8, 128, 2, 4), True), 90), "launched as ever"
+    text = ptx_of(attend_plan(Attention("bfloat16", 32, 8, 128), True), 90)
     before, after = text.split(LET_IN)
     reads, barrier, between = before.rpartition(BARRIER)
     assert barrier and "ld.global" in reads and not re.search(r"\b(ld|st|bra)\b", between)
@@ -78,5 +93,6 @@ def test_all_reduce_lets_its_successor_in_while_it_waits_for_the_other_gpus(rank
     """Its numbers have been read, and sent, by all threads of the block."""
     before, after = ptx_of(all_reduce_plan(ranks, 5120, programmatic=True), 90).split(LET_IN)
     reads, barrier, between = before.rpartition(BARRIER)
-    assert barrier and "ld.global" in reads and "st.relaxed.sys" in reads and not re.search(r"\b(ld|st|bra)\b", between)
+    assert barrier and "ld.global" in reads and "st.relaxed.sys" in reads and not re.search(r"\bld\.(?!param)", between)
+    assert re.findall(r"\bst\.\S+", between) == ["st.global.u32"], "the number of the exchange, before anybody else can look"
     assert "ld.global.f32" not in after and "ld.relaxed.sys" in after and "st.relaxed.sys" not in after

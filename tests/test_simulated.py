@@ -190,7 +190,7 @@ def test_a_first_half_lets_its_successor_in_where_that_is_ffn_4(gpu, gated):
 
 
 def test_a_half_that_is_launched_alike_everywhere_is_compiled_once(gpu):
-    """In 12 bits no rule lets a successor in that early."""
+    """As ffn_12 in 12 bits, which no rule has let a successor in early."""
     layer = Layer(gpu)
     packed = psc.compress(layer.w[1], layout="rows")
     x = layer.put(layer.x())

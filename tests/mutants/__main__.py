@@ -38,7 +38,7 @@ def tests_of(file: str) -> list[str]:
     elif file in ("kernels/all_reduce.cu", "prosparse_cupy/peers.py"):
         names = ("test_all_reduce", "test_programmatic")
     elif file.startswith("kernels/") and "mma" in file:
-        names = ("test_tensor_cores",)
+        names = ("test_tensor_cores", "test_programmatic")
     elif file.startswith("kernels/"):
         names = _OF_HOST
     else:

@@ -270,6 +270,7 @@ MUTANTS = [
     Mutant("kernels/all_reduce.cu", "__syncthreads();", ""),
     Mutant("kernels/all_reduce.cu", "let_successor_in();", ""),
     # ffn_1_mma.cu, ffn_4_mma.cu, mma.cuh
+    Mutant("kernels/ffn_1_mma.cu", "tile == tiles - 1 && !GATE_BIAS", "tile == tiles - 1"),
     Mutant("kernels/ffn_1_mma.cu", "WHOLE || own + QUAD * i < CHUNKS", "true"),
     Mutant("kernels/ffn_1_mma.cu", "min(row, share.end - 1)", "row"),
     Mutant("kernels/ffn_1_mma.cu", "w.x, w.y, w.z, w.w, x.x, x.z", "w.x, w.y, w.z, w.w, x.x, x.y"),
