@@ -315,7 +315,10 @@ def test_warmup_makes_a_capture_possible():
     on = OnCupy()
     d_model, d_ff = 104, 57
     report = psc.warmup(d_model, d_ff)
-    assert [c.kernel for c in report] == ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "pack_down"]
+    kernels = ["ffn_1", "ffn_123", "ffn_23", "ffn_4", "pack_down"]
+    if any("EARLY_SUCCESSOR" in c.defines for c in report):  # in a whole FFN, where the GPU can do that
+        kernels.insert(2, "ffn_123")
+    assert [c.kernel for c in report] == kernels
     assert all(c.seconds > 0 and f"ROW_OPT={d_ff} COL_OPT={d_model}" in c.defines for c in report)
     x, w = on.put(token(d_model, "bfloat16", np.random.default_rng())), on.put(weights(d_ff, d_model, "bfloat16"))
     y = on.put(poisoned(d_model, "bfloat16"))
