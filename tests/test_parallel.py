@@ -18,6 +18,7 @@ from ranks import RankError, Ranks, ranks  # noqa: E402
 
 from prosparse_cupy.torch import generate, measure_sparsity, patch_model  # noqa: E402
 from prosparse_cupy.torch.parallel import rows_of  # noqa: E402
+from prosparse_cupy.torch.peers import among_zeros  # noqa: E402
 
 FOLDER = str(Path(__file__).parent / "data" / "relu-lm")
 SIZES: dict[str, Any] = {
@@ -347,6 +348,22 @@ def test_memory_is_taken_again_where_all_have_left_it(two):
     assert found[0] == found[1]
     assert [number for number, *_ in found[0]] == [1, 2, 1, 3, 3, 4] and all(fits for *_, fits in found[0])
     assert [cleared for _, cleared, _ in found[0]] == [0, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_what_is_gathered_by_a_sum_is_what_each_process_has(size, dtype):
+    """To the bit, but for what is in a NaN."""
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 2.0**-130, -(2.0**-149), 1.5], dtype=torch.float32)
+    parts = [torch.cat([special.roll(r), torch.randn(5)]).to(getattr(torch, dtype)).view(1, 1, -1) for r in range(size)]
+    total = torch.zeros(1, 1, 13 * size) * -1
+    for rank, part in enumerate(parts):
+        total = total + among_zeros(part, rank, size)
+    found, expected = total.to(parts[0].dtype), torch.cat(parts, -1)
+    as_bits = torch.int16 if found.element_size() == 2 else torch.int32
+    numbers = ~expected.isnan()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.view(as_bits)[numbers], expected.view(as_bits)[numbers])
 
 
 @pytest.mark.parametrize("where", ["streamer", "sampling", "prefill", "making the step", "measuring", "transformers' loop"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from .. import peers
@@ -59,7 +59,8 @@ _LIBRARY.impl("all_reduce", _on_gpu, "CUDA")
 class PeerParallel(TensorParallel):
     """The processes of a group whose GPUs see each other's memory, for the launches of one stream.
 
-    Short sums go through that memory in one launch, which starts while its predecessor ends; all else goes the group's way.
+    Short sums, and what is gathered and as short, go through that memory in one launch, which starts while its predecessor
+    ends; all else goes the group's way.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ class PeerParallel(TensorParallel):
     device : torch.device
         The GPU of this process.
     numbers : int
-        That a sum may have.
+        That a sum, or all that is gathered at once, may have.
 
     Raises
     ------
@@ -95,11 +96,27 @@ class PeerParallel(TensorParallel):
         is_exact = partial.dtype == torch.float32 or (self.size == 2 and partial.dtype in (torch.bfloat16, torch.float16))
         if partial.numel() > 2 * self._layout.capacity or not is_exact:
             return super().sum(partial)
-        part = partial.float().contiguous()
+        return self._added(partial.float().contiguous()).to(partial.dtype)
+
+    def gather(self, part: Tensor) -> Tensor:
+        if part.numel() * self.size > 2 * self._layout.capacity or not part.is_floating_point() or part.dtype == torch.float64:
+            return super().gather(part)
+        return self._added(among_zeros(part, self.rank, self.size)).to(part.dtype)
+
+    def _added(self, part: Tensor) -> Tensor:
         total: Tensor = torch.ops.prosparse.all_reduce(
             part, self._shared, self.size, self.rank, self._layout.capacity, peers.SECONDS
         )
-        return total.to(partial.dtype)
+        return total
+
+
+def among_zeros(part: Tensor, rank: int, size: int) -> Tensor:
+    """All processes' tensors side by side along the last dim, in float32, but zeros in the places of the others.
+
+    The sum over all processes is what they have: -0 changes no number that it is added to, a zero's sign included.
+    """
+    own = part.shape[-1]
+    return nn.functional.pad(part.float(), (rank * own, (size - 1 - rank) * own), value=-0.0)
 
 
 def _taken(parallel: TensorParallel, device: torch.device, nbytes: int) -> peers.SharedMemory:

@@ -179,24 +179,34 @@ class Runner:
         inputs: dict[str, Any] = {}
         if mask is not None and any(padding):
             inputs = {"attention_mask": mask.to(step.device), "position_ids": positions_of(mask)[:, past:].to(step.device)}
+        # Before the prompt is read, while nothing is under way: what is told waits for the GPU.
+        choice = self._choice(model, step, prompt, processors, criteria, config, padding) if proposer is None else None
         with torch.no_grad():
             step.logits.copy_(forward(model, prompt[:, past:], cache, **inputs))
         step.take(cache, length, padding)
         if not keeps_cache:
             cache.layers.clear()
         limit = config.max_length - length
-        if verifier is not None and proposer is not None:
-            tokens = Speculation(step, verifier, proposer, prompt, processors, padding[0]).tokens(limit, criteria, streamer)
-        else:
-            choice = Choice(step, prompt, processors, criteria, config, padding)
-            if any(getattr(m, "counts", None) is not None for m in model.modules()):
-                choice.ahead = 1
-            if step.parallel is not None:
-                choice.ahead = min(step.parallel.told(choice.ahead))
+        if choice is not None:
             tokens = choice.tokens(limit, streamer)
+        else:
+            assert verifier is not None and proposer is not None
+            tokens = Speculation(step, verifier, proposer, prompt, processors, padding[0]).tokens(limit, criteria, streamer)
         if keeps_cache:
             step.give(cache, length, length + tokens.shape[1] - 1, padding)
         return torch.cat([input_ids, tokens.to(input_ids.device, input_ids.dtype)], dim=1)
+
+    @staticmethod
+    def _choice(
+        model: Any, step: Step, prompt: Tensor, processors: Any, criteria: Any, config: Any, padding: list[int]
+    ) -> Choice:
+        """Who chooses the tokens; all processes that hold parts of a model give their GPUs as many steps ahead."""
+        choice = Choice(step, prompt, processors, criteria, config, padding)
+        if any(getattr(m, "counts", None) is not None for m in model.modules()):
+            choice.ahead = 1
+        if step.parallel is not None:
+            choice.ahead = min(step.parallel.told(choice.ahead))
+        return choice
 
 
 def _proposer(guesses: Guesses, model: Any, prompt: Tensor, padding: int, config: Any) -> PromptLookup | Assistant:

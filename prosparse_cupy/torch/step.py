@@ -81,7 +81,7 @@ class Step:
             else:
                 self._share(cache_of)
             self._attach(attention)
-            self._twin = _twin(model, self._summing(config.hidden_size))
+            self._twin = _twin(model, self._summing(max(config.hidden_size, config.vocab_size)))
         self.is_compiled = False
         self._cache = _StepCache()
         self._names = cache_name(model), "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -129,12 +129,12 @@ class Step:
     def _share(self, other: Step) -> None:
         self.keys, self.values, self.nbytes, self.position = other.keys, other.values, other.nbytes, other.position
 
-    def _summing(self, d_model: int) -> TensorParallel | None:
-        """Who adds the parts: the GPUs by themselves, where they see each other's memory."""
+    def _summing(self, most: int) -> TensorParallel | None:
+        """Who adds the parts, of `most` numbers a token: the GPUs by themselves, where they see each other's memory."""
         if self.parallel is None or self.device.type != "cuda":
             return self.parallel
         try:
-            return PeerParallel(self.parallel, self.device, self.sequences * self.tokens * d_model)
+            return PeerParallel(self.parallel, self.device, self.sequences * self.tokens * most)
         except OSError:
             return self.parallel
 
