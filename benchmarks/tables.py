@@ -374,6 +374,7 @@ TABLES = {
     "sweep-formulas": partial(sweep, ops=("ffn_4", "SparseFFN"), weights=("plain", "bf12")),
     "sweep-families": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
     "batch": batch,
+    "batch-ffn-4": partial(batch, varying=True),
     "batch-tensor-cores": partial(batch, varying=True),
     "batch-sparsities-7b": batch_sparsities,
     "batch-sparsities-13b": batch_sparsities,
