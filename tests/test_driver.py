@@ -134,7 +134,7 @@ def test_callers_tell_a_launch_whether_it_may_overlap(noted, monkeypatch, stream
     facts = {"inputs": [1, 2, 3, 4], "output": 5, "extras": {}, "result": lambda: None}
     call = SimpleNamespace(on_host=False, checked=checked, family=family, **facts)
     for module in (ops, ffn):
-        monkeypatch.setattr(module, "kernel_of", lambda *_: kernel)
+        monkeypatch.setattr(module, "kernel_of", lambda *_, **__: kernel)
     monkeypatch.setattr(ffn, "take", lambda *arguments: taken.append(arguments) or (9, []))
     ops._launch("ffn_1", call, True)
     assert told == [(stream, programmatic and STREAMS[stream])]
