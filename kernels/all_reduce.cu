@@ -9,8 +9,8 @@
 //             them where the word lies that is zero until this GPU is to wait no more, and to add what there is, in bytes from here
 //   exchanges (ceil(capacity / THREADS),) zeros at first: in how many exchanges each block has been
 //   launch    a thread has two numbers, which it sends to all others and receives from them; grid ceil(numbers / 2 / THREADS),
-//             at most ceil(capacity / THREADS). All its blocks have to fit on the GPU at once, since each waits for the other GPUs',
-//             while the successor's blocks stand there already: so of a GPU's sums under way, only one stream has any
+//             at most ceil(capacity / THREADS). All its blocks have to fit on the GPU at once, since each waits for the other GPUs'.
+//             Meanwhile its successor's blocks may fill the GPU, so no two streams of it may have such a sum at the same time
 //   numerics  float32, in the order of ranks, subnormals kept: the same bits on every GPU
 //   order     a GPU sends in exchange e once its exchange e - 1 has ended. That had words of every other GPU's exchange e - 1,
 //             which had sent them after its own exchange e - 2 had ended. So nobody reads what is overwritten: of exchange e - 2

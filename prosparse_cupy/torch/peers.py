@@ -59,8 +59,8 @@ _LIBRARY.impl("all_reduce", _on_gpu, "CUDA")
 class PeerParallel(TensorParallel):
     """The processes of a group whose GPUs see each other's memory, for the launches of one stream.
 
-    Short sums, and what is gathered and as short, go through that memory in one launch, which starts while its predecessor
-    ends; all else goes the group's way.
+    Short vectors are added and gathered through that memory in one launch, which starts while its predecessor ends; all else
+    goes the group's way.
 
     Parameters
     ----------
