@@ -150,6 +150,13 @@ def gate_of(dims: Dims, specialize: bool) -> Kernel | None:
     return load(problem, dims.device)
 
 
+@lru_cache(maxsize=256)
+def decompression_of(format_: Format, shape: tuple[int, int], device: int) -> Kernel:
+    """The kernel that decompresses a weight of this shape, (d_ff, d_model), which a prompt asks for once a matrix."""
+    d_ff, d_model = shape
+    return load(Problem("decompress", d_model, d_ff, "bfloat16", specialize=False, formats=(format_,)), device)
+
+
 def problem_of(
     name: str, dims: Dims, specialize: bool, activation: str = RELU, batch_invariant: bool = True, in_ffn: bool = False
 ) -> Problem:
@@ -246,7 +253,7 @@ def _meanwhile(table: dict[K, V], key: K, value: V) -> Iterator[None]:
 
 
 def _forget_kernels() -> None:
-    for cached in (load, _load_once, kernel_of, gate_of):
+    for cached in (load, _load_once, kernel_of, gate_of, decompression_of):
         cached.cache_clear()
 
 

@@ -10,11 +10,11 @@ from typing import Any, Generic, Literal, TypeAlias
 import numpy as np
 
 from . import bf12
-from .compiler import load
+from .compiler import decompression_of
 from .formats import BF12_ROWS, BF12_SLICES, VECTOR_BYTES, Format
 from .knobs import compressed_format
 from .libraries import HOST, A, Description, Family, family_of
-from .problem import LARGEST_DIMS, Problem
+from .problem import LARGEST_DIMS
 
 Layout = Literal["rows", "slices"]
 LARGEST_RATIO = 0.8
@@ -83,9 +83,9 @@ class CompressedWeight(Generic[A]):
             `out` is of another library, shape, dtype or device, not C-contiguous, or on a GPU and not at a multiple of 16
             bytes.
         """
-        family, (_, dtype, device, _) = self.family, self.family.describe(self._packed.escapes)
+        family, (_, _, device, _) = self.family, self.description
         if out is not None:
-            _check_out(family, out, (self._shape, dtype, device, True))
+            _check_out(family, out, self.description)
         result: A = family.empty_bfloat16(self._shape, self._packed.escapes) if out is None else out
         if device == HOST:
             with family.numerics(self._packed.escapes) as (xp, view):
@@ -98,9 +98,8 @@ class CompressedWeight(Generic[A]):
             raise TypeError(f"decompress: out must be a plain array in memory, got {family.why_no_memory(result)}")
         if address % VECTOR_BYTES:
             raise ValueError(f"decompress: out must start at a multiple of {VECTOR_BYTES} bytes, got address {address:#x}")
-        d_ff, d_model = self._shape
-        kernel = load(Problem("decompress", d_model, d_ff, "bfloat16", specialize=False, formats=(self.format,)), device)
-        kernel.launch(family.stream(device), False, *self.addresses, address, d_ff, d_model)
+        kernel = decompression_of(self.format, self._shape, device)
+        kernel.launch(family.stream(device), False, *self.addresses, address, *self._shape)
         return result
 
     def to(self, device: Any) -> CompressedWeight[A]:

@@ -288,7 +288,7 @@ def test_out_may_not_share_memory_with_any_part(family):
     ],
 )
 def test_kernels_write_no_weight_where_they_cannot(family, monkeypatch, address, error, message):
-    monkeypatch.setattr("prosparse_cupy.compressed.load", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr("prosparse_cupy.compressed.decompression_of", lambda *_: pytest.fail("launched"))
     with pytest.raises(error, match=message):
         _on_gpu(0x10000, "rows").decompress(out=_Array(address, 24, 4096))
 

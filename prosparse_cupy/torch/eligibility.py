@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..arguments import MOST_TOKENS
 from ..attention import Attention
 from .dispatch import DTYPES, does_more, forward_is_torchs
-from .parallel import Split, forward_is_parallel, local_of, parallel_of
+from .parallel import forward_is_parallel, local_of, parallel_of
 
 _PURE = {
     "EpsilonLogitsWarper",
@@ -49,7 +49,8 @@ _MODES = {  # what makes transformers run another loop, or more than a loop, and
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPES = ("dynamic", "longrope")  # whose frequencies follow the length, on the host
 _OF_TORCH = set(nn.Module().__dict__) - {"training"}
-_NOT_ASKED = _OF_TORCH | {"_packed", "_bound", "_halves", "config"}  # what modules keep of calls; configs are looked at once
+# What modules keep of calls or for `unpatch_model`; configs are looked at once.
+_NOT_ASKED = _OF_TORCH | {"_packed", "_bound", "_halves", "_replaced", "_split", "config"}
 _ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
@@ -260,10 +261,10 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
                 _add(found, tensor)
         for name, value in own.items():
             if name not in _NOT_ASKED:
-                found.append(name)
                 if type(value) in _ATOMS:
-                    found.append(value)
-                elif type(value) is not Split:  # which `unpatch_model` needs, and no step
+                    found += name, value
+                else:
+                    found.append(name)
                     _add(found, value)
     return tuple(found)
 
@@ -274,9 +275,7 @@ def _add(found: list[Any], value: Any, depth: int = 3) -> None:
         found.append(value)
     elif isinstance(value, Tensor):
         value = local_of(value)
-        found += value.data_ptr(), value.dtype, value.dim()
-        found += value.shape
-        found += value.stride()
+        found += value.data_ptr(), value.dtype, value.dim(), *value.shape, *value.stride()
     elif isinstance(value, nn.Module):
         found += "module", id(value)
     elif depth and isinstance(value, dict):

@@ -202,7 +202,7 @@ class Runner:
     ) -> Choice:
         """Who chooses the tokens; all processes that hold parts of a model give their GPUs as many steps ahead."""
         choice = Choice(step, prompt, processors, criteria, config, padding)
-        if any(getattr(m, "counts", None) is not None for m in model.modules()):
+        if any(m.__dict__.get("counts") is not None for m in model.modules()):
             choice.ahead = 1
         if step.parallel is not None:
             choice.ahead = min(step.parallel.told(choice.ahead))
