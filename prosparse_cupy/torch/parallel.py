@@ -370,6 +370,10 @@ def rows_of(rank: int, size: int, number: int) -> slice:
 
 def parallel_of(model: nn.Module) -> TensorParallel | None:
     """The group whose processes hold parts of a model, or None."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return None  # at once: every call of `generate` asks several times
     for module in model.modules():
         if isinstance(own := module.__dict__.get("parallel"), TensorParallel):
             return own
@@ -392,8 +396,6 @@ def with_all(parallel: TensorParallel | None, do: Callable[[], T]) -> T:
 @contextmanager
 def as_one(model: nn.Module) -> Iterator[TensorParallel | None]:
     """A call that all processes make which hold parts of a model: if it fails in one, the others fail too. Yields the group."""
-    import torch.distributed as dist
-
-    parallel = parallel_of(model) if dist.is_available() and dist.is_initialized() else None
+    parallel = parallel_of(model)
     with nullcontext() if parallel is None else parallel.failures.shared():
         yield parallel
