@@ -45,7 +45,6 @@ from .paper import PUBLISHED
 from .results import BatchesRow, DecodeRow, Result, Row, read_json, write_csv, write_json
 
 MODELS = {"1B": MINICPM_S_1B, "7B": LLAMA_2_7B, "13B": LLAMA_2_13B, "Minitron-4B": MINITRON_4B, "AFM-4.5B": AFM_4_5B}
-_GATED = {name: model for name, model in MODELS.items() if model.gated}
 _FORMULAS = {"BitNet-2B": BITNET_2B, "TurboSparse-7B": TURBOSPARSE_MISTRAL}
 """Whose formula costs more than a gated ReLU's; each is timed beside that of the same dims.
 
@@ -164,7 +163,9 @@ def _with_relu(models: dict[str, Model]) -> dict[str, Model]:
 
 @main.command()
 @_options
-@click.option("--model", "names", type=click.Choice(list(_GATED)), multiple=True, default=["7B", "13B"], show_default=True)
+@click.option(
+    "--model", "names", type=click.Choice([*MODELS, *_WHOLE_FFNS]), multiple=True, default=["7B", "13B"], show_default=True
+)
 @click.option(
     "--batch", "batches", type=click.IntRange(1, MOST_TOKENS), multiple=True, help="Only these.  [default: 1, 2, 4, 8]"
 )
@@ -180,11 +181,12 @@ def batch(names, batches, masks, sparsities, weights, ops, **options) -> None:
     Masks are of one sparsity for each token: independent of the other tokens', or correlated, each token sharing 60 % of its
     active neurons with all others. What a call must read is the union.
     """
+    known = MODELS | _WHOLE_FFNS
     wanted = batches or ((1, 8) if options["quick"] else BATCHES)
     settings = [
         Setting(
             op,
-            MODELS[name],
+            known[name],
             name,
             "bfloat16",
             mask,
@@ -197,6 +199,7 @@ def batch(names, batches, masks, sparsities, weights, ops, **options) -> None:
         for name in names
         for tokens in wanted
         for op in ops
+        if op in operators_of(known[name])
         for format_ in weights
         for mask in masks
         for sparsity in sparsities

@@ -36,8 +36,8 @@ from prosparse_cupy.torch import (
     release_generation,
     unpatch_model,
 )
+from prosparse_cupy.torch.families import mlps
 from prosparse_cupy.torch.parallel import local_of
-from prosparse_cupy.torch.patch import mlps
 from prosparse_cupy.torch.step import Step, cache_name
 
 from .conditions import Yardsticks

@@ -12,24 +12,33 @@ from typing import Literal
 Weights = Literal["plain", "bf12"]
 """How a module's weights lie in memory; "bf12" if any of them is compressed."""
 
-_MOST_TOKENS: Mapping[str, Mapping[Weights, int]] = MappingProxyType(
+_PAYING: Mapping[str, Mapping[Weights, tuple[tuple[int, float], ...]]] = MappingProxyType(
     {
-        "sparse_ffn": {"plain": 8, "bf12": 8},
-        "ffn_12": {"plain": 8, "bf12": 8},
-        "ffn_4": {"plain": 8, "bf12": 8},
-        "ffn_1": {"plain": 8, "bf12": 8},
+        "sparse_ffn": {"plain": ((2, 0.0), (4, 0.5), (8, 0.8)), "bf12": ((8, 0.0),)},
+        "ffn_12": {"plain": ((8, 0.0),), "bf12": ((8, 0.0),)},
+        "ffn_4": {"plain": ((2, 0.0), (4, 0.5), (8, 0.8)), "bf12": ((8, 0.0),)},
+        "ffn_1": {"plain": ((8, 0.0),), "bf12": ((8, 0.0),)},
     }
 )
-"""By operator and weights. The dense path of compressed weights decompresses them first, so it starts to pay later.
+"""By operator and weights: up to so many tokens pay where each leaves at least this share of neurons at zero, independently.
 
 `sparse_ffn` is a whole FFN, `ffn_12` and `ffn_4` are halves of one that are called apart (OPT's), `ffn_1` is any other matrix.
+The dense path of compressed weights decompresses them first, which costs more than cuBLAS and than any number of tokens here.
+
 Eight tokens take 6 to 9 % longer through `ffn_1` on an H100 than through cuBLAS, but each has the bits that it has alone. So a
 text does not depend on what stands beside it, nor on how many tokens are verified at once.
 """
-MOST_TOKENS_OF_ANY = max(most for by_weights in _MOST_TOKENS.values() for most in by_weights.values())
+MOST_TOKENS_OF_ANY = max(most for by_weights in _PAYING.values() for steps in by_weights.values() for most, _ in steps)
 """The one limit for all operators in code that is compiled for any number of tokens: each further one would be a graph more."""
 
 
-def most_tokens(operator: str, weights: Weights = "plain") -> int:
-    """The largest number of tokens for which a module calls an operator."""
-    return _MOST_TOKENS[operator][weights]
+def most_tokens(operator: str, weights: Weights = "plain", sparsity: float | None = None) -> int:
+    """The largest number of tokens for which a module calls an operator.
+
+    `sparsity`, 0 to 1, is what is known of a layer whose tokens need not have the bits that they have alone. Where nothing is
+    known, or bits must not vary, every layer is taken for one that leaves most neurons at zero. One token is never too many.
+    """
+    steps = _PAYING[operator][weights]
+    if sparsity is None:
+        return steps[-1][0]
+    return max((most for most, least in steps if sparsity >= least), default=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prosparse_cupy.arguments import MOST_TOKENS
-from prosparse_cupy.crossover import _MOST_TOKENS, MOST_TOKENS_OF_ANY, most_tokens
+from prosparse_cupy.crossover import _PAYING, MOST_TOKENS_OF_ANY, most_tokens
 
 torch = pytest.importorskip("torch", reason='the extra "torch" brings it')
 from torch import nn  # noqa: E402
@@ -23,9 +23,18 @@ SHAPES = [(8, 1), (1, 8), (2, 4), (1, 2), (3, 1), (7,), (2,)]
 
 
 def test_the_operators_take_what_pays():
-    for operator, by_weights in _MOST_TOKENS.items():
-        for weights, most in by_weights.items():
-            assert 1 <= most_tokens(operator, weights) == most <= MOST_TOKENS_OF_ANY <= MOST_TOKENS
+    for operator, by_weights in _PAYING.items():
+        for weights, steps in by_weights.items():
+            assert 1 <= most_tokens(operator, weights) == steps[-1][0] <= MOST_TOKENS_OF_ANY <= MOST_TOKENS
+            assert list(steps) == sorted(steps) and list(steps) == sorted(steps, key=lambda step: step[1])
+            assert [most_tokens(operator, weights, least) for _, least in steps] == [most for most, _ in steps]
+
+
+@pytest.mark.parametrize(("sparsity", "most"), [(None, 8), (1.0, 8), (0.8, 8), (0.799, 4), (0.5, 4), (0.499, 2), (0.0, 2)])
+def test_denser_layers_pay_for_fewer_tokens(sparsity, most):
+    assert most_tokens("sparse_ffn", "plain", sparsity) == most == most_tokens("ffn_4", sparsity=sparsity)
+    assert most_tokens("sparse_ffn", "bf12", sparsity) == 8, "decompressing costs more than any number of tokens"
+    assert most_tokens("ffn_1", "plain", sparsity) == 8
 
 
 class NoGate(nn.Module):
@@ -143,6 +152,26 @@ def test_more_tokens_than_pay_and_none_take_the_dense_path(name, operators):
         for shape in ((MOST[name] + 1,), (1, MOST[name] + 1), (3, 5), (0,), (1, 0), (0, 1)):
             y = module(_tokens(shape, "cpu", _dtype(name)))
             assert y.shape[:-1] == shape and not operators
+
+
+@pytest.mark.parametrize("name", ["gated", "gated, compressed", "no gate, biases", "halves"])
+def test_tokens_that_do_not_pay_at_a_layers_sparsity_take_the_dense_path(name, operators):
+    """Where bits may vary; else each token keeps those that it has alone, whatever that costs."""
+    module = _module(name, "cpu")
+    knows = module.fc2 if name == "halves" else module
+    by_sparsity = "sparse_ffn" if name != "halves" else "ffn_4"
+    varying = [(False, None, 8), (False, 0.9, 8), (False, 0.6, 4), (False, 0.3, 2)]
+    for batch_invariant, sparsity, most in [(True, 0.3, 8), *varying]:
+        knows.batch_invariant, knows.sparsity = batch_invariant, sparsity
+        most = 8 if "compressed" in name else most
+        with torch.inference_mode():
+            for tokens in range(1, 10):
+                y = module(x := _tokens((tokens, 1), "cpu", _dtype(name)))
+                assert ((by_sparsity, tokens) in operators) == (tokens <= most), (batch_invariant, sparsity, tokens)
+                operators.clear()
+                alone = torch.stack([module(row) for row in x.flatten(0, -2)]).view_as(y)
+                torch.testing.assert_close(y, alone, atol=3e-2 if y.dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+                operators.clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP  # noqa: E402
 
 from prosparse_cupy import cli  # noqa: E402
 from prosparse_cupy.compressed import is_too_narrow  # noqa: E402
+from prosparse_cupy.crossover import most_tokens  # noqa: E402
 from prosparse_cupy.formula import Formula  # noqa: E402
 from prosparse_cupy.torch import (  # noqa: E402
     FAMILIES,
@@ -51,8 +53,8 @@ from prosparse_cupy.torch import (  # noqa: E402
 )
 from prosparse_cupy.torch import halves as halves_module  # noqa: E402
 from prosparse_cupy.torch import mlp as mlp_module  # noqa: E402
+from prosparse_cupy.torch.families import mlps  # noqa: E402
 from prosparse_cupy.torch.halves import SparseDown, SparseUp  # noqa: E402
-from prosparse_cupy.torch.patch import mlps  # noqa: E402
 
 WIDTHS: dict[str, Any] = {
     "hidden_size": 64,
@@ -797,12 +799,13 @@ def test_an_example_tries_the_hidden_state(name):
 
 
 @pytest.mark.parametrize("name", ["Nemotron", "OPT", "BitNet", "Phi3"])
-@pytest.mark.parametrize("how", ["replacing", "the example"])
+@pytest.mark.parametrize("how", ["replacing", "the example", "the example, once patched"])
 def test_a_failure_on_the_way_puts_everything_back(name, how, monkeypatch):
     model, count = _model(name), []
     state, modules, wanted = _state(model), dict(model.named_modules()), _logits(model)
-    if how == "the example":
-        handle = _down(model)[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    if how.startswith("the example"):
+        runs = 1 if how.endswith("patched") else 0
+        handle = model.register_forward_pre_hook(lambda *_: count.append(0) if len(count) < runs else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             patch_model(model, example=_ids(model))
         handle.remove()
@@ -825,6 +828,32 @@ def test_a_failure_on_the_way_puts_everything_back(name, how, monkeypatch):
     _check_put_back(model, modules, state)
     assert torch.equal(_bits(_logits(model)), _bits(wanted))
     assert len(patch_model(model).sparse) == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_an_example_tells_how_sparse_each_layer_is(name, device, calls):
+    """So that, where bits may vary, several tokens take the path that pays at that sparsity."""
+    model = _model(name, device)
+    known = [layer.sparsity for layer in measure_sparsity(model, _ids(model)).layers]
+    assert len(known) == 2 and all(0.2 < share < 0.8 for share in known), "fewer than eight tokens pay at these"
+    for batch_invariant in (True, False):
+        report = patch_model(model, example=_ids(model), batch_invariant=batch_invariant)
+        assert [x.sparsity for x in report.sparse] == pytest.approx(known, abs=0.02)
+        expected = [8 if batch_invariant else most_tokens("sparse_ffn", "plain", x.sparsity) for x in report.sparse]
+        assert [x.most_tokens for x in report.sparse] == expected and (batch_invariant or max(expected) < 8)
+        rows = [[cell.strip() for cell in line.split("│")] for line in str(report).splitlines()]
+        assert all([f"{x.sparsity:.1%}", f"1 to {x.most_tokens}"] in [row[-3:-1] for row in rows] for x in report.sparse)
+        assert not any(getattr(module, "counts", None) is not None for module in model.modules())
+        with torch.inference_mode():
+            for tokens in (8, max(expected), 1):
+                calls.clear()
+                model(_ids(model)[:, :1].expand(tokens, 1))
+                whole_or_second = [operator for operator in calls if operator in ("sparse_ffn", "ffn_4")]
+                assert len(whole_or_second) == sum(tokens <= most for most in expected), (tokens, calls)
+        unpatch_model(model)
+    report = patch_model(model, batch_invariant=False)
+    assert all(math.isnan(x.sparsity) and x.most_tokens == 8 for x in report.layers) and "at once" not in str(report)
 
 
 # Compressed.

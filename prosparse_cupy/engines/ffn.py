@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from ..crossover import most_tokens
 from ..formula import DRELU, Formula
 from ..torch import ops as _ops  # noqa: F401  defines the namespace
 from ..torch.activation import FATReLU, combined, module_of
@@ -43,7 +44,7 @@ def _ffn(
     """
     weights, biases = [plain(w) for w in w_in], [plain(b) for b in b_in or ()]
     down, down_bias = plain(w_down), None if b_down is None else plain(b_down)
-    tokens = few_tokens(x, "sparse_ffn")
+    tokens = few_tokens(x, most_tokens("sparse_ffn"))
     if tokens is None:
         return _dense(x, weights, biases, down, down_bias, threshold, activation, gated)
     return _sparse(tokens, weights, biases, down, down_bias, threshold, activation, gated).view_as(x)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..packed import MANIFEST
 from .activation import register_fatrelu
+from .families import mlps
 from .generation import generate, prepare_generation
 from .linears import CompressedLinear, DecodingLinear
 from .loading import load_compressed
 from .matrices import groups_of
 from .mlp import SparseMLP
-from .patch import PatchReport, mlps, patch_model, unpatch_model
+from .patch import PatchReport, patch_model, unpatch_model
 from .sparsity import measure_sparsity
 
 _FAILURES = (OSError, RuntimeError, ValueError, AssertionError, ImportError, LookupError)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..crossover import MOST_TOKENS_OF_ANY, Weights, most_tokens
+from ..crossover import MOST_TOKENS_OF_ANY
 from ..formats import ITEMSIZE, VECTOR_BYTES
 from ..ops import ffn_1
 from .compressed import FACTS_OF_PLAIN, Facts
@@ -87,14 +87,14 @@ def is_recorded(x: Tensor, weights: Iterable[TorchWeight | None]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(isinstance(w, Tensor) and w.requires_grad for w in weights))
 
 
-def few_tokens(x: Tensor, operator: str, weights: Weights = "plain") -> Tensor | None:
-    """The tokens of x, (..., d), as an operator takes several, (B, d), or None if there are none or more than pay.
+def few_tokens(x: Tensor, most: int) -> Tensor | None:
+    """The tokens of x, (..., d), as an operator takes several, (B, d), or None if there are none or more than `most`.
 
     Not for one token, which modules hand over as (d,): ``x.flatten()`` costs less.
     """
     if x.is_nested or not x.dim() or not (d := x.shape[-1]) or not (tokens := x.numel() // d):
         return None
-    if not _pays(tokens, most_tokens(operator, weights)):
+    if not _pays(tokens, most):
         return None
     return x.reshape(-1, d).contiguous()  # the last tokens of several texts are rows far apart
 

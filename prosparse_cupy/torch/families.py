@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from ..families import FAMILIES, MLPFamily
+from .mlp import SparseMLP
 
 
 def family_of_module(module: nn.Module) -> MLPFamily | None:
@@ -31,3 +33,23 @@ def mixtures(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "experts", None), nn.Module):
             yield name
+
+
+def check_module(function: str, model: nn.Module) -> None:
+    """TypeError for what is no module, such as the name of one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}: model must be a torch.nn.Module, got {type(model).__name__}: load it first, for example with "
+            "transformers.AutoModelForCausalLM.from_pretrained"
+        )
+
+
+def mlps(model: nn.Module) -> Iterator[tuple[str, Any, MLPFamily]]:
+    """Name, module and family of every MLP, patched or not, but for the experts of mixtures."""
+    experts = tuple(f"{name}.experts." if name else "experts." for name in mixtures(model))
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(experts):
+            continue
+        family = module.family if isinstance(module, SparseMLP) else family_of_module(module)
+        if family is not None:
+            yield name, module, family

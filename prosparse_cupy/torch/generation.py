@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..arguments import MOST_TOKENS
 from .eligibility import why_another_mode, why_no_call, why_not_together
+from .families import check_module
 from .parallel import TensorParallel, as_one, parallel_of
-from .patch import check_module
 from .runner import Runner, turns
 from .speculation import MOST_GUESSES, Guesses, guesses_of, why_no_guesses
 from .step import CannotStep, Step

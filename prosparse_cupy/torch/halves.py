@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..crossover import most_tokens
 from ..families import MLPFamily
 from ..ops import ffn_4, ffn_12
 from .activation import FATReLU
@@ -17,6 +18,7 @@ class _Half(nn.Linear):
     """A projection that shares the parameters of the `nn.Linear` that it is in the place of."""
 
     batch_invariant: bool = True
+    _operator: str = ""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -30,10 +32,15 @@ class _Half(nn.Linear):
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
-    def _by_operator(self, name: str, operator: Any, x: Tensor, weight: Tensor, *threshold: float) -> Tensor | None:
+    @property
+    def most_tokens(self) -> int:
+        """Up to how many tokens at once go through the operator, as `crossover` says."""
+        return most_tokens(self._operator)
+
+    def _by_operator(self, operator: Any, x: Tensor, weight: Tensor, *threshold: float) -> Tensor | None:
         """Few tokens by an operator, or None where there are more or only torch does what is asked."""
-        shape = x.shape
-        tokens = x.flatten() if x.numel() == shape[-1] else few_tokens(x, name)
+        shape, name = x.shape, self._operator
+        tokens = x.flatten() if x.numel() == shape[-1] else few_tokens(x, self.most_tokens)
         if tokens is None:
             return None
         extras = () if self.bias is None else (self.bias,)
@@ -54,6 +61,8 @@ class _Half(nn.Linear):
 class SparseUp(_Half):
     """The up-projection and, for few tokens, the (FAT)ReLU that the layer applies to it next, which then changes nothing."""
 
+    _operator = "ffn_12"
+
     def __init__(self, linear: nn.Linear, layer: nn.Module, family: MLPFamily, threshold: float, activation: nn.Module) -> None:
         super().__init__(linear)
         self._layer: tuple[nn.Module, ...] = (layer,)  # no submodule
@@ -65,7 +74,7 @@ class SparseUp(_Half):
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T + bias``, of few tokens after its activation."""
         x = input
-        if self._is_followed() and (y := self._by_operator("ffn_12", ffn_12, x, self.weight, self.threshold)) is not None:
+        if self._is_followed() and (y := self._by_operator(ffn_12, x, self.weight, self.threshold)) is not None:
             return y
         return nn.functional.linear(x, self.weight, self.bias)
 
@@ -93,6 +102,14 @@ class SparseDown(_Half):
     Its weight is the transposed view of a contiguous (d_ff, d_model) buffer.
     """
 
+    _operator = "ffn_4"
+    sparsity: float | None = None
+    """As of a `SparseMLP`."""
+
+    @property
+    def most_tokens(self) -> int:
+        return most_tokens(self._operator, sparsity=None if self.batch_invariant else self.sparsity)
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         pack(self)
@@ -101,7 +118,7 @@ class SparseDown(_Half):
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T + bias``"""
         x = input
-        y = self._by_operator("ffn_4", ffn_4, x, self.weight.mT)
+        y = self._by_operator(ffn_4, x, self.weight.mT)
         return nn.functional.linear(x, self.weight, self.bias) if y is None else y
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compressed import CompressedWeight, compress
+from ..crossover import most_tokens
 from .compressed import facts_of, numbers_of, packed_of
 from .dispatch import decoded, few_tokens
 from .parallel import Sharding, Split, local_of, set_local, sharding_of
@@ -61,7 +62,7 @@ class DecodingLinear(nn.Linear):
                 return y.view(*shape[:-1], -1)
         elif (
             self.bias is None
-            and (tokens := few_tokens(input, "ffn_1")) is not None
+            and (tokens := few_tokens(input, most_tokens("ffn_1"))) is not None
             and (y := decoded(tokens, self.weight, batch_invariant=self.batch_invariant)) is not None
         ):
             return y.view(*input.shape[:-1], -1)
@@ -246,7 +247,7 @@ class CompressedLinear(nn.Module):
                 return y.view(*shape[:-1], -1)
         elif (
             not self.transposed
-            and (tokens := few_tokens(x, "ffn_1", "bf12")) is not None
+            and (tokens := few_tokens(x, most_tokens("ffn_1", "bf12"))) is not None
             and (y := decoded(tokens, self, bias)) is not None
         ):
             return y.view(*x.shape[:-1], -1)

@@ -18,10 +18,11 @@ from ..formula import Formula
 from ..packed import MANIFEST, Entry, read_manifest
 from .acceptance import forget_tensors, why_another_formula
 from .compressed import checked_packed_of
+from .families import mlps
 from .linears import CompressedLinear
 from .matrices import rejoin_matrices
 from .mlp import SparseMLP, pack, rounds_twice
-from .patch import made_sparse, mlps, own_formula
+from .patch import made_sparse, own_formula
 
 _LAYER = re.compile(r"\.\d+\.")
 _GENERATION_CONFIG = "generation_config.json"

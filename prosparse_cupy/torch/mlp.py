@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..crossover import Weights
+from ..crossover import most_tokens
 from ..families import LLAMA_LIKE, MLPFamily
 from ..ffn import SparseFFN, sparse_ffn
 from ..formula import DRELU, RELU, Formula
@@ -98,9 +98,13 @@ class SparseMLP(nn.Module):
         Whose processes hold the other neurons, where this is a shard: what transformers has split, or what `shard` made.
     batch_invariant : bool
         As for `sparse_ffn`; True at first.
+    sparsity : float or None
+        Share of neurons at zero, 0 to 1, where it is known, as `patch_model` knows it of an example. Without
+        `batch_invariant`, more tokens than pay at this sparsity take the dense path.
     """
 
     batch_invariant: bool = True
+    sparsity: float | None = None
 
     def __init__(self, family: MLPFamily, formula: Formula) -> None:
         super().__init__()
@@ -209,7 +213,7 @@ class SparseMLP(nn.Module):
             setattr(part, name, made)
         shard = type(self)._of_parts(part, self.family, formula)
         shard._replaced, shard.parallel, shard._is_own_shard = (), parallel, True
-        shard.batch_invariant = self.batch_invariant
+        shard.batch_invariant, shard.sparsity = self.batch_invariant, self.sparsity
         return shard.train(self.training)
 
     @classmethod
@@ -278,7 +282,7 @@ class SparseMLP(nn.Module):
                 (x,) = keywords.values()
             else:
                 return self._as_before(x, *others, **keywords)
-        tokens = x.flatten() if x.dim() and x.numel() == x.shape[-1] else few_tokens(x, "sparse_ffn", self._weights)
+        tokens = x.flatten() if x.dim() and x.numel() == x.shape[-1] else few_tokens(x, self.most_tokens)
         if tokens is not None and (y := self._sparse(tokens)) is not None:
             return y.view_as(x)
         x1 = self._first_half(x)
@@ -338,9 +342,10 @@ class SparseMLP(nn.Module):
         return combined(act, gates, ups, self._rectifies_up)
 
     @property
-    def _weights(self) -> Weights:
+    def most_tokens(self) -> int:
+        """Up to how many tokens at once go through the sparse operators, as `crossover` says."""
         is_compressed = any(type(self._modules.get(name)) is CompressedLinear for name in self.family.projections)
-        return "bf12" if is_compressed else "plain"
+        return most_tokens("sparse_ffn", "bf12" if is_compressed else "plain", None if self.batch_invariant else self.sparsity)
 
     def _sparse(self, tokens: Tensor) -> Tensor | None:
         """Tokens, (d,) or (B, d), by the sparse operators, or None where only calling the modules does what they do."""

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..crossover import most_tokens
 from ..peers import SharedMemory
 from .dispatch import TorchWeight, decoded, few_tokens, is_watched
 from .failures import FailedAlone, Failures
@@ -191,10 +192,8 @@ class Sharding(NamedTuple):
 
     def decoded(self, x: Tensor, weight: TorchWeight, batch_invariant: bool = True) -> Tensor | None:
         """The projection of few tokens by `ffn_1`, of which `weight` is this process's part; None of what is for torch."""
-        compressed = not isinstance(weight, Tensor)
-        tokens = (
-            x.flatten() if x.dim() and x.numel() == x.shape[-1] else few_tokens(x, "ffn_1", "bf12" if compressed else "plain")
-        )
+        most = most_tokens("ffn_1", "plain" if isinstance(weight, Tensor) else "bf12")
+        tokens = x.flatten() if x.dim() and x.numel() == x.shape[-1] else few_tokens(x, most)
         is_partial = self.style == "rowwise"
         if tokens is None or (y := decoded(tokens, weight, partial=is_partial, batch_invariant=batch_invariant)) is None:
             return None

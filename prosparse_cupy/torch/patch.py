@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..bf12 import CHUNK
 from ..compressed import LARGEST_RATIO, is_too_narrow
+from ..crossover import MOST_TOKENS_OF_ANY
 from ..families import LLAMA_LIKE, MLPFamily
 from ..formats import VECTOR_BYTES
 from ..formula import ACTIVATIONS, DRELU, FATRELU, RELU, Formula, UnsupportedFormula, check_threshold, formula_of
@@ -23,13 +25,14 @@ from ._text import table
 from .acceptance import forget_tensors, run, why_another_formula, why_outside_the_contract
 from .activation import FATReLU, activation_of, module_of
 from .dispatch import DTYPES, does_more
-from .families import family_of_module, mixtures
+from .families import check_module, mixtures, mlps
 from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, held_twice, put_back_matrices, replace_matrices, rows_of_report
 from .mlp import PROJECTIONS, SparseGatedMLP, SparseMLP, is_plain_linear, rounds_twice, unpack
 from .parallel import Style, TensorParallel, as_one, local_of, parallel_of, sharding_of_all, with_all
 from .runner import Runner
+from .sparsity import SparsityMeter
 from .steps import release_generation
 
 
@@ -39,7 +42,7 @@ class LayerPatch:
 
     name: str
     sparse: bool
-    """Whether up to 8 tokens at once now go through the sparse operators."""
+    """Whether few tokens at once now go through the sparse operators."""
     threshold: float
     reason: str = ""
     """Why it was left dense."""
@@ -51,6 +54,10 @@ class LayerPatch:
     """What its weights take of plain ones' memory; below 1 where they are compressed."""
     plain: str = ""
     """Which of its weights were not compressed, and why, where that was asked for."""
+    sparsity: float = math.nan
+    """Share of its neurons that the example leaves at zero; NaN without an example, and of a dense layer."""
+    most_tokens: int = MOST_TOKENS_OF_ANY
+    """Up to so many tokens at once go through the sparse operators."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,10 @@ class PatchReport:
             title += f", their weights in {sum(x.ratio for x in sparse) / len(sparse):.1%} of the memory"
             heads += ["weights", "left plain"]
             rows = [[*row, f"{x.ratio:.1%}", x.plain] for row, x in zip(rows, self.layers, strict=True)]
+        if not all(math.isnan(x.sparsity) for x in sparse):
+            heads += ["sparsity", "tokens at once"]
+            known = [(f"{x.sparsity:.1%}", f"1 to {x.most_tokens}") if x.sparse else ("", "") for x in self.layers]
+            rows = [[*row, *more] for row, more in zip(rows, known, strict=True)]
         return table(title, tuple(heads), [tuple(row) for row in rows])
 
 
@@ -151,9 +162,11 @@ def patch_model(
     batch_invariant : bool, default True
         Whether a token has the bits that it has alone, so that a text depends neither on what is generated beside it nor on how
         many tokens are verified at once. False lets 5 to 8 tokens at a time go to tensor cores, as for `sparse_ffn`: faster,
-        and as close to float64, but a near tie between two tokens may then fall the other way in a batch.
+        and as close to float64, but a near tie between two tokens may then fall the other way in a batch. And where an
+        `example` shows that a layer leaves fewer neurons at zero than pay for so many tokens, they take the dense path there.
     example : torch.Tensor, (1, tokens) int64, optional
-        Some text: the model is run on it once, and each layer is also tried on the hidden state that it then gets.
+        Some text: the model is run on it, and each layer is also tried on the hidden state that it then gets. Once patched it
+        is run on it again, which tells how sparse each layer is.
 
     Returns
     -------
@@ -211,12 +224,32 @@ def _patched(model: nn.Module, asked: _Asked, example: Tensor | None) -> PatchRe
             layers = with_all(parallel, lambda: _compress_all(model, uncompressed))
         if linears:
             matrices = with_all(parallel, lambda: replace_matrices(model, compress, batch_invariant))
+        if example is not None:
+            layers = _with_sparsity(model, layers, example)
     except BaseException:  # no GPU memory, a kernel that does not compile, Ctrl-C
         _unpatch(model)
         raise
     finally:
         forget_tensors()
     return PatchReport(tuple(layers), tuple(matrices))
+
+
+def _with_sparsity(model: nn.Module, layers: list[LayerPatch], example: Tensor) -> list[LayerPatch]:
+    """Tell sparse layers what share of their neurons a text leaves at zero, and say so in the report."""
+    sparse = {layer.name: layer for layer in layers if layer.sparse}
+    if not sparse:
+        return layers
+    with SparsityMeter(model) as meter, torch.no_grad():
+        model(example)
+    for layer in meter.report().layers:
+        if layer.name in sparse and layer.tokens:
+            sparse[layer.name] = replace(sparse[layer.name], sparsity=layer.sparsity)
+    for name, mlp, family in mlps(model):
+        if name in sparse and not math.isnan(known := sparse[name].sparsity):
+            module = mlp if isinstance(mlp, SparseMLP) else getattr(mlp, family.down)
+            module.sparsity = known
+            sparse[name] = replace(sparse[name], most_tokens=module.most_tokens)
+    return [sparse.get(layer.name, layer) for layer in layers]
 
 
 _OURS = (SparseMLP, DecodingLinear, CompressedLinear, SparseUp, SparseDown)
@@ -438,26 +471,6 @@ def _unpatch(model: nn.Module) -> None:
             _put_back(model, name, module, tied)
     _put_back_halves(model)
     put_back_matrices(model)
-
-
-def check_module(function: str, model: nn.Module) -> None:
-    """TypeError for what is no module, such as the name of one."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{function}: model must be a torch.nn.Module, got {type(model).__name__}: load it first, for example with "
-            "transformers.AutoModelForCausalLM.from_pretrained"
-        )
-
-
-def mlps(model: nn.Module) -> Iterator[tuple[str, Any, MLPFamily]]:
-    """Name, module and family of every MLP, patched or not, but for the experts of mixtures."""
-    experts = tuple(f"{name}.experts." if name else "experts." for name in mixtures(model))
-    for name, module in model.named_modules():
-        if f"{name}.".startswith(experts):
-            continue
-        family = module.family if isinstance(module, SparseMLP) else family_of_module(module)
-        if family is not None:
-            yield name, module, family
 
 
 def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given: float | None) -> tuple[Formula, str]:

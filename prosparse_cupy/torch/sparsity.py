@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ._text import table
+from .families import check_module, mlps
 from .linears import CompressedLinear
 from .mlp import SparseMLP, count_active
 from .parallel import as_one, is_split, local_of, parallel_of
-from .patch import check_module, mlps
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Attention
+from ..crossover import most_tokens
 from .attention import NAME, LayerCache, register_attention
 from .capture import captured
 from .dispatch import TorchWeight, dispatched, few_tokens, is_taken
@@ -444,7 +445,7 @@ class _Part(nn.Module):
 def _times(x: Tensor, whole: TorchWeight, batch_invariant: bool) -> Tensor:
     """``x @ whole.T`` of each token, a row each if they are several: by `ffn_1`, or by the dense path where that is faster."""
     plain = isinstance(whole, Tensor)
-    tokens = few_tokens(x, "ffn_1", "plain" if plain else "bf12") if x.numel() > x.shape[-1] else x.flatten()
+    tokens = few_tokens(x, most_tokens("ffn_1", "plain" if plain else "bf12")) if x.numel() > x.shape[-1] else x.flatten()
     if tokens is None:
         return nn.functional.linear(x.flatten(0, -2), whole if isinstance(whole, Tensor) else whole.weight)
     if not is_taken(tokens, whole):
