@@ -235,15 +235,17 @@ def batch(result: Result, varying: bool = False) -> str:
 
 
 def batch_sparsities(result: Result) -> str:
-    """Times and speed-ups of a whole FFN over sparsities, for each number of tokens and for what is not batch-invariant."""
+    """Times and speed-ups over sparsities, for each number of tokens and for what is not batch-invariant."""
     shown = [r for r in result.rows if r.variant in ("prosparse", "tensor cores")]
     columns = sorted({(r.batch, r.variant) for r in shown})
     rows = []
-    for sparsity in dict.fromkeys(r.sparsity for r in shown):
-        found = {(r.batch, r.variant): r for r in shown if r.sparsity == sparsity}
-        rows.append([f"{sparsity:.0%}", *(f"{_us(found[c])} ({found[c].speedup:.2f}x)" for c in columns)])
+    of_rows = {(r.model, r.op, r.sparsity) for r in shown}
+    for model, op, sparsity in sorted(of_rows, key=lambda row: (row[0], row[1] != "SparseFFN", row[2])):
+        found = {(r.batch, r.variant): r for r in shown if (r.model, r.op, r.sparsity) == (model, op, sparsity)}
+        times = [f"{_us(found[c])} ({found[c].speedup:.2f}x)" for c in columns]
+        rows.append([f"{model} `{op}`", f"{sparsity:.0%}", *times])
     headings = [f"{batch} tokens{'' if variant == 'prosparse' else f', {variant}'}" for batch, variant in columns]
-    return markdown(["sparsity of each token", *headings], rows)
+    return markdown(["", "sparsity of each token", *headings], rows)
 
 
 def _batch_order(key: tuple[str, str, str, str, str, float]) -> tuple[object, ...]:
@@ -378,6 +380,8 @@ TABLES = {
     "batch-tensor-cores": partial(batch, varying=True),
     "batch-sparsities-7b": batch_sparsities,
     "batch-sparsities-13b": batch_sparsities,
+    "batch-sparsities-bf12": batch_sparsities,
+    "batch-sparsities-no-gate": batch_sparsities,
     "host": host,
     "decode": decode,
     "decode-afm": decode,

@@ -743,9 +743,9 @@ def test_the_short_table_has_both_llamas(stored):
 def test_a_table_of_several_tokens_over_sparsities(stored):
     result = stored["batch-sparsities-7b"]
     lines = tables.batch_sparsities(result).splitlines()
-    assert lines[0].count("|") == 6 and "8 tokens, tensor cores" in lines[0] and len(lines) == 2 + 4
+    assert lines[0].count("|") == 7 and "8 tokens, tensor cores" in lines[0] and len(lines) == 2 + 4
     row = result.find(batch=8, variant="tensor cores", sparsity=0.5)
-    assert lines[3].startswith("| 50% |") and f"{tables._us(row)} ({row.speedup:.2f}x) |" in lines[3]
+    assert lines[3].startswith("| 7B `SparseFFN` | 50% |") and f"{tables._us(row)} ({row.speedup:.2f}x) |" in lines[3]
 
 
 def test_figures_are_drawings_with_axes_named(stored, tmp_path):

@@ -345,7 +345,8 @@ class SparseMLP(nn.Module):
     def most_tokens(self) -> int:
         """Up to how many tokens at once go through the sparse operators, as `crossover` says."""
         is_compressed = any(type(self._modules.get(name)) is CompressedLinear for name in self.family.projections)
-        return most_tokens("sparse_ffn", "bf12" if is_compressed else "plain", None if self.batch_invariant else self.sparsity)
+        operator = "sparse_ffn" if self.family.gated else "sparse_ffn without a gate"
+        return most_tokens(operator, "bf12" if is_compressed else "plain", None if self.batch_invariant else self.sparsity)
 
     def _sparse(self, tokens: Tensor) -> Tensor | None:
         """Tokens, (d,) or (B, d), by the sparse operators, or None where only calling the modules does what they do."""
