@@ -48,6 +48,11 @@ def _is_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def _with_example(options: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+    """Options of `patch_model`, whose example, if they have one, are these tokens."""
+    return {**options, "example": ids[:1]} if "example" in options else options
+
+
 @torch.no_grad()
 def patched(path: str, dtype: str, ids: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
     """A model that transformers has split: patched, asked, and unpatched."""
@@ -57,8 +62,9 @@ def patched(path: str, dtype: str, ids: list[list[int]], options: dict[str, Any]
     projections = [getattr(mlp, name) for mlp in layers for name in ("gate_proj", "up_proj", "down_proj")]
     forwards = [p.__dict__["forward"] for p in projections]
     before, state = model(text).logits, _state(model)
-    report = psct.patch_model(model, **options)
+    report = psct.patch_model(model, **_with_example(options, text))
     found: dict[str, Any] = {
+        "most tokens": [layer.most_tokens for layer in report.layers],
         "sparse": [layer.sparse for layer in report.layers],
         "reasons": [layer.reason for layer in report.layers],
         "decoding": [matrix.decoding for matrix in report.matrices],
@@ -270,7 +276,7 @@ def benchmarked() -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def compiled_layers(path: str, options: dict[str, Any] | None) -> bool:
+def compiled_layers(path: str, options: dict[str, Any] | None, sequences: int = 1) -> bool:
     """Whether a step whose layers torch traces whole, all-reduces among it, gives the logits of one that is not.
 
     Both are taken before inductor, which fuses and so rounds otherwise.
@@ -281,8 +287,8 @@ def compiled_layers(path: str, options: dict[str, Any] | None) -> bool:
 
     model = _loaded(path, "bfloat16", is_aligned=options is not None)
     if options is not None:
-        psct.patch_model(model, **options)
-    step = psct.prepare_generation(model, 64)
+        psct.patch_model(model, **_with_example(options, torch.arange(1, 30, device=model.device)[None]))
+    step = psct.prepare_generation(model, 64, batch_size=sequences)
     step.position.fill_(5)
     step.token.fill_(7)
     layers = step._twin.get_decoder().layers

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 from prosparse_cupy.arguments import MOST_TOKENS
@@ -272,6 +275,57 @@ def test_compiled_code_has_a_graph_for_few_tokens_and_one_for_many(device):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", ["gated", "gated, compressed", "no gate, biases", "halves"])
+def test_layers_of_different_sparsity_are_traced_whole_and_share_graphs(name):
+    """One graph for all layers that take the same path, as a step compiles them."""
+    torch.manual_seed(0)
+    layers, graphs = [MODULES[name]().requires_grad_(False).eval() for _ in range(12)], []
+    for i, layer in enumerate(layers):
+        knows = layer.fc2 if name == "halves" else layer
+        knows.batch_invariant, knows.sparsity = False, 0.3 + 0.06 * i
+        for linear in layer.modules():
+            if isinstance(linear, CompressedLinear):
+                linear.show_one_escape()  # as a step does
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, dynamic=False, backend=backend)
+    x = _tokens((6, 1), "cpu", _dtype(name))
+    with torch.inference_mode():
+        for layer in layers:
+            torch.testing.assert_close(compiled(layer, x), layer(x), atol=3e-2 if "compressed" in name else 1e-5, rtol=1e-2)
+    paths = {(layer.fc2 if name == "halves" else layer).most_tokens for layer in layers}
+    assert len(paths) == (1 if "compressed" in name else 3) and len(graphs) <= len(paths)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, 89, float("nan")])
+def test_a_sparsity_that_is_no_share_is_refused(share):
+    module = _gated(False)
+    module.sparsity = 0.5
+    with pytest.raises(ValueError, match="sparsity: must be a share of neurons, 0 to 1, or None, got"):
+        module.sparsity = share
+    assert module.sparsity == 0.5
+    module.sparsity = None
+    assert module.sparsity is None and module.most_tokens == 8
+
+
+def test_copies_and_states_know_the_sparsity():
+    from prosparse_cupy.torch.eligibility import state_of
+
+    module = _gated(False)
+    before = state_of(module)
+    module.batch_invariant, module.sparsity = False, 0.6
+    assert state_of(module) != before, "a step of before would take the other path"
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert (copied.sparsity, copied.batch_invariant, copied.most_tokens) == (0.6, False, 4)
+    module.sparsity = 0.85
+    assert copied.most_tokens == 4 and module.most_tokens == 8
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_compiled_whole(tokens, device):
@@ -295,10 +349,12 @@ def test_captured_in_a_cuda_graph(torch_gpu):
         assert torch.equal(y, block(x))
 
 
+@pytest.mark.parametrize("sparsity", [None, 0.6])
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_of_any_number_of_tokens_is_dense(strict):
+def test_an_exported_program_of_any_number_of_tokens_is_dense(strict, sparsity):
     """It has one path, which must be right for any number; of one shape it has the path that pays."""
     mlp, x = SparseGatedMLP(D_MODEL, D_FF, T).requires_grad_(False), _tokens((1, 4), "cpu")
+    mlp.batch_invariant, mlp.sparsity = sparsity is None, sparsity
     with torch.no_grad():
         for dynamic in (None, {"x": {1: torch.export.Dim("tokens", min=2, max=64)}}):
             program = torch.export.export(mlp, (x,), dynamic_shapes=dynamic, strict=strict)

@@ -492,6 +492,21 @@ def test_every_sequence_of_a_batch_writes_what_it_writes_alone(sequences, device
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_in_layers_that_are_too_dense_for_them(device):
+    """Random models leave half of their neurons at zero, too few for six tokens to pay: the dense path is in the step."""
+    model, batch = _tiny(device=device), _batch(device, 6)
+    report = patch_model(model, example=_ids(device, 40), batch_invariant=False)
+    assert all(layer.sparse and layer.most_tokens < 6 for layer in report.layers)
+    text = _agree_on(model, batch)
+    step = prepare_generation(model, 64, batch_size=6)
+    assert step.is_compiled == (device == "cuda")
+    for layer in model.model.layers:
+        layer.mlp.sparsity = 0.95
+    assert torch.equal(_agree_on(model, batch), text)
+    assert prepare_generation(model, 64, batch_size=6) is not step, "whose layers take the other path"
+
+
 def test_the_trained_models_batch(trained, tokenizer):
     """As a tokenizer makes it."""
     tokenizer = copy.deepcopy(tokenizer)

@@ -80,6 +80,7 @@ def _close(found: Any, expected: Any, dtype: str) -> None:
     [
         ("float32", {}),
         ("float32", {"linears": False}),
+        ("float32", {"example": True, "batch_invariant": False}),
         ("bfloat16", {}),
         ("bfloat16", {"compress": True}),
         ("bfloat16", {"compress": True, "linears": False}),
@@ -100,6 +101,7 @@ def test_a_model_that_transformers_has_split(two, folder, dtype, options):
         for fact in ("state is kept", "unpatched", "modules", "forwards", "contiguous"):
             assert of_rank[fact], fact
         assert not of_rank["warnings"]
+        assert all((most < 8) == ("example" in options) for most in of_rank["most tokens"])
     for name in ("text", "two texts", "sampled", "guessed", "one token", "many"):
         assert _equal(found[0][name], found[1][name]), name
     assert found[0]["guessed"] == found[0]["text"]
@@ -314,6 +316,11 @@ def test_other_models_that_transformers_splits(two, folder, kind):
 @pytest.mark.parametrize("options", [None, {}, {"compress": True}, {"linears": False}])
 def test_layers_of_a_step_are_traced_whole(two, folder, options):
     assert two.run(ranks_parallel.compiled_layers, folder("bfloat16"), options) == [True, True]
+
+
+def test_layers_that_are_too_dense_for_several_tokens_are_traced_whole(two, folder):
+    options = {"example": True, "batch_invariant": False}
+    assert two.run(ranks_parallel.compiled_layers, folder("bfloat16"), options, 6) == [True, True]
 
 
 def test_parts_of_projections_give_the_bits_of_their_projections(two, folder):

@@ -306,6 +306,38 @@ def test_what_cannot_be_patched_is_left_dense_and_said(how, reason):
     assert text.startswith("2 of 3 MLPs decode sparsely") and "dense: " in text and "model.layers.1.mlp" in text
 
 
+class Packed(nn.Module):
+    """As of a quantised model: no `weight`, and no names of dims."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.qweight = nn.Parameter(linear.weight.detach())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("how", ["packed", "metered"])
+def test_an_example_counts_sparse_layers_alone(how, compress):
+    """Of dense ones nobody asks, and they may have no weights to be asked about."""
+    model = _model(dtype=torch.bfloat16)
+    mlp = model.model.layers[1].mlp
+    meter = SparsityMeter(model, ["model.layers.1.mlp"]) if how == "metered" else None
+    if how == "packed":
+        mlp.down_proj = Packed(mlp.down_proj)
+    report = patch_model(model, example=_ids(), batch_invariant=False, compress=compress, linears=False)
+    assert [x.sparse for x in report.layers] == [True, False, True] and model.model.layers[1].mlp is mlp
+    assert [0.2 < x.sparsity < 0.8 for x in report.layers] == [True, False, True]
+    assert [x.most_tokens == 8 for x in report.layers] == [compress, True, compress]
+    row = next(line for line in str(report).splitlines() if "layers.1.mlp" in line)
+    assert "nan" not in row and "1 to" not in row
+    if meter is not None:
+        assert [(x.name, x.tokens) for x in meter.report().layers] == [("model.layers.1.mlp", 14)], "the example, twice"
+        meter.remove()
+    assert not any(getattr(module, "counts", None) is not None for module in model.modules())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("biased", [("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "up_proj", "down_proj")])
 def test_biases_are_added(biased, device):

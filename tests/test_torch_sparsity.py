@@ -74,6 +74,28 @@ def test_reset_remove_and_a_second_meter():
         SparsityMeter(nn.Linear(2, 2))
 
 
+def test_a_meter_of_some_layers():
+    model = _model()
+    with pytest.raises(ValueError, match=r"no MLP of a family that is known among layers\.9"):
+        SparsityMeter(model, ["layers.9"])
+    with (
+        SparsityMeter(model, ["model.layers.2.mlp"]) as meter,
+        SparsityMeter(model, {"model.layers.0.mlp"}),
+        torch.inference_mode(),
+    ):
+        model(_ids())
+    assert [(x.name, x.tokens) for x in meter.report().layers] == [("model.layers.2.mlp", 7)]
+    assert not hasattr(model.model.layers[2].mlp, "counts")
+
+
+def test_a_meter_that_cannot_count_a_layer_leaves_none_behind():
+    model = _model()
+    model.model.layers[1].mlp.down_proj = nn.Identity()
+    with pytest.raises(AttributeError):
+        SparsityMeter(model)
+    assert not any(hasattr(module, "counts") or module._forward_pre_hooks for module in model.modules())
+
+
 @pytest.mark.gpu
 def test_counts_in_a_cuda_graph(torch_gpu):
     model = _model(device="cuda")

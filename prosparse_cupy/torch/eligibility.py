@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..arguments import MOST_TOKENS
 from ..attention import Attention
 from .dispatch import DTYPES, does_more, forward_is_torchs
-from .parallel import forward_is_parallel, local_of, parallel_of
+from .parallel import Split, forward_is_parallel, local_of, parallel_of
 
 _PURE = {
     "EpsilonLogitsWarper",
@@ -49,8 +49,7 @@ _MODES = {  # what makes transformers run another loop, or more than a loop, and
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPES = ("dynamic", "longrope")  # whose frequencies follow the length, on the host
 _OF_TORCH = set(nn.Module().__dict__) - {"training"}
-# What modules keep of calls or for `unpatch_model`; configs are looked at once.
-_NOT_ASKED = _OF_TORCH | {"_packed", "_bound", "_halves", "_replaced", "_split", "config"}
+_NOT_ASKED = _OF_TORCH | {"_packed", "_bound", "_halves", "config"}  # what modules keep of calls; configs are looked at once
 _ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
@@ -263,7 +262,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
             if name not in _NOT_ASKED:
                 if type(value) in _ATOMS:
                     found += name, value
-                else:
+                elif type(value) is not Split:  # which `unpatch_model` needs, and no step
                     found.append(name)
                     _add(found, value)
     return tuple(found)

@@ -6,18 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..crossover import most_tokens
 from ..families import MLPFamily
 from ..ops import ffn_4, ffn_12
 from .activation import FATReLU
 from .dispatch import dispatched, does_more, few_tokens, forward_is_torchs, is_cast, is_recorded, is_taken, is_watched
-from .mlp import pack
+from .mlp import Crossover, pack
 
 
-class _Half(nn.Linear):
+class _Half(Crossover, nn.Linear):
     """A projection that shares the parameters of the `nn.Linear` that it is in the place of."""
 
-    batch_invariant: bool = True
     _operator: str = ""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -33,9 +31,8 @@ class _Half(nn.Linear):
         return linear.train(self.training)
 
     @property
-    def most_tokens(self) -> int:
-        """Up to how many tokens at once go through the operator, as `crossover` says."""
-        return most_tokens(self._operator)
+    def _row(self) -> str:
+        return self._operator
 
     def _by_operator(self, operator: Any, x: Tensor, weight: Tensor, *threshold: float) -> Tensor | None:
         """Few tokens by an operator, or None where there are more or only torch does what is asked."""
@@ -103,12 +100,6 @@ class SparseDown(_Half):
     """
 
     _operator = "ffn_4"
-    sparsity: float | None = None
-    """As of a `SparseMLP`."""
-
-    @property
-    def most_tokens(self) -> int:
-        return most_tokens(self._operator, sparsity=None if self.batch_invariant else self.sparsity)
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)

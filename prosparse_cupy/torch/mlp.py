@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..crossover import most_tokens
+from ..crossover import Weights, most_tokens
 from ..families import LLAMA_LIKE, MLPFamily
 from ..ffn import SparseFFN, sparse_ffn
 from ..formula import DRELU, RELU, Formula
@@ -78,8 +79,55 @@ class Operands(NamedTuple):
         return "ffn_12" if self.gate is None else "ffn_123", first, second
 
 
-class SparseMLP(nn.Module):
-    """An FFN of any family: up to 8 tokens by the sparse operators, more by the dense path.
+class Crossover:
+    """How many tokens at once a module hands to its sparse operators, before it takes its dense path.
+
+    Attributes
+    ----------
+    batch_invariant : bool
+        As for `sparse_ffn`; True at first. Then up to 8 tokens are sparse, whatever the sparsity.
+    """
+
+    batch_invariant: bool = True
+    _sparsity: float | None = None
+    _paying: Mapping[Weights, int] | None = None
+    """What `crossover` says of `_sparsity`: whole numbers, since code is compiled anew for every value that `forward` reads."""
+
+    @property
+    def _row(self) -> str:
+        """Its name in `crossover`."""
+        raise NotImplementedError
+
+    @property
+    def _weights(self) -> Weights:
+        return "plain"
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of neurons at zero, 0 to 1, where it is known, as `patch_model` knows it of an example.
+
+        Without `batch_invariant`, more tokens than pay at this sparsity take the dense path.
+        """
+        return self._sparsity
+
+    @sparsity.setter
+    def sparsity(self, share: float | None) -> None:
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"sparsity: must be a share of neurons, 0 to 1, or None, got {share}")
+        self._sparsity = share
+        kinds: tuple[Weights, ...] = ("plain", "bf12")
+        self._paying = None if share is None else {weights: most_tokens(self._row, weights, share) for weights in kinds}
+
+    @property
+    def most_tokens(self) -> int:
+        """Up to how many tokens at once go through the sparse operators."""
+        if self.batch_invariant or self._paying is None:
+            return most_tokens(self._row, self._weights)
+        return self._paying[self._weights]
+
+
+class SparseMLP(Crossover, nn.Module):
+    """An FFN of any family: few tokens by the sparse operators, up to 8, more by the dense path.
 
     Both paths read the same weights: the down-projection's is the transposed view of a contiguous (d_ff, d_model) buffer, so
     that a neuron is one contiguous row, and there is no second copy. Submodules have the names that they have in the family, so
@@ -99,12 +147,8 @@ class SparseMLP(nn.Module):
     batch_invariant : bool
         As for `sparse_ffn`; True at first.
     sparsity : float or None
-        Share of neurons at zero, 0 to 1, where it is known, as `patch_model` knows it of an example. Without
-        `batch_invariant`, more tokens than pay at this sparsity take the dense path.
+        Share of neurons at zero, where it is known; see there.
     """
-
-    batch_invariant: bool = True
-    sparsity: float | None = None
 
     def __init__(self, family: MLPFamily, formula: Formula) -> None:
         super().__init__()
@@ -342,11 +386,13 @@ class SparseMLP(nn.Module):
         return combined(act, gates, ups, self._rectifies_up)
 
     @property
-    def most_tokens(self) -> int:
-        """Up to how many tokens at once go through the sparse operators, as `crossover` says."""
+    def _row(self) -> str:
+        return "sparse_ffn" if self.family.gated else "sparse_ffn without a gate"
+
+    @property
+    def _weights(self) -> Weights:
         is_compressed = any(type(self._modules.get(name)) is CompressedLinear for name in self.family.projections)
-        operator = "sparse_ffn" if self.family.gated else "sparse_ffn without a gate"
-        return most_tokens(operator, "bf12" if is_compressed else "plain", None if self.batch_invariant else self.sparsity)
+        return "bf12" if is_compressed else "plain"
 
     def _sparse(self, tokens: Tensor) -> Tensor | None:
         """Tokens, (d,) or (B, d), by the sparse operators, or None where only calling the modules does what they do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -57,7 +58,8 @@ class LayerPatch:
     sparsity: float = math.nan
     """Share of its neurons that the example leaves at zero; NaN without an example, and of a dense layer."""
     most_tokens: int = MOST_TOKENS_OF_ANY
-    """Up to so many tokens at once go through the sparse operators."""
+    """Up to so many tokens at once go through the sparse operators, where it is sparse; of an FFN inside a layer, as OPT's is,
+    those of its second half."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,14 @@ class PatchReport:
             rows = [[*row, f"{x.ratio:.1%}", x.plain] for row, x in zip(rows, self.layers, strict=True)]
         if not all(math.isnan(x.sparsity) for x in sparse):
             heads += ["sparsity", "tokens at once"]
-            known = [(f"{x.sparsity:.1%}", f"1 to {x.most_tokens}") if x.sparse else ("", "") for x in self.layers]
-            rows = [[*row, *more] for row, more in zip(rows, known, strict=True)]
+            rows = [[*row, *_known_of(x)] for row, x in zip(rows, self.layers, strict=True)]
         return table(title, tuple(heads), [tuple(row) for row in rows])
+
+
+def _known_of(layer: LayerPatch) -> tuple[str, str]:
+    if math.isnan(layer.sparsity):
+        return "", ""
+    return f"{layer.sparsity:.1%}", f"1 to {layer.most_tokens}" if layer.most_tokens > 1 else "1"
 
 
 def _said_of(layer: LayerPatch) -> str:
@@ -162,11 +169,11 @@ def patch_model(
     batch_invariant : bool, default True
         Whether a token has the bits that it has alone, so that a text depends neither on what is generated beside it nor on how
         many tokens are verified at once. False lets 5 to 8 tokens at a time go to tensor cores, as for `sparse_ffn`: faster,
-        and as close to float64, but a near tie between two tokens may then fall the other way in a batch. And where an
-        `example` shows that a layer leaves fewer neurons at zero than pay for so many tokens, they take the dense path there.
+        and as close to float64, but a near tie between two tokens may then fall the other way in a batch. With an `example`,
+        layers that are too dense for several tokens to pay take the dense path for them.
     example : torch.Tensor, (1, tokens) int64, optional
-        Some text: the model is run on it, and each layer is also tried on the hidden state that it then gets. Once patched it
-        is run on it again, which tells how sparse each layer is.
+        A page of such text as the model will write: the model is run on it, and each layer is also tried on the hidden state
+        that it then gets. Once patched it is run on it again, which tells how sparse each layer is on average.
 
     Returns
     -------
@@ -239,16 +246,14 @@ def _with_sparsity(model: nn.Module, layers: list[LayerPatch], example: Tensor) 
     sparse = {layer.name: layer for layer in layers if layer.sparse}
     if not sparse:
         return layers
-    with SparsityMeter(model) as meter, torch.no_grad():
+    with SparsityMeter(model, sparse) as meter, torch.no_grad():
         model(example)
-    for layer in meter.report().layers:
-        if layer.name in sparse and layer.tokens:
-            sparse[layer.name] = replace(sparse[layer.name], sparsity=layer.sparsity)
+    found = {layer.name: layer.sparsity for layer in meter.report().layers if layer.tokens}
     for name, mlp, family in mlps(model):
-        if name in sparse and not math.isnan(known := sparse[name].sparsity):
+        if name in found:
             module = mlp if isinstance(mlp, SparseMLP) else getattr(mlp, family.down)
-            module.sparsity = known
-            sparse[name] = replace(sparse[name], most_tokens=module.most_tokens)
+            module.sparsity = found[name]
+            sparse[name] = replace(sparse[name], sparsity=found[name], most_tokens=module.most_tokens)
     return [sparse.get(layer.name, layer) for layer in layers]
 
 
@@ -299,6 +304,7 @@ def _check_together(parallel: TensorParallel, model: nn.Module, plan: _Plan, ask
         "linears": asked.linears,
         "batch_invariant": asked.batch_invariant,
         "the shape of example": getattr(example, "shape", None),
+        "the checksum of example": None if example is None else zlib.crc32(example.cpu().numpy().tobytes()),
     }
     layers = [name for name, *_ in plan.found]
     parallel.refuse_others("patch_model", {**facts, "the list of layers": layers})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..families import MLPFamily
 from ._text import table
 from .families import check_module, mlps
 from .linears import CompressedLinear
@@ -95,13 +96,15 @@ class SparsityMeter:
     ----------
     model : torch.nn.Module
         As for `patch_model`, of any activation: SiLU and GELU models simply have no zeros.
+    layers : collection of str, optional
+        Names of the MLPs to count, as in a report; all of them if it is not said.
 
     Raises
     ------
     TypeError
         `model` is no module.
     ValueError
-        No MLP, or another meter is on.
+        No MLP, or another meter counts one of them.
 
     Examples
     --------
@@ -110,11 +113,12 @@ class SparsityMeter:
     >>> print(meter.report())
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Collection[str] | None = None) -> None:
         check_module("SparsityMeter", model)
-        found = list(mlps(model))
+        found = [of for of in mlps(model) if layers is None or of[0] in layers]
         if not found:
-            raise ValueError(f"SparsityMeter: {type(model).__name__} has no MLP of a family that is known")
+            among = "" if layers is None else f" among {', '.join(sorted(layers)) or 'no names'}"
+            raise ValueError(f"SparsityMeter: {type(model).__name__} has no MLP of a family that is known{among}")
         if any(getattr(mlp, "counts", None) is not None for _, mlp, _ in found):
             raise ValueError("SparsityMeter: another meter counts this model already: remove() it first")
         self._parallel = parallel_of(model)
@@ -123,19 +127,26 @@ class SparsityMeter:
         self._gated: dict[str, bool] = {}
         self._is_split: dict[str, bool] = {}
         self._undo: list[Callable[[], object]] = []
-        for name, mlp, family in found:
-            down = getattr(mlp, family.down)
-            counts = torch.zeros(2, dtype=torch.int64, device=_device_of(down))
-            own = local_of(down.weight).shape[1] if isinstance(down, nn.Linear) else down.in_features
-            self._counts[name], self._neurons[name] = counts, own
-            self._gated[name] = family.gated
-            self._is_split[name] = getattr(mlp, "parallel", None) is not None or is_split(getattr(down, "weight", None))
-            mlp.counts = counts
-            if isinstance(mlp, SparseMLP):
-                self._undo.append(partial(setattr, mlp, "counts", None))
-            else:
-                handle = down.register_forward_pre_hook(partial(_count, counts))
-                self._undo += [handle.remove, partial(delattr, mlp, "counts")]
+        try:
+            for name, mlp, family in found:
+                self._count(name, mlp, family)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _count(self, name: str, mlp: Any, family: MLPFamily) -> None:
+        down = getattr(mlp, family.down)
+        counts = torch.zeros(2, dtype=torch.int64, device=_device_of(down))
+        own = local_of(down.weight).shape[1] if isinstance(down, nn.Linear) else down.in_features
+        self._counts[name], self._neurons[name] = counts, own
+        self._gated[name] = family.gated
+        self._is_split[name] = getattr(mlp, "parallel", None) is not None or is_split(getattr(down, "weight", None))
+        mlp.counts = counts
+        if isinstance(mlp, SparseMLP):
+            self._undo.append(partial(setattr, mlp, "counts", None))
+        else:
+            self._undo.append(partial(delattr, mlp, "counts"))
+            self._undo.append(down.register_forward_pre_hook(partial(_count, counts)).remove)
 
     def report(self) -> SparsityReport:
         """What was counted so far; waits for the GPU, and for the other processes of a model that is split."""
