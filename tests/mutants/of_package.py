@@ -396,9 +396,7 @@ MUTANTS = [
         "self._packed.base | 1 << 33",
     ),
     Mutant("prosparse_cupy/compressed.py", "kernel.launch(family.stream(device), False,", "kernel.launch(0, False,"),
-    Mutant(
-        "prosparse_cupy/compressed.py", "*self.addresses, address, d_ff, d_model)", "*self.addresses, address, d_model, d_ff)"
-    ),
+    Mutant("prosparse_cupy/compressed.py", "address, *self._shape)", "address, *self._shape[::-1])"),
     Mutant(
         "prosparse_cupy/compressed.py",
         'if address % VECTOR_BYTES:\n            raise ValueError(f"decompress',
