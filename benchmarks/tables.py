@@ -382,6 +382,7 @@ TABLES = {
     "batch-sparsities-13b": batch_sparsities,
     "batch-sparsities-bf12": batch_sparsities,
     "batch-sparsities-no-gate": batch_sparsities,
+    "batch-sparsities-no-gate-90": batch_sparsities,
     "host": host,
     "decode": decode,
     "decode-afm": decode,
