@@ -175,7 +175,14 @@ def test_what_one_process_fails_in_all_fail_in(two, folder):
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "name"), [({"compress": True}, {}, "compress"), ({"threshold": 0.1}, {}, "threshold")]
+    ("one", "other", "name"),
+    [
+        ({"compress": True}, {}, "compress"),
+        ({"threshold": 0.1}, {}, "threshold"),
+        ({"example": torch.tensor([[1, 2, 3]])}, {}, "the shape of example"),
+        ({"example": torch.tensor([[1, 2, 3]])}, {"example": torch.tensor([[1, 2, 4]])}, "the checksum of example"),
+    ],
+    ids=["compress", "threshold", "no example", "another example"],
 )
 def test_calls_that_differ_are_refused(two, folder, one, other, name):
     with pytest.raises(RankError) as raised:
