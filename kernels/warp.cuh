@@ -2,6 +2,10 @@
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
+// All threads of two neighbouring warps, the first of an even number, wait for one another, whatever the block's others do. A block has
+// barriers for 30 warps.
+__device__ __forceinline__ void sync_pair() { __barrier_sync_count(threadIdx.x / 64 + 1, 64); }
+
 // Adds the lanes' values over those that differ in bits LEAST to 16 of their number, in a fixed tree. At each step a lane passes
 // on half of the values that it still holds and adds to the other half. It ends with max(1, N * LEAST / 32) of them, from values[0]
 // on: those from the returned index on.

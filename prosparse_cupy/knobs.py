@@ -26,6 +26,12 @@ _STATIC_BYTES = 48 * 1024  # of shared memory, which a block has without being a
 _RESERVED = 1024  # bytes of shared memory that a block costs besides; a multiprocessor has as much more than a block may have
 _MOST_LISTED = 20480  # rows of a tile, which take 16 bits each of 48 KB of shared memory
 _FEWEST_REGISTERS = 24  # of a thread, which no kernel needs fewer than
+_FEWEST_KEPT = 5  # tokens that are kept
+_PLACES = 8  # of their sums
+_FEWEST_ROUNDS = 1.5  # groups of rows of a pair of warps
+_MOST_OF_A_ROW = 20  # loads of a lane that has all of its part of a row
+_PAIR_BARRIERS = 15  # that a block has beside the one of all its warps
+_MOST_BLOCKS = 2**16
 _MOST_LOADS = 64  # far more than registers hold; their loops are unrolled, and a table's million would keep NVRTC busy
 
 
@@ -210,6 +216,59 @@ class EarlyRowKnobs(RowKnobs):
     def defines(self, problem: Problem) -> tuple[Define, ...]:
         knobs = self if problem.in_ffn else replace(self, early_successor=False)
         return super(EarlyRowKnobs, knobs).defines(problem)
+
+
+@dataclass(frozen=True)
+class KeptKnobs(Knobs):
+    """Of `ffn_1_kept` and its like, whose blocks stay, keep all tokens as float32, and have a share of the rows each."""
+
+    suffix: ClassVar[str] = "_kept"
+
+    loads: int = 2
+    """16-byte loads of each row that a lane has in flight."""
+    abreast: int = 4
+    """Rows that two warps read side by side."""
+    blocks: int = H100.multiprocessors
+    """That share the rows: one a multiprocessor."""
+
+    @classmethod
+    def rule(cls, problem: Problem, target: Target) -> KeptKnobs:
+        return cls(warps=12, min_blocks=1, blocks=target.multiprocessors)
+
+    @classmethod
+    def variants(cls, problem: Problem) -> Iterator[KeptKnobs]:
+        for warps, loads in itertools.product((8, 12, 16), (1, 2)):
+            yield cls(warps, 1, loads)
+
+    def pays(self, problem: Problem, target: Target) -> bool:
+        """Whether these, the rule's, are faster than a warp for each row, as measured on Hopper alone: where warps have several
+        groups of rows, since the last one, which not all have, takes as long; and of `ffn_123` from six tokens on."""
+        rounds = ceil_div(problem.d_ff, self.abreast) / (self.blocks * self.warps // 2)
+        enough = problem.tokens > _FEWEST_KEPT or problem.kernel != "ffn_123"
+        return target.capability == H100.capability and enough and rounds > _FEWEST_ROUNDS
+
+    def shape(self, problem: Problem) -> Shape:
+        blocks = ceil_div(ceil_div(problem.d_ff, self.abreast), self.warps // 2)
+        return (min(self.blocks, blocks), 1, 1), (WARP * self.warps, 1, 1)
+
+    def legal(self, problem: Problem, target: Target) -> str:
+        if problem.tokens < _FEWEST_KEPT or problem.dtype == "float32" or not problem.is_plain or not problem.specialize:
+            return f"tokens are kept from {_FEWEST_KEPT} on, of 16 bits, with plain weights and dims that are compiled in"
+        if self.warps % 2 or not 2 <= self.warps <= 2 * _PAIR_BARRIERS:
+            return f"{self.warps} warps: they come in pairs, {_PAIR_BARRIERS} at most"
+        if self.abreast not in (2, 4, 8):
+            return f"{self.abreast} rows abreast, not 2, 4 or 8"
+        if not 1 <= self.loads <= _MOST_LOADS or problem.vectors % (2 * WARP * self.loads) or problem.d_ff % self.abreast:
+            return f"{problem.d_ff} rows of {problem.d_model} elements: not {self.abreast} abreast, {self.loads} loads each"
+        if problem.kernel == "ffn_123" and problem.lane_loads > _MOST_OF_A_ROW:
+            return f"rows of {problem.d_model} elements do not fit the registers beside those that are on their way"
+        if not 1 <= self.blocks <= _MOST_BLOCKS:
+            return f"{self.blocks} blocks, not 1 to {_MOST_BLOCKS}"
+        return super().legal(problem, target)
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """As `Kept` in `kept.cuh`: the tokens, and what warps pass on to each other."""
+        return 4 * problem.tokens * problem.d_model + 2 * self.warps * (self.abreast // 2 * _PLACES) * WARP * 4
 
 
 @dataclass(frozen=True)
@@ -530,10 +589,21 @@ KINDS: Mapping[str, type[Knobs]] = MappingProxyType(
     }
 )
 """The knobs of every kernel."""
+KEPT: Mapping[str, type[KeptKnobs]] = MappingProxyType(dict.fromkeys(("ffn_1", "ffn_12", "ffn_123"), KeptKnobs))
+"""Those of the kernels that have one beside them whose blocks keep the tokens."""
+
+
+def kinds(kernel: str) -> tuple[type[Knobs], ...]:
+    """The knobs of every launch of a kernel that gives the same bits."""
+    return (KINDS[kernel], *((KEPT[kernel],) if kernel in KEPT else ()))
 
 
 def rule(problem: Problem, target: Target) -> Knobs:
     """The knobs of a GPU and a shape that nobody measured."""
+    if (kept := KEPT.get(problem.kernel)) is not None:
+        knobs = kept.rule(problem, target)
+        if knobs.pays(problem, target) and not knobs.legal(problem, target):
+            return knobs
     return KINDS[problem.kernel].rule(problem, target)
 
 
@@ -542,7 +612,7 @@ def candidates(problem: Problem, target: Target) -> Iterator[Knobs]:
     first = rule(problem, target)
     yield first
     seen = {first}
-    for knobs in KINDS[problem.kernel].variants(problem):
+    for knobs in itertools.chain.from_iterable(kind.variants(problem) for kind in kinds(problem.kernel)):
         if knobs not in seen and not knobs.legal(problem, target):
             seen.add(knobs)
             yield knobs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .knobs import KINDS, Define, Knobs
+from .knobs import KINDS, Define, Knobs, kinds
 from .measured import choose
 from .problem import H100, KERNELS, Problem, Target
 from .tensor_cores import ON_TENSOR_CORES, knobs_on_tensor_cores
@@ -44,7 +44,7 @@ def plan(problem: Problem, target: Target = H100, knobs: Knobs | None = None) ->
     """
     kernel, interface = problem.kernel, KERNELS[problem.kernel]
     chosen = knobs or knobs_on_tensor_cores(problem, target) or choose(problem, target)
-    if type(chosen) not in (KINDS[kernel], ON_TENSOR_CORES.get(kernel)):
+    if type(chosen) not in (*kinds(kernel), ON_TENSOR_CORES.get(kernel)):
         raise ValueError(f"{kernel} has {KINDS[kernel].__name__}, not {type(chosen).__name__}")
     if wrong := chosen.legal(problem, target):
         raise ValueError(f"{kernel}: {chosen}: {wrong}")

@@ -20,7 +20,7 @@ from typing import Any
 import platformdirs
 
 from .formats import FORMATS
-from .knobs import KINDS, Knobs, rule
+from .knobs import KINDS, Knobs, kinds, rule
 from .problem import Problem, Target
 
 VERSION = 2
@@ -123,8 +123,9 @@ def read(file: Path, target: Target) -> list[Measured]:
 def _measured(row: Any) -> Measured:
     try:
         kernel, dims = row["kernel"], (row["d_model"], row["d_ff"], row["tokens"])
-        kind, formats = KINDS[kernel], tuple(FORMATS[name] for name in row["weights"])
-        knobs = kind(**row["knobs"])
+        formats, values = tuple(FORMATS[name] for name in row["weights"]), row["knobs"]
+        kind = next((k for k in kinds(kernel) if {f.name for f in fields(k)} == set(values)), KINDS[kernel])
+        knobs = kind(**values)
         for f in fields(knobs):
             if type(getattr(knobs, f.name)).__name__ != f.type:
                 raise TypeError(f"{f.name} must be {f.type}, got {getattr(knobs, f.name)!r}")

@@ -80,6 +80,7 @@ TESTS = (
     "test_batches.py::test_batches_of_many_sizes_after_one_another",
     "test_tensor_cores.py::test_operators_on_the_gpu",
     "test_tensor_cores.py::test_weights_that_are_not_finite_on_the_gpu",
+    "test_kept.py::test_small_shapes_on_the_gpu",
     "test_compressed.py::test_operators_give_the_bits_of_plain_weights",
     "test_partial.py::test_on_the_gpu",
     "test_partial.py::test_compressed_weights_on_the_gpu",

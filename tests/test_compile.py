@@ -22,8 +22,8 @@ from test_launch import static_shared_bytes
 from prosparse_cupy import compiler, device, launch, measured, models
 from prosparse_cupy.compiler import compiler_options, kernel_folder, source
 from prosparse_cupy.formats import ITEMSIZE
-from prosparse_cupy.knobs import compressed_formats
-from prosparse_cupy.problem import H100, KERNELS, Target
+from prosparse_cupy.knobs import KEPT, compressed_formats
+from prosparse_cupy.problem import H100, KERNELS, Problem, Target
 from prosparse_cupy.tensor_cores import ON_TENSOR_CORES
 
 nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy's NVRTC bindings compile the kernels")
@@ -160,6 +160,21 @@ def test_tensor_cores_do_not_spill_either(report_of, kernel, architecture):
             plan = _on_tensor_cores(kernel, (d_model, d_ff), architecture)
             assert plan.kernel == f"{kernel}_mma"
             _assert_nothing_spills(report_of(plan, architecture))
+
+
+@pytest.mark.parametrize("tokens", range(5, 9))
+@pytest.mark.parametrize("kernel", KEPT)
+def test_blocks_that_keep_tokens_do_not_spill_either(report_of, kernel, tokens):
+    """On the GPUs that launch them: all others have another launch."""
+    for d_model, d_ff, dtype in [(4096, 11008, "bfloat16"), (5120, 13824, "float16"), (1024, 8192, "bfloat16")]:
+        biases = {"ffn_1": ("gate_bias",), "ffn_12": ("up_bias",), "ffn_123": ("gate_bias", "up_bias")}[kernel]
+        more = {} if kernel == "ffn_1" else {"activation": "relu2"}
+        knobs = KEPT[kernel].rule(Problem(kernel, d_model, d_ff, dtype, tokens=tokens), H100)
+        for extras in ((), biases):
+            plan = plan_of(kernel, Shape(d_model, d_ff, dtype), knobs, tokens=tokens, extras=extras, **more)
+            report = report_of(plan, 90)
+            assert plan.kernel == f"{kernel}_kept" and _reported(r"Used (\d+) registers", report) <= 65536 // (12 * 32)
+            _assert_nothing_spills(report)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])

@@ -13,7 +13,7 @@ from plans import Shape
 
 from prosparse_cupy import knobs, launch, measured
 from prosparse_cupy.formats import ITEMSIZE, PLAIN, vector_length
-from prosparse_cupy.knobs import ColumnKnobs, FusedRowKnobs, RowKnobs, SharedRowKnobs, TransposeKnobs
+from prosparse_cupy.knobs import ColumnKnobs, FusedRowKnobs, KeptKnobs, RowKnobs, SharedRowKnobs, TransposeKnobs
 from prosparse_cupy.problem import H100, KERNELS, Problem, Target
 
 targets = st.builds(Target, st.sampled_from([80, 86, 89, 90, 100, 120]), st.integers(1, 200))
@@ -35,7 +35,7 @@ A100 = Target(80, 108, "NVIDIA A100")
 @given(problems, targets)
 def test_what_the_rule_chooses_is_legal(problem, target):
     chosen = knobs.rule(problem, target)
-    assert type(chosen) is knobs.KINDS[problem.kernel] and not chosen.legal(problem, target)
+    assert type(chosen) in knobs.kinds(problem.kernel) and not chosen.legal(problem, target)
 
 
 @given(problems, targets)
@@ -82,13 +82,13 @@ absurd = st.integers(-40, 70) | st.sampled_from([sign * big for big in (1 << 31,
 
 @given(problems, targets, st.data())
 def test_whatever_numbers_a_table_holds_are_refused_or_can_be_launched(problem, target, data):
-    kind = knobs.KINDS[problem.kernel]
+    kind = data.draw(st.sampled_from(knobs.kinds(problem.kernel)))
     values = {f.name: data.draw(st.booleans() if f.type == "bool" else absurd, f.name) for f in dataclasses.fields(kind)}
     chosen = kind(**values)
     if not chosen.legal(problem, target):
         plan = launch.plan(problem, target, chosen)
         assert 0 < plan.block[0] * plan.block[1] * plan.block[2] <= 1024 and min(plan.grid) >= 1
-        assert all(type(value) is bool or value <= 100 for value in values.values())
+        assert all(type(value) is bool or value <= (2**16 if name == "blocks" else 100) for name, value in values.items())
         assert plan.shared_bytes <= target.shared_bytes
 
 
@@ -222,6 +222,17 @@ def test_a_knob_that_is_on_or_off_is_no_number(folders):
     file.write_text(json.dumps(_with_knob(json.loads(file.read_text()), "early_successor", 1)))
     with pytest.raises(ValueError, match=r"a line of it cannot be read .*early_successor must be bool, got 1"):
         measured.read(file, H100)
+
+
+def test_a_table_may_hold_every_kind_of_a_kernels_knobs(folders):
+    """Their names tell the kinds apart."""
+    file, rows = folders[1] / measured.file_name(H100), []
+    for tokens, chosen in ((7, RowKnobs(2, 6, 2, 2)), (8, KeptKnobs(16, 1))):
+        problem = dataclasses.replace(SEVEN_B["ffn_1"], tokens=tokens)
+        rows.append(dataclasses.replace(ROW, problem=problem, knobs=chosen))
+    measured.write(file, H100, rows)
+    assert measured.read(file, H100) == rows
+    assert [launch.plan(row.problem, H100).kernel for row in rows] == ["ffn_1", "ffn_1_kept"]
 
 
 @pytest.mark.parametrize("name", ["warps", "min_blocks", "loads", "abreast"])

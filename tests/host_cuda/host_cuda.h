@@ -54,7 +54,7 @@ namespace host_cuda {
 
 constexpr unsigned WARP_LANES = 32;
 
-enum class Wait { ready, block, shuffle, ballot, warp, done };
+enum class Wait { ready, block, pair, shuffle, ballot, warp, done };
 
 struct Thread {
     uint3 index;
@@ -142,6 +142,12 @@ inline const char* parameters(void (*)(P...)) {
 #define gridDim (host_cuda::grid_size)
 
 inline void __syncthreads() { host_cuda::wait(host_cuda::Wait::block); }
+// Of two neighbouring warps, which is all that kernels ask for.
+inline void __barrier_sync_count(unsigned barrier, unsigned threads) {
+    if (threads != 64 || barrier != host_cuda::current->linear / 64 + 1 || barrier > 15)
+        host_cuda::fail("a barrier that is not a pair's own");
+    host_cuda::wait(host_cuda::Wait::pair);
+}
 inline void __syncwarp(unsigned mask = ~0u) { host_cuda::collective(host_cuda::Wait::warp, mask, 0); }
 template <class T>
 inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {

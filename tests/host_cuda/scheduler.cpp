@@ -24,6 +24,7 @@ uint3 block_index, block_size, grid_size;
 namespace {
 
 constexpr size_t STACK = 256 << 10;
+constexpr unsigned PAIR_THREADS = 2 * WARP_LANES;
 
 // What a fiber resumes from. swapcontext asks the kernel for the signal mask, and AddressSanitizer clears its shadow of the whole stack
 // at every one, which took half of a run; so on x86-64 registers and stacks are exchanged here.
@@ -147,6 +148,19 @@ void arrive(const Fiber& fiber, unsigned threads) {
             fibers[i]->wait = Wait::ready;
             warps[i / WARP_LANES].ready |= 1u << i % WARP_LANES;
             ++elsewhere;
+        }
+        return;
+    }
+    if (fiber.wait == Wait::pair) {
+        const unsigned first_of_pair = fiber.linear / PAIR_THREADS * PAIR_THREADS;
+        if (first_of_pair + PAIR_THREADS > threads) fail("a pair's barrier in a warp that has no other beside it");
+        for (unsigned i = first_of_pair; i < first_of_pair + PAIR_THREADS; ++i) {
+            if (fibers[i]->wait == Wait::done) fail("a pair's barrier waits for a thread that has exited");
+            if (fibers[i]->wait != Wait::pair) return;
+        }
+        for (unsigned i = first_of_pair; i < first_of_pair + PAIR_THREADS; ++i) {
+            fibers[i]->wait = Wait::ready;
+            warps[i / WARP_LANES].ready |= 1u << i % WARP_LANES;
         }
         return;
     }
