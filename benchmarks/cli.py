@@ -23,13 +23,17 @@ from prosparse_cupy.libraries import NUMPY_DTYPES
 from prosparse_cupy.models import (
     AFM_4_5B,
     BITNET_2B,
+    GLM_4_9B,
     LLAMA_2_7B,
     LLAMA_2_13B,
     MINICPM_S_1B,
     MINITRON_4B,
+    NANOCHAT_D32,
     NEMOTRON_H_8B,
     OPT_6_7B,
+    PERSIMMON_8B,
     RELU_LLAMA_70B,
+    RWKV_7_2_9B,
     TURBOSPARSE_MISTRAL,
     Model,
 )
@@ -50,7 +54,14 @@ _FORMULAS = {"BitNet-2B": BITNET_2B, "TurboSparse-7B": TURBOSPARSE_MISTRAL}
 
 dReLU's up-projection makes half of the active neurons zero, so it is timed both with the ReLU's share of x1 and of gates.
 """
-_WHOLE_FFNS = _FORMULAS | {"Nemotron-H-8B": NEMOTRON_H_8B, "OPT-6.7B": OPT_6_7B}
+_WHOLE_FFNS = _FORMULAS | {
+    "GLM-4-9B": GLM_4_9B,
+    "Nemotron-H-8B": NEMOTRON_H_8B,
+    "nanochat-d32": NANOCHAT_D32,
+    "Persimmon-8B": PERSIMMON_8B,
+    "OPT-6.7B": OPT_6_7B,
+    "RWKV-7-2.9B": RWKV_7_2_9B,
+}
 """Of which `sweep` times the whole FFN alone, where they are asked for."""
 _WHOLE = {
     "7B": LLAMA_2_7B,
@@ -421,7 +432,7 @@ def report(pages: tuple[Path, ...]) -> None:
 
 def stored_results() -> dict[str, Result]:
     """The committed results of an H100."""
-    return {name: _read(RESULTS / tables.RESULT_FILE.format(name)) for name in tables.TABLES}
+    return {name: _read(RESULTS / tables.result_file(name)) for name in tables.TABLES}
 
 
 def _read(path: Path) -> Result:

@@ -15,8 +15,12 @@ from .compare import Change
 from .paper import PUBLISHED
 from .results import BatchesRow, DecodeRow, Result, Row
 
-RESULT_FILE = "h100-{}.json"
 _MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[\w-]+) -->)\n.*?<!-- end -->", re.DOTALL)
+
+
+def result_file(name: str) -> str:
+    """The committed result that a table is made of: of an H100, if the name tells no other GPU."""
+    return f"{'' if name.startswith('h200-') else 'h100-'}{name}.json"
 
 
 def terminal(result: Result) -> Table:
@@ -293,7 +297,7 @@ def ffn_short(results: dict[str, Result]) -> str:
             found = [result.find(model=model, op=op, variant="prosparse", weights=weights) for weights in ("plain", "bf12")]
             cells = (f"{_us(row)}, {row.speedup:.2f}x, {row.ratio:.2f}" for row in found)
             rows.append([f"`{op}`", model, f"{found[0].dense_us:.1f}", *cells])
-    named = f"{result.head.gpu}, commit {result.head.commit}, `benchmarks/results/{RESULT_FILE.format('ffn')}`"
+    named = f"{result.head.gpu}, commit {result.head.commit}, `benchmarks/results/{result_file('ffn')}`"
     if any(row.noisy for row in result.rows if row.model in ("7B", "13B")):
         named += "; ~: spread above 5 %"
     headings = ["", "model", "dense µs", "plain: µs, speed-up, ratio to the floor", "12 bits: µs, speed-up, ratio to its floor"]
@@ -301,11 +305,12 @@ def ffn_short(results: dict[str, Result]) -> str:
 
 
 def families(results: dict[str, Result]) -> str:
-    """Families of MLPs that are patched, and what one FFN of each gains where it was measured."""
-    result, rows = results["ffn"], []
+    """Families of MLPs that are patched, and what one FFN of each gains."""
+    rows = []
     for family in sorted(KNOWN, key=lambda family: (family != LLAMA_LIKE, not family.measured)):
         gains = ""
         if family.measured:
+            result = results["ffn" if any(r.model == family.measured for r in results["ffn"].rows) else "sweep-families-90"]
             found = [
                 result.find(model=family.measured, op="SparseFFN", variant="prosparse", weights=weights)
                 for weights in ("plain", "bf12")
@@ -314,7 +319,12 @@ def families(results: dict[str, Result]) -> str:
         tested = f"tiny; {family.tested}" if family.tested else "tiny"
         rows.append([family.models, family.formula, family.known, tested, gains])
     headings = ["models", "formula", "classes", "tested", "one FFN, plain and in 12 bits"]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, ["---"] * len(headings), *rows]) + "\n"
+    table = "\n".join("| " + " | ".join(line) + " |" for line in [headings, ["---"] * len(headings), *rows])
+    ffn, families_90 = (results[name].head for name in ("ffn", "sweep-families-90"))
+    return (
+        f"{table}\n\n{ffn.gpu}, commits {ffn.commit} and {families_90.commit}, `benchmarks/results/{result_file('ffn')}` and "
+        f"`{result_file('sweep-families-90')}`\n"
+    )
 
 
 def changes(found: list[Change]) -> Table:
@@ -375,6 +385,9 @@ TABLES = {
     "sweep-bf12": partial(sweep, weights=("bf12",)),
     "sweep-formulas": partial(sweep, ops=("ffn_4", "SparseFFN"), weights=("plain", "bf12")),
     "sweep-families": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
+    "sweep-families-90": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
+    "h200-ffn": ffn,
+    "h200-sweep": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
     "batch": batch,
     "batch-ffn-4": partial(batch, varying=True),
     "batch-tensor-cores": partial(batch, varying=True),
@@ -399,7 +412,7 @@ def fill(text: str, results: dict[str, Result]) -> str:
             return f"{match['open']}\n{made}\n<!-- end -->"
         result = results[match["name"]]
         head = result.head
-        source = f"{head.gpu}, commit {head.commit}, `benchmarks/results/{RESULT_FILE.format(match['name'])}`"
+        source = f"{head.gpu}, commit {head.commit}, `benchmarks/results/{result_file(match['name'])}`"
         if any(row.noisy for row in result.rows):
             source += "; ~: spread above 5 %"
         return f"{match['open']}\n{TABLES[match['name']](result)}\n{source}\n\n<!-- end -->"

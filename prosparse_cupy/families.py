@@ -46,7 +46,7 @@ class MLPFamily:
     tested : str
         What of it the tests have run, beside a tiny model, for tables.
     measured : str
-        What `benchmarks ffn` calls one of its models, for tables.
+        What the benchmarks call one of its models, for tables.
 
     Raises
     ------
@@ -137,6 +137,7 @@ KNOWN: tuple[MLPFamily, ...] = (
         models="Phi-3 and GLM-4 where their activation is ReLU",
         known="`Phi3MLP`, `Glm4MLP`",
         tested="GLM-4-9B's FFN",
+        measured="GLM-4-9B",
     ),
     MLPFamily(
         "Nemotron-H",
@@ -146,6 +147,7 @@ KNOWN: tuple[MLPFamily, ...] = (
         models="Nemotron-H, Nemotron-3, shared experts too",
         known="`NemotronHMLP`",
         tested="8B's FFN",
+        measured="Nemotron-H-8B",
     ),
     MLPFamily(
         "no gate",
@@ -164,6 +166,7 @@ KNOWN: tuple[MLPFamily, ...] = (
         formula="squared ReLU, no gate",
         models="nanochat",
         known="`NanoChatMLP`",
+        measured="nanochat-d32",
     ),
     MLPFamily(
         "GPT-NeoX-like",
@@ -176,6 +179,7 @@ KNOWN: tuple[MLPFamily, ...] = (
         models="Persimmon-8B, Falcon where its activation is ReLU",
         known="`PersimmonMLP`, `FalconMLP`",
         tested="Persimmon-8B's FFN",
+        measured="Persimmon-8B",
     ),
     MLPFamily(
         "OPT",
@@ -189,6 +193,7 @@ KNOWN: tuple[MLPFamily, ...] = (
         models="OPT",
         known="`OPTDecoderLayer`",
         tested="6.7B's FFN",
+        measured="OPT-6.7B",
     ),
     MLPFamily(
         "RWKV-7",
@@ -199,6 +204,7 @@ KNOWN: tuple[MLPFamily, ...] = (
         formula="squared ReLU, no gate",
         models="RWKV-7's channel mix, from flash-linear-attention",
         known="`RWKV7FeedForward`",
+        measured="RWKV-7-2.9B",
     ),
 )
 """Those that come with the package, in the order in which they are asked."""

@@ -132,7 +132,7 @@ class RowKnobs(Knobs):
                         yield RowKnobs(2, min_blocks, loads, abreast)
             return
         for most in (8, 10, 16, 20):
-            for warps, min_blocks in ((1, 8), (1, 16), (2, 8), (2, 10), (2, 4), (4, 4), (4, 5), (8, 2), (8, 3)):
+            for warps, min_blocks in ((1, 8), (1, 16), (2, 8), (2, 10), (2, 4), (2, 6), (4, 4), (4, 5), (8, 2), (8, 3)):
                 yield RowKnobs(warps, min_blocks, _loads(problem, most))
 
     def shape(self, problem: Problem) -> Shape:

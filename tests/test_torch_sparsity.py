@@ -76,8 +76,14 @@ def test_reset_remove_and_a_second_meter():
 
 def test_a_meter_of_some_layers():
     model = _model()
-    with pytest.raises(ValueError, match=r"no MLP of a family that is known among layers\.9"):
-        SparsityMeter(model, ["layers.9"])
+    with pytest.raises(ValueError, match=r"no MLP is named layers\.9; LlamaForCausalLM has model\.layers\.0\.mlp, "):
+        SparsityMeter(model, ["model.layers.2.mlp", "layers.9"])
+    with pytest.raises(ValueError, match="no MLP of a family that is known among no names"):
+        SparsityMeter(model, [])
+    for wrong in ("model.layers.2.mlp", 3, iter(["model.layers.2.mlp"])):
+        with pytest.raises(TypeError, match="layers must be a collection of names, got"):
+            SparsityMeter(model, wrong)
+    assert not any(hasattr(module, "counts") or module._forward_pre_hooks for module in model.modules())
     with (
         SparsityMeter(model, ["model.layers.2.mlp"]) as meter,
         SparsityMeter(model, {"model.layers.0.mlp"}),

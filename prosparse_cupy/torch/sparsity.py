@@ -83,6 +83,21 @@ class SparsityReport:
         figure.savefig(path)
 
 
+def _chosen(model: nn.Module, layers: Collection[str] | None) -> list[tuple[str, Any, MLPFamily]]:
+    """The MLPs of a model, or those of these names, all of which there must be."""
+    if layers is not None and (isinstance(layers, str) or not isinstance(layers, Collection)):
+        raise TypeError(f"SparsityMeter: layers must be a collection of names, got {layers!r:.60}")
+    every = list(mlps(model))
+    known = [name for name, _, _ in every]
+    if not known or (layers is not None and not layers):
+        among = "" if layers is None else " among no names"
+        raise ValueError(f"SparsityMeter: {type(model).__name__} has no MLP of a family that is known{among}")
+    if unknown := sorted({str(name) for name in layers or ()} - {*known}):
+        some = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
+        raise ValueError(f"SparsityMeter: no MLP is named {', '.join(unknown)}; {type(model).__name__} has {some}")
+    return [of for of in every if layers is None or of[0] in layers]
+
+
 class SparsityMeter:
     """Counts active neurons (x1 != 0) of a model's MLPs, patched or not, on the device: no call waits for the GPU.
 
@@ -102,9 +117,9 @@ class SparsityMeter:
     Raises
     ------
     TypeError
-        `model` is no module.
+        `model` is no module, or `layers` no collection of names.
     ValueError
-        No MLP, or another meter counts one of them.
+        No MLP, a name that none has, or another meter counts one of them.
 
     Examples
     --------
@@ -115,10 +130,7 @@ class SparsityMeter:
 
     def __init__(self, model: nn.Module, layers: Collection[str] | None = None) -> None:
         check_module("SparsityMeter", model)
-        found = [of for of in mlps(model) if layers is None or of[0] in layers]
-        if not found:
-            among = "" if layers is None else f" among {', '.join(sorted(layers)) or 'no names'}"
-            raise ValueError(f"SparsityMeter: {type(model).__name__} has no MLP of a family that is known{among}")
+        found = _chosen(model, layers)
         if any(getattr(mlp, "counts", None) is not None for _, mlp, _ in found):
             raise ValueError("SparsityMeter: another meter counts this model already: remove() it first")
         self._parallel = parallel_of(model)
