@@ -308,7 +308,7 @@ def test_a_whole_ffn_of_eight_on_the_gpu(model):
     for sparsity in (0.0, 0.5, 0.9, 1.0):
         mask = rng.random((8, model.d_ff)) >= sparsity
         x, *first = _steered(gpu, "ffn_123" if model.gated else "ffn_12", dims, "bfloat16", 8, mask, rng)
-        down = cupy.asarray(rng.standard_normal(dims[::-1], np.float32) / 64).astype(x.dtype)
+        down = cupy.asarray(rng.standard_normal(dims, np.float32) / 64).astype(x.dtype)
         ffn = psc.SparseFFN(*([None] * (not model.gated)), *first, psc.pack_down(down), T, activation=model.activation)
         y = ffn(x)
         for t in range(8):
