@@ -304,18 +304,24 @@ def ffn_short(results: dict[str, Result]) -> str:
     return f"{markdown(headings, rows)}\n{named}\n"
 
 
+def _of_family(results: dict[str, Result], model: str, weights: str) -> Row | None:
+    """A whole FFN, if it has been measured."""
+    for name in ("ffn", "sweep-families-90"):
+        for row in results[name].rows:
+            is_ours = (row.op, row.variant, row.dtype) == ("SparseFFN", "prosparse", "bfloat16")
+            if is_ours and (row.model, row.weights) == (model, weights):
+                return row
+    return None
+
+
 def families(results: dict[str, Result]) -> str:
     """Families of MLPs that are patched, and what one FFN of each gains."""
     rows = []
     for family in sorted(KNOWN, key=lambda family: (family != LLAMA_LIKE, not family.measured)):
+        plain, packed = (_of_family(results, family.measured, weights) for weights in ("plain", "bf12"))
         gains = ""
-        if family.measured:
-            result = results["ffn" if any(r.model == family.measured for r in results["ffn"].rows) else "sweep-families-90"]
-            found = [
-                result.find(model=family.measured, op="SparseFFN", variant="prosparse", weights=weights)
-                for weights in ("plain", "bf12")
-            ]
-            gains = f"{found[0].speedup:.2f}x, {found[1].speedup:.2f}x at {found[0].sparsity:.0%} ({family.measured})"
+        if plain is not None and packed is not None:
+            gains = f"{plain.speedup:.2f}x, {packed.speedup:.2f}x at {plain.sparsity:.0%} ({family.measured})"
         tested = f"tiny; {family.tested}" if family.tested else "tiny"
         rows.append([family.models, family.formula, family.known, tested, gains])
     headings = ["models", "formula", "classes", "tested", "one FFN, plain and in 12 bits"]

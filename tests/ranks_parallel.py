@@ -11,6 +11,7 @@ import time
 import warnings
 import weakref
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -451,8 +452,26 @@ def written(path: str, ids: list[list[int]]) -> tuple[list[bool], list[list[int]
     return [layer.sparse for layer in report.layers], text.tolist()
 
 
+def _holders(held: Any, depth: int = 4) -> list[str]:
+    """What refers to an object, and to that in turn, by their types and the names that they know it by."""
+    found, front, seen = list[str](), [held], {id(held)}
+    for level in range(depth):
+        behind = []
+        for of in front:
+            for by in gc.get_referrers(of):
+                if id(by) in seen or isinstance(by, FrameType) or by is front or by is behind:
+                    continue
+                seen.add(id(by))
+                names = [str(key) for key, value in by.items() if value is of] if isinstance(by, dict) else []
+                found.append(f"{level}: {type(by).__module__}.{type(by).__qualname__} {', '.join(names)}"[:120])
+                behind.append(by)
+        front = behind[:20]
+    return found[:60]
+
+
 def sums_of_steps(path: str, ids: list[list[int]]) -> dict[str, Any]:
-    """Who adds in the steps of a model, how often memory for that was made, and a text of each step."""
+    """Who adds in the steps of a model, how often memory for that was made, a text of each step, and what holds those that are
+    released."""
     from prosparse_cupy.torch import step as steps
     from prosparse_cupy.torch.peers import PeerParallel
 
@@ -467,15 +486,20 @@ def sums_of_steps(path: str, ids: list[list[int]]) -> dict[str, Any]:
         own = [m.parallel for m in modules if isinstance(m, SparseMLP)]
         own += [m._sharding.parallel for m in modules if "_sharding" in m.__dict__ and m._sharding is not None]
         adding.append(len(own) > 4 and all(isinstance(p, PeerParallel) for p in own))
+        released.append(weakref.ref(own[0]))
         return twin
 
     steps._twin = watched
-    found: dict[str, Any] = {"texts": []}
+    released = list[Any]()
+    found: dict[str, Any] = {"texts": [], "held": []}
     try:
         for _ in range(4):
             found["texts"].append(psct.generate(model, text, max_new_tokens=12, do_sample=False).tolist())
             psct.release_generation(model)
             gc.collect()
+            alive = [held for of in released if (held := of()) is not None and held is not parallel]
+            found["held"].append([_holders(held) for held in alive])
+            del alive
     finally:
         steps._twin = made
     is_base = all(type(m.parallel) is of_parallel.TensorParallel for m in model.modules() if isinstance(m, SparseMLP))

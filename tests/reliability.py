@@ -40,7 +40,7 @@ PROMISES = (
     ),
     Promise(
         "A token has the bits that it has alone, and the weights of its inactive neurons cannot reach it",
-        ("batches", "host_batches"),
+        ("batches", "host_batches", "kept"),
     ),
     Promise(
         "Weights in 12 bits come back to the bit and give the bits of plain ones", ("bf12", "compressed", "torch_compressed")

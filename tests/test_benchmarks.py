@@ -706,12 +706,9 @@ def stored() -> dict[str, Result]:
 
 def test_stored_results_are_whole(stored):
     for name, result in stored.items():
-        assert (
-            result.head.command == name.partition("-")[0]
-            and "H100" in result.head.gpu
-            and result.head.clean
-            and result.head.commit
-        )
+        gpu = "H200" if name.startswith("h200-") else "H100"
+        assert result.head.command == name.removeprefix("h200-").partition("-")[0]
+        assert gpu in result.head.gpu and result.head.clean and result.head.commit
         assert result.rows and not result.failed
         assert all(math.isfinite(row.time_us) and row.p10_us <= row.time_us <= row.p90_us for row in result.rows)
     for method in ("graph", "wallclock"):

@@ -39,6 +39,8 @@ def tests_of(file: str) -> list[str]:
         names = ("test_all_reduce", "test_programmatic")
     elif file.startswith("kernels/") and "mma" in file:
         names = ("test_tensor_cores", "test_programmatic")
+    elif file.startswith("kernels/") and "kept" in file:
+        names = ("test_kept",)
     elif file.startswith("kernels/"):
         names = _OF_HOST
     else:
