@@ -180,6 +180,19 @@ def test_the_bits_of_a_warp_for_each_row(host, kernel, dims, tokens, dtype, chos
         np.testing.assert_array_equal(bits(partial.astype(expected.dtype)), bits(expected))
 
 
+@pytest.mark.parametrize("kernel", ["ffn_1", "ffn_123"])
+def test_the_order_of_sums_where_it_is_all_that_is_left(host, kernel):
+    """Every product comes twice, with either sign, at other places: what is left of the sum is the rounding of its order."""
+    given, rng = _Tokens((1024, 40), "bfloat16", 8), np.random.default_rng(5)
+    other, w = 512 + rng.permutation(512), given.w[kernel == "ffn_123"]
+    given.x[:, other] = given.x[:, :512]
+    w[:, other] = -w[:, :512]
+    expected = given.run(host, kernel)
+    found = given.run(host, kernel, KeptKnobs(4, 1, loads=1, blocks=2))
+    assert 0 < np.abs(expected.astype(np.float32)).max() < 1e-4
+    np.testing.assert_array_equal(bits(found), bits(expected))
+
+
 def test_rows_of_up_proj_that_nobody_needs_are_not_read(host):
     """They are NaN, and so are those that only another token needs."""
     given = _Tokens((512, 40), "bfloat16", 8)
