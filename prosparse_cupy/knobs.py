@@ -242,7 +242,8 @@ class KeptKnobs(Knobs):
 
     def pays(self, problem: Problem, target: Target) -> bool:
         """Whether these, the rule's, are faster than a warp for each row, as measured on Hopper alone: where warps have several
-        groups of rows, since the last one, which not all have, takes as long; and of `ffn_123` from six tokens on."""
+        groups of rows, since the last one, which not all have, takes as long; and of `ffn_123` from six tokens on, where most
+        neurons are inactive: where none is, it loses."""
         rounds = ceil_div(problem.d_ff, self.abreast) / (self.blocks * self.warps // 2)
         enough = problem.tokens > _FEWEST_KEPT or problem.kernel != "ffn_123"
         return target.capability == H100.capability and enough and rounds > _FEWEST_ROUNDS
@@ -613,6 +614,8 @@ def candidates(problem: Problem, target: Target) -> Iterator[Knobs]:
     yield first
     seen = {first}
     for knobs in itertools.chain.from_iterable(kind.variants(problem) for kind in kinds(problem.kernel)):
+        if isinstance(knobs, KeptKnobs):
+            knobs = replace(knobs, blocks=target.multiprocessors)
         if knobs not in seen and not knobs.legal(problem, target):
             seen.add(knobs)
             yield knobs

@@ -469,6 +469,12 @@ def _holders(held: Any, depth: int = 4) -> list[str]:
     return found[:60]
 
 
+def _holders_of(reference: Any) -> list[str]:
+    """Of what a weak reference may still find, which nobody holds on to behind this call."""
+    held = reference()
+    return [] if held is None else _holders(held)
+
+
 def sums_of_steps(path: str, ids: list[list[int]]) -> dict[str, Any]:
     """Who adds in the steps of a model, how often memory for that was made, a text of each step, and what holds those that are
     released."""
@@ -486,7 +492,7 @@ def sums_of_steps(path: str, ids: list[list[int]]) -> dict[str, Any]:
         own = [m.parallel for m in modules if isinstance(m, SparseMLP)]
         own += [m._sharding.parallel for m in modules if "_sharding" in m.__dict__ and m._sharding is not None]
         adding.append(len(own) > 4 and all(isinstance(p, PeerParallel) for p in own))
-        released.append(weakref.ref(own[0]))
+        released.extend(weakref.ref(p) for p in own[:1])
         return twin
 
     steps._twin = watched
@@ -497,9 +503,7 @@ def sums_of_steps(path: str, ids: list[list[int]]) -> dict[str, Any]:
             found["texts"].append(psct.generate(model, text, max_new_tokens=12, do_sample=False).tolist())
             psct.release_generation(model)
             gc.collect()
-            alive = [held for of in released if (held := of()) is not None and held is not parallel]
-            found["held"].append([_holders(held) for held in alive])
-            del alive
+            found["held"].append([_holders_of(of) for of in released if of() not in (None, parallel)])
     finally:
         steps._twin = made
     is_base = all(type(m.parallel) is of_parallel.TensorParallel for m in model.modules() if isinstance(m, SparseMLP))

@@ -105,6 +105,8 @@ def test_kernels_that_have_none_refuse_them():
 
 def test_both_ways_are_worth_measuring():
     found = [*knobs.candidates(Problem("ffn_123", *SEVEN_B, "bfloat16", tokens=8), H100)]
+    of_another = knobs.candidates(Problem("ffn_1", *SEVEN_B, "bfloat16", tokens=6), Target(90, 114))
+    assert {k.blocks for k in of_another if isinstance(k, KeptKnobs)} == {114}
     assert type(found[0]) is KeptKnobs and {type(k) for k in found} == {KeptKnobs, KINDS["ffn_123"]}
 
 

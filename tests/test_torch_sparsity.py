@@ -78,6 +78,9 @@ def test_a_meter_of_some_layers():
     model = _model()
     with pytest.raises(ValueError, match=r"no MLP is named layers\.9; LlamaForCausalLM has model\.layers\.0\.mlp, "):
         SparsityMeter(model, ["model.layers.2.mlp", "layers.9"])
+    numbered = nn.Sequential(model.model.layers[0].mlp)
+    with pytest.raises(ValueError, match="no MLP is named 0; Sequential has 0"):
+        SparsityMeter(numbered, [0])  # which is no name, though it looks like one
     with pytest.raises(ValueError, match="no MLP of a family that is known among no names"):
         SparsityMeter(model, [])
     for wrong in ("model.layers.2.mlp", 3, iter(["model.layers.2.mlp"])):

@@ -89,10 +89,10 @@ def _chosen(model: nn.Module, layers: Collection[str] | None) -> list[tuple[str,
         raise TypeError(f"SparsityMeter: layers must be a collection of names, got {layers!r:.60}")
     every = list(mlps(model))
     known = [name for name, _, _ in every]
-    if not known or (layers is not None and not layers):
+    if not known or (layers is not None and len(layers) == 0):
         among = "" if layers is None else " among no names"
         raise ValueError(f"SparsityMeter: {type(model).__name__} has no MLP of a family that is known{among}")
-    if unknown := sorted({str(name) for name in layers or ()} - {*known}):
+    if layers is not None and (unknown := sorted({str(name) for name in layers if name not in known})):
         some = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
         raise ValueError(f"SparsityMeter: no MLP is named {', '.join(unknown)}; {type(model).__name__} has {some}")
     return [of for of in every if layers is None or of[0] in layers]
