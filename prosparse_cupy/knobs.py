@@ -59,7 +59,7 @@ class Knobs(ABC):
         """Those of a GPU and a shape that nobody measured."""
 
     @classmethod
-    def variants(cls, problem: Problem) -> Iterator[Knobs]:
+    def variants(cls, problem: Problem, target: Target) -> Iterator[Knobs]:
         """Others that may be faster; not all need be legal."""
         return iter(())
 
@@ -124,7 +124,7 @@ class RowKnobs(Knobs):
         return RowKnobs(warps=4, min_blocks=4, loads=_loads(problem, most=20))
 
     @classmethod
-    def variants(cls, problem: Problem) -> Iterator[RowKnobs]:
+    def variants(cls, problem: Problem, target: Target) -> Iterator[RowKnobs]:
         if problem.tokens > 1:
             for loads in _some_half_loads(problem):
                 for abreast in (1, 2, 4):
@@ -203,8 +203,8 @@ class EarlyRowKnobs(RowKnobs):
         return EarlyRowKnobs(dense.warps, dense.min_blocks, dense.loads, early_successor=early)
 
     @classmethod
-    def variants(cls, problem: Problem) -> Iterator[EarlyRowKnobs]:
-        for knobs in RowKnobs.variants(problem):
+    def variants(cls, problem: Problem, target: Target) -> Iterator[EarlyRowKnobs]:
+        for knobs in RowKnobs.variants(problem, target):
             for early in (False, True):
                 yield cls(knobs.warps, knobs.min_blocks, knobs.loads, knobs.abreast, early)
 
@@ -236,9 +236,9 @@ class KeptKnobs(Knobs):
         return cls(warps=12, min_blocks=1, blocks=target.multiprocessors)
 
     @classmethod
-    def variants(cls, problem: Problem) -> Iterator[KeptKnobs]:
+    def variants(cls, problem: Problem, target: Target) -> Iterator[KeptKnobs]:
         for warps, loads in itertools.product((8, 12, 16), (1, 2)):
-            yield cls(warps, 1, loads)
+            yield cls(warps, 1, loads, blocks=target.multiprocessors)
 
     def pays(self, problem: Problem, target: Target) -> bool:
         """Whether these, the rule's, are faster than a warp for each row, as measured on Hopper alone: where warps have several
@@ -329,7 +329,7 @@ class SharedRowKnobs(RowKnobs):
         return SharedRowKnobs(warps=8, min_blocks=min_blocks, loads=loads, rows=rows)
 
     @classmethod
-    def variants(cls, problem: Problem) -> Iterator[SharedRowKnobs]:
+    def variants(cls, problem: Problem, target: Target) -> Iterator[SharedRowKnobs]:
         if problem.tokens > 1:
             for loads in _some_half_loads(problem):
                 for warps, min_blocks, rows in (*((2, n, 0) for n in (4, 6, 8, 12, 16)), (8, 2, 8), (8, 3, 8), (16, 1, 16)):
@@ -436,7 +436,7 @@ class ColumnKnobs(Knobs):
         return knobs
 
     @classmethod
-    def variants(cls, problem: Problem) -> Iterator[ColumnKnobs]:
+    def variants(cls, problem: Problem, target: Target) -> Iterator[ColumnKnobs]:
         warps, tokens = order_of_ffn_4(problem).warps, problem.tokens
         if tokens > 1:
             for here in sorted({tokens, ceil_div(tokens, 2), 1}, reverse=True):
@@ -590,21 +590,21 @@ KINDS: Mapping[str, type[Knobs]] = MappingProxyType(
     }
 )
 """The knobs of every kernel."""
-KEPT: Mapping[str, type[KeptKnobs]] = MappingProxyType(dict.fromkeys(("ffn_1", "ffn_12", "ffn_123"), KeptKnobs))
-"""Those of the kernels that have one beside them whose blocks keep the tokens."""
+KEPT = ("ffn_1", "ffn_12", "ffn_123")
+"""The kernels that have one beside them whose blocks keep the tokens."""
 
 
 def kinds(kernel: str) -> tuple[type[Knobs], ...]:
     """The knobs of every launch of a kernel that gives the same bits."""
-    return (KINDS[kernel], *((KEPT[kernel],) if kernel in KEPT else ()))
+    return (KINDS[kernel], KeptKnobs) if kernel in KEPT else (KINDS[kernel],)
 
 
 def rule(problem: Problem, target: Target) -> Knobs:
     """The knobs of a GPU and a shape that nobody measured."""
-    if (kept := KEPT.get(problem.kernel)) is not None:
-        knobs = kept.rule(problem, target)
-        if knobs.pays(problem, target) and not knobs.legal(problem, target):
-            return knobs
+    if problem.kernel in KEPT:
+        kept = KeptKnobs.rule(problem, target)
+        if kept.pays(problem, target) and not kept.legal(problem, target):
+            return kept
     return KINDS[problem.kernel].rule(problem, target)
 
 
@@ -613,9 +613,7 @@ def candidates(problem: Problem, target: Target) -> Iterator[Knobs]:
     first = rule(problem, target)
     yield first
     seen = {first}
-    for knobs in itertools.chain.from_iterable(kind.variants(problem) for kind in kinds(problem.kernel)):
-        if isinstance(knobs, KeptKnobs):
-            knobs = replace(knobs, blocks=target.multiprocessors)
+    for knobs in itertools.chain.from_iterable(kind.variants(problem, target) for kind in kinds(problem.kernel)):
         if knobs not in seen and not knobs.legal(problem, target):
             seen.add(knobs)
             yield knobs

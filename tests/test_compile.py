@@ -22,7 +22,7 @@ from test_launch import static_shared_bytes
 from prosparse_cupy import compiler, device, launch, measured, models
 from prosparse_cupy.compiler import compiler_options, kernel_folder, source
 from prosparse_cupy.formats import ITEMSIZE
-from prosparse_cupy.knobs import KEPT, compressed_formats
+from prosparse_cupy.knobs import KEPT, KeptKnobs, compressed_formats
 from prosparse_cupy.problem import H100, KERNELS, Problem, Target
 from prosparse_cupy.tensor_cores import ON_TENSOR_CORES
 
@@ -169,7 +169,7 @@ def test_blocks_that_keep_tokens_do_not_spill_either(report_of, kernel, tokens):
     for d_model, d_ff, dtype in [(4096, 11008, "bfloat16"), (5120, 13824, "float16"), (1024, 8192, "bfloat16")]:
         biases = {"ffn_1": ("gate_bias",), "ffn_12": ("up_bias",), "ffn_123": ("gate_bias", "up_bias")}[kernel]
         more = {} if kernel == "ffn_1" else {"activation": "relu2"}
-        knobs = KEPT[kernel].rule(Problem(kernel, d_model, d_ff, dtype, tokens=tokens), H100)
+        knobs = KeptKnobs.rule(Problem(kernel, d_model, d_ff, dtype, tokens=tokens), H100)
         for extras in ((), biases):
             plan = plan_of(kernel, Shape(d_model, d_ff, dtype), knobs, tokens=tokens, extras=extras, **more)
             report = report_of(plan, 90)
