@@ -484,6 +484,8 @@ def sums_of_steps(path: str, ids: list[list[int]]) -> dict[str, Any]:
     model = _loaded(path, "float32")
     psct.patch_model(model)
     parallel, made = of_parallel.parallel_of(model), steps._twin
+    gc.collect()  # steps of models before this one, whose memory is the same group's
+    before = parallel.shared_memories
     text, adding = torch.tensor(ids[:1], device=model.device)[:, :8], list[bool]()
 
     def watched(*arguments: Any) -> Any:
@@ -507,7 +509,7 @@ def sums_of_steps(path: str, ids: list[list[int]]) -> dict[str, Any]:
     finally:
         steps._twin = made
     is_base = all(type(m.parallel) is of_parallel.TensorParallel for m in model.modules() if isinstance(m, SparseMLP))
-    return {**found, "adding": adding, "made": parallel.shared_memories, "is base": is_base}
+    return {**found, "adding": adding, "made": parallel.shared_memories - before, "is base": is_base}
 
 
 def compiled_in_one(path: str, ids: list[list[int]]) -> tuple[bool, list[list[int]], list[str]]:

@@ -341,8 +341,8 @@ def test_steps_add_through_memory_that_gpus_share(two, folder):
     on_gpus = two.backend == "nccl"
     for of_rank in found:
         assert len(of_rank["adding"]) == 4 and all(is_peer == on_gpus for is_peer in of_rank["adding"])
-        # On H100s two of four steps had memory of their own; what keeps that of the step before, for one step, is not known.
-        assert on_gpus <= of_rank["made"] <= 2 * on_gpus, f"{of_rank['made']} made; held: {of_rank['held']}"
+        # One for all four steps, or none where a model before this one has left some.
+        assert of_rank["made"] <= on_gpus, f"{of_rank['made']} made; held: {of_rank['held']}"
         assert of_rank["is base"]
         assert all(text == found[0]["texts"][0] for text in of_rank["texts"])
 
