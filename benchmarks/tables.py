@@ -220,15 +220,14 @@ def sweep(
     return markdown(["sparsity", *(f"{m} `{op}`{'' if w == 'plain' else f', {w}'}" for m, op, w in columns)], rows)
 
 
-def batch(result: Result, varying: bool = False) -> str:
-    """Times, parts of the floor and speed-ups over the number of tokens; of what may be `varying`, beside what is not."""
-    shown = [r for r in result.rows if not varying or (r.op != "ffn_23" and r.variant in ("prosparse", "tensor cores"))]
-    keys = dict.fromkeys((r.model, r.op, r.variant, r.weights, r.mask, r.sparsity) for r in shown)
-    batches = sorted({r.batch for r in shown})
+def batch(result: Result) -> str:
+    """Times, parts of the floor and speed-ups over the number of tokens."""
+    keys = dict.fromkeys((r.model, r.op, r.variant, r.weights, r.mask, r.sparsity) for r in result.rows)
+    batches = sorted({r.batch for r in result.rows})
     rows = []
     for model in dict.fromkeys(key[0] for key in keys):
         for key in sorted((key for key in keys if key[0] == model), key=_batch_order):
-            found = {r.batch: r for r in shown if (r.model, r.op, r.variant, r.weights, r.mask, r.sparsity) == key}
+            found = {r.batch: r for r in result.rows if (r.model, r.op, r.variant, r.weights, r.mask, r.sparsity) == key}
             one, cells = next(iter(found.values())), [_batch_cell(found.get(tokens)) for tokens in batches]
             variant = "" if one.variant == "prosparse" else f", {one.variant}"
             name = f"`{one.op}`{'' if one.weights == 'plain' else f', {one.weights}'}{variant}"
@@ -395,17 +394,15 @@ TABLES = {
     "h200-ffn": ffn,
     "h200-sweep": partial(sweep, ops=("SparseFFN",), weights=("plain", "bf12")),
     "batch": batch,
-    "batch-ffn-4": partial(batch, varying=True),
-    "batch-tensor-cores": partial(batch, varying=True),
     "batch-sparsities-7b": batch_sparsities,
     "batch-sparsities-13b": batch_sparsities,
     "batch-sparsities-bf12": batch_sparsities,
     "batch-sparsities-no-gate": batch_sparsities,
-    "batch-sparsities-no-gate-90": batch_sparsities,
     "host": host,
     "decode": decode,
     "decode-afm": decode,
     "batches": batches,
+    "batches-bf12": batches,
 }
 
 
