@@ -53,7 +53,8 @@ class MLPFamily:
     TypeError
         `classes`, `config_keys` or `linears` is no tuple of names.
     ValueError
-        Parts that do not go together: no names, or the same, both `gate` and `fused`, or a gate in a layer that stays.
+        No name, no config key, or parts that do not go together: no names, or the same, both `gate` and `fused`, or a gate in a
+        layer that stays.
     """
 
     name: str
@@ -77,9 +78,15 @@ class MLPFamily:
         for name in ("classes", "config_keys", "linears"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
-                raise TypeError(f"MLPFamily: {name} must be a tuple of names, got {value!r:.60}: write ({value!r:.40},)")
+                fix = "write (name,)" if not isinstance(value, str) else f"write ({value!r:.40},)"
+                raise TypeError(f"MLPFamily: {name} must be a tuple of names, of type str, got {value!r:.60}: {fix}")
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"MLPFamily: name must be a str that reports call it by, got {self.name!r:.60}")
+        if not self.config_keys:
+            raise ValueError(f"MLPFamily: {self.name}: config_keys must name what configs call the activation, got none")
+        needed = (self.down, self.activation) if self.fused is not None else (self.up, self.down, self.activation)
         parts = [p for p in (self.gate, self.fused, None if self.fused else self.up, self.down, self.norm) if p is not None]
-        for part in (*parts, self.activation):
+        for part in (*parts, *needed):
             if not isinstance(part, str) or not part.isidentifier():
                 raise ValueError(f"MLPFamily: {self.name}: parts must be names of attributes, got {part!r:.60}")
         if len({*parts, self.activation}) <= len(parts):

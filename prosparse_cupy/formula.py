@@ -85,7 +85,7 @@ def largest_inactive(threshold: float, dtype: npt.DTypeLike) -> float:
 
 def check_threshold(operator: str, threshold: float) -> float:
     """FATReLU's T as a float that is finite as float32 and not negative (-0 becomes +0)."""
-    if not isinstance(threshold, (float, int, Real)):
+    if type(threshold) is not float and (isinstance(threshold, bool) or not isinstance(threshold, (float, int, Real))):
         fix = f"{threshold!r}: pass a float"
         if hasattr(threshold, "shape"):
             fix = f"{type(threshold).__name__}: call float() yourself, which waits for the GPU if it is an array there"
@@ -118,7 +118,7 @@ def check_norm_eps(operator: str, norm_eps: float, has_norm: bool) -> float:
     """What a norm adds to a mean of squares: finite as float32 and not negative, and 0 without a norm."""
     if type(norm_eps) is float and norm_eps == 0.0:  # the rule, at every call
         return 0.0
-    if not isinstance(norm_eps, (float, int, Real)):
+    if isinstance(norm_eps, bool) or not isinstance(norm_eps, (float, int, Real)):
         raise TypeError(f"{operator}: norm_eps must be a Python number, got {type(norm_eps).__name__}: pass a float")
     try:
         value = float(norm_eps)
@@ -143,7 +143,8 @@ def formula_of(activation: object, parameter: object, *, gated: bool = True, nor
     """The formula that a name and a parameter as `said_by` finds them stand for, or `UnsupportedFormula`."""
     activation = RELU2 if activation == "sqrelu" else activation
     if activation not in (RELU, FATRELU, RELU2):
-        raise UnsupportedFormula("it leaves no zeros: relu, fatrelu, relu2 and dReLU are what this version runs sparsely")
+        why = "it is none that is known" if activation != DRELU and "relu" in str(activation) else "it leaves no zeros"
+        raise UnsupportedFormula(f"{why}: relu, fatrelu, relu2 and dReLU are what this version runs sparsely")
     if activation != FATRELU:
         return Formula(0.0, str(activation), gated, normed)
     if parameter is None:

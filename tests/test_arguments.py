@@ -371,7 +371,7 @@ def test_thresholds(operator):
     for wrong in (-1e-9, float("nan"), float("inf"), 1e39, np.float32(-1), 10**400):
         with pytest.raises(ValueError, match=rf"{operator}: threshold must be finite as float32 and >= 0, got"):
             call(wrong)
-    for wrong in ("0.1", None, np.zeros(1), arrays["x"]):
+    for wrong in ("0.1", None, True, np.bool_(True), np.zeros(1), arrays["x"]):
         with pytest.raises(TypeError, match=rf"{operator}: threshold must be a Python number, got .*(call|pass a) float"):
             call(wrong)
     with pytest.raises(TypeError, match=r"got '0\.1': pass a float"):

@@ -49,6 +49,7 @@ from prosparse_cupy.torch import (  # noqa: E402
     measure_sparsity,
     patch_model,
     register_family,
+    register_fatrelu,
     unpatch_model,
 )
 from prosparse_cupy.torch import halves as halves_module  # noqa: E402
@@ -1149,8 +1150,7 @@ def test_code_of_no_known_formula_stays_dense(name, activation):
 @pytest.mark.parametrize("name", FFNS)
 def test_an_mlp_by_itself_is_no_model(name):
     mlp = _around(name, dtype=torch.float32, hidden_size=64, intermediate_size=160).mlp
-    fix = r"use SparseGatedMLP\.from_mlp" if name in ("Llama, relu2", "Llama, biases", "dReLU") else r"put it in a torch\.nn"
-    with pytest.raises(ValueError, match=f"this is an MLP, not a model with some: {fix}"):
+    with pytest.raises(ValueError, match=r"this is an MLP, not a model with some: put it in a torch\.nn\.Sequential"):
         patch_model(mlp)
 
 
@@ -1369,14 +1369,19 @@ def test_only_families_are_registered(family, families):
         ({"up": "a.b"}, ValueError, "mine: parts must be names of attributes, got 'a.b'"),
         ({"down": ""}, ValueError, "mine: parts must be names of attributes, got ''"),
         ({"activation": None}, ValueError, "mine: parts must be names of attributes, got None"),
-        ({"classes": "MyMLP"}, TypeError, r"classes must be a tuple of names, got 'MyMLP': write \('MyMLP',\)"),
+        ({"up": None}, ValueError, "mine: parts must be names of attributes, got None"),
+        ({"name": ""}, ValueError, "name must be a str that reports call it by, got ''"),
+        ({"name": 3}, ValueError, "name must be a str that reports call it by, got 3"),
+        ({"config_keys": ()}, ValueError, "mine: config_keys must name what configs call the activation, got none"),
+        ({"classes": "MyMLP"}, TypeError, r"classes must be a tuple of names, of type str, got 'MyMLP': write \('MyMLP',\)"),
+        ({"classes": (Theirs,)}, TypeError, r"classes must be a tuple of names, of type str, got .*: write \(name,\)"),
         ({"config_keys": ["hidden_act"]}, TypeError, "config_keys must be a tuple of names"),
         ({"linears": (nn.Linear,)}, TypeError, "linears must be a tuple of names"),
     ],
 )
 def test_families_whose_parts_do_not_go_together_are_refused(parts, error, message):
     with pytest.raises(error, match=message):
-        MLPFamily("mine", **parts)
+        MLPFamily(**{"name": "mine", **parts})
 
 
 # What a trial must find, and what a patched module must still do.
@@ -1438,6 +1443,141 @@ def test_what_is_done_to_one_token_alone_is_found():
     model = _one(lambda _, g, u: torch.relu(g) * u * (2 if g.shape[:-1].numel() == 1 else 1))
     (layer,) = patch_model(model, linears=False).layers
     assert not layer.sparse and "differs from that of relu" in layer.reason and type(model.mlp) is Gated
+
+
+@pytest.mark.parametrize("most", [8, 100])
+def test_code_that_treats_a_prompt_otherwise_is_found(most):
+    """The sparse module would compute prompts too, by its formula."""
+    model = _one(lambda _, g, u: (torch.relu(g) if g.shape[1] <= most else nn.functional.silu(g)) * u)
+    (layer,) = patch_model(model, linears=False).layers
+    assert not layer.sparse and "its output of 136 tokens at once differs from that of relu by" in layer.reason
+    assert type(model.mlp) is Gated
+
+
+@pytest.mark.parametrize("hidden_act", ["relu", "silu"])
+@pytest.mark.parametrize("squares", [False, True])
+def test_a_threshold_that_no_config_names_is_told_by_hand(hidden_act, squares):
+    activation = SquaredReLU(0.25) if squares else FATReLU(0.25)
+    model = _one(lambda _, g, u: activation(g) * u)
+    model.config.hidden_act = hidden_act
+    x = torch.randn(1, 12, 64)
+    wanted, one = model(x), model(x[:, :1])
+    for other in (0.2, 0.3):
+        if hidden_act == "relu":
+            assert "that of relu" in patch_model(model, other, linears=False).layers[0].reason
+        else:
+            with pytest.raises(ValueError, match="says hidden_act='silu': it leaves no zeros"):
+                patch_model(model, other, linears=False)
+        assert type(model.mlp) is Gated
+    (layer,) = patch_model(model, 0.25, linears=False).layers
+    assert layer.sparse and layer.formula == Formula(0.25, "relu2" if squares else "relu")
+    name = "fatrelu2" if squares else "fatrelu"
+    assert layer.note == f"the config says hidden_act='{hidden_act}', its code computes {name}(0.25)"
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(x[:, :1]), one, rtol=1e-5, atol=1e-6)
+
+
+FATTENED = {
+    "OPT": ("OPTConfig", {**OPT, "activation_function": "fatrelu"}, "activation_function_param"),
+    "Persimmon": ("PersimmonConfig", {**SIZES, "hidden_act": "fatrelu"}, "hidden_act_param"),
+    "Falcon": ("FalconConfig", {**WIDTHS, "ffn_hidden_size": 161, "activation": "fatrelu"}, "activation_param"),
+    "Llama": ("LlamaConfig", {**GROUPED, "hidden_act": "fatrelu"}, "hidden_act_param"),
+}
+
+
+@pytest.mark.parametrize("name", FATTENED)
+def test_fatrelu_of_any_family_has_its_configs_threshold(name):
+    """Also where its module keeps no config; without one in the config it is told by hand."""
+    register_fatrelu()
+    config, sizes, key = FATTENED[name]
+
+    def made(**said):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes, **said)).eval()
+
+    told, untold, x = made(**{key: 0.07}), made(), torch.arange(12)[None]
+    with torch.inference_mode():
+        wanted, one = told(x).logits, told(x[:, :1]).logits
+        with pytest.raises(ValueError, match=f"the config has no {key}, its threshold"):
+            patch_model(untold)
+        for model, threshold in ((told, None), (untold, 0.07)):
+            layers = patch_model(model, threshold).layers
+            assert all(layer.sparse and layer.threshold == 0.07 for layer in layers)
+            torch.testing.assert_close(model(x).logits, wanted)
+            torch.testing.assert_close(model(x[:, :1]).logits, one)
+            unpatch_model(model)
+        assert torch.equal(told(x).logits, wanted)
+
+
+def test_code_around_an_mlp_finds_what_it_has():
+    """Sizes, a config, a number of its own; and after `unpatch_model` the module itself."""
+    model = _one(lambda _, g, u: torch.relu(g) * u)
+    mlp = model.mlp
+    mlp.scale, mlp.config, mlp.hidden_size = 0.5, model.config, 64
+    patch_model(model, linears=False)
+    again = copy.deepcopy(model)
+    for patched in (model, again):
+        assert isinstance(patched.mlp, SparseMLP) and (patched.mlp.scale, patched.mlp.hidden_size) == (0.5, 64)
+    assert model.mlp.config is model.config
+    unpatch_model(model)
+    assert model.mlp is mlp
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ("a text", TypeError, "must be a torch.Tensor of token numbers, got str: call a tokenizer on it"),
+        ([[1, 2]], TypeError, "must be a torch.Tensor of token numbers, got list"),
+        (torch.arange(5), ValueError, r"must have the shape \(texts, tokens\), got \(5,\): .*\[None\] has it"),
+        (torch.ones(1, 5), TypeError, "must be token numbers, of an integer dtype, got torch.float32"),
+        (torch.ones(1, 0, dtype=torch.int64), ValueError, r"must have tokens, got the shape \(1, 0\)"),
+    ],
+)
+def test_what_is_no_text_is_refused(given, error, said):
+    model = _model("Nemotron")
+    modules = dict(model.named_modules())
+    with pytest.raises(error, match=f"patch_model: example {said}"):
+        patch_model(model, example=given)
+    with pytest.raises(error, match=f"measure_sparsity: input_ids {said}"):
+        measure_sparsity(model, given)
+    assert dict(model.named_modules()) == modules
+
+
+def test_what_a_family_without_a_named_activation_computes_is_said(families):
+    """Here gate and up-projection are exchanged."""
+    register_family(MLPFamily("theirs", gate="up_proj", up="gate_proj", activation="none", classes=("Gated",)))
+    model = nn.Sequential(_one(lambda _, g, u: torch.relu(g) * u).mlp)
+    with pytest.raises(ValueError, match=r"its code computes none of relu, relu2, drelu: its output differs from that of relu"):
+        patch_model(model, linears=False)
+
+
+def test_neurons_that_a_norm_hides_are_active():
+    """A norm's weight of zero makes another zero than the activation's."""
+    model = _model("BitNet")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.ffn_sub_norm.weight[:80] = 0
+    for ids in (torch.arange(5)[None], torch.arange(12)[None]):
+        dense = measure_sparsity(model, ids)
+        patch_model(model)
+        sparse = measure_sparsity(model, ids)
+        unpatch_model(model)
+        assert [x.active for x in sparse.layers] == pytest.approx([x.active for x in dense.layers], abs=0.005)
+
+
+class ParallelExperts(nn.Module):
+    """As JetMoE calls what holds the weights of all experts."""
+
+    def forward(self, x):
+        return x
+
+
+def test_experts_are_known_by_their_class_too():
+    model = _one(lambda _, g, u: torch.relu(g) * u)
+    model.moe = nn.Module()
+    model.moe.input_linear, model.moe.output_linear = ParallelExperts(), ParallelExperts()
+    report = patch_model(model, linears=False)
+    assert [(x.name, x.sparse, x.reason) for x in report.layers] == [("moe", False, "a mixture of experts"), ("mlp", True, "")]
 
 
 MIXES = {
@@ -1538,6 +1678,15 @@ def test_the_same_mlp_in_two_places_stays_dense():
 def test_the_share_of_weights_read_counts_layers_by_their_size():
     report = SparsityReport((LayerSparsity("a", 0.5, 1.0, True, 100), LayerSparsity("b", 0.1, 1.0, False, 300)))
     assert report.weights_read == pytest.approx((100 * 2 + 300 * 1.1) / (100 * 3 + 300 * 2))
+
+
+def test_layers_that_saw_no_token_do_not_count(tmp_path):
+    """As those of a vision tower where a text was read."""
+    seen, unseen = LayerSparsity("a", 0.25, 1.0, True, 100), LayerSparsity("b", float("nan"), 0.0, True, 100)
+    report = SparsityReport((seen, unseen))
+    assert (report.sparsity, report.weights_read) == (0.75, 0.5) and "average sparsity 75.00%" in str(report)
+    nothing = SparsityReport((unseen,))
+    assert math.isnan(nothing.sparsity) and math.isnan(nothing.weights_read) and "nan" in str(nothing)
 
 
 # As large as published models have them.

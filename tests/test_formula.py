@@ -121,6 +121,7 @@ def test_what_a_config_names():
         (None, None, "it leaves no zeros: relu, fatrelu, relu2 and dReLU are"),
         ("drelu", None, "it leaves no zeros"),  # no config names it
         ([], None, "it leaves no zeros"),
+        ("relu6", None, "it is none that is known: relu, fatrelu, relu2 and dReLU are"),
         ("fatrelu", None, "it has no hidden_act_param"),
         *(
             ("fatrelu", parameter, "must be >= 0 and finite as float32")

@@ -210,7 +210,7 @@ def test_refusals_change_nothing():
     model = _model()
     with pytest.raises(ValueError, match="threshold must be finite"):
         patch_model(model, -1.0)
-    with pytest.raises(ValueError, match=r"not a model with some: use SparseGatedMLP\.from_mlp"):
+    with pytest.raises(ValueError, match=r"not a model with some: put it in a torch\.nn\.Sequential"):
         patch_model(model.model.layers[0].mlp)
     model.model.layers[2].mlp.config = SimpleNamespace(hidden_act="fatrelu")
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp: .* no hidden_act_param"):
@@ -472,14 +472,15 @@ def test_only_what_the_code_computes_is_taken(twist, threshold, dtype, device):
     model = Around(Twisted(twist, dtype, device), hidden_act="relu")
     mlp = model.mlp
     known = {"nothing": "relu", "squared": "relu2", "dReLU": "drelu"}
+    if threshold == 0.02:  # which a config cannot say beside relu
+        known["a threshold"] = "relu"
     (layer,) = patch_model(model, threshold).layers
     assert layer.sparse == (twist in known), layer.reason
     if twist in known:
         formula = Formula(threshold or 0.0, known[twist])
         assert layer.formula == model.mlp.formula == formula and model.mlp.threshold == layer.threshold == (threshold or 0.0)
-        assert layer.note == (
-            "" if twist == "nothing" else f"the config says hidden_act='relu', its code computes {known[twist]}"
-        )
+        name = "fatrelu(0.02)" if twist == "a threshold" else known[twist]
+        assert layer.note == ("" if twist == "nothing" else f"the config says hidden_act='relu', its code computes {name}")
     else:
         assert layer.formula is None and not layer.note
         assert model.mlp is mlp and mlp.down_proj.weight.is_contiguous()

@@ -20,6 +20,7 @@ from .activation import FATReLU, combined, module_of
 from .mlp import eps_of
 
 _NEURONS = 256  # of the copy whose code is tried
+_LONG = 17  # times as many tokens are a prompt, whose code may be another
 _GATES = (1e-4, 0.01, 1.0, 100.0, 1e4, 1e6)  # sizes of its gates, so that a clamp, an offset or a leak shows at one of them
 _LARGEST_DIFFERENCE = 2.0**-16  # code that goes through float32 on its way is well below, another formula well above
 _SCALES = (0.1, 1.0, 10.0)  # of the inputs that the layer's own weights are tried on
@@ -110,7 +111,8 @@ def why_another_formula(mlp: Any, family: MLPFamily, formula: Formula) -> str:
     """What `mlp` computes other than a formula, or nothing.
 
     Its code is run in float64 on fewer neurons with random weights, so rounding explains nothing and no weights hide anything;
-    and on as many tokens as the operators take, of one text and of several, so that code that mixes tokens shows.
+    and on as many tokens as the operators take, of one text and of several, so that code that mixes tokens shows. Where it is
+    replaced as a whole also on more of one text, which the sparse module computes too: code may treat a prompt otherwise.
     """
     own = tensors_of(mlp, family)
     device, d_model = own.up.device, own.up.shape[1]
@@ -124,18 +126,22 @@ def why_another_formula(mlp: Any, family: MLPFamily, formula: Formula) -> str:
     gates = tuple(islice(cycle(sizes + (formula.threshold,) * (formula.threshold > 0)), MOST_TOKENS))
     x = torch.stack([size * token for size, token in zip(gates, tokens, strict=True)])
     try:
-        founds = [run(small, family, x, apart=apart).double() for apart in (False, True)]
+        founds = [("output", run(small, family, x)), ("output of several texts", run(small, family, x, apart=True))]
+        if not family.is_inside:
+            prompt = run(small, family, x.repeat(_LONG, 1))
+            founds += [(f"output of {len(prompt)} tokens at once", part) for part in prompt.split(len(x))]
     except _NoTensor as error:
         return str(error)
     except Exception as error:  # whatever its code raises on what the formula would take
         said = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         return f"its code does not run on {_NEURONS} neurons in float64 ({said})"
     exact = _exact(x, tensors, formula)
-    for found in founds:
+    for what, output in founds:
+        found = output.double()
         differences = (found - exact).norm(dim=1)
         for size_of_gates, difference, size in zip(gates, differences.tolist(), found.norm(dim=1).tolist(), strict=True):
             if not difference <= _LARGEST_DIFFERENCE * size:
-                return f"{_differs('output', formula, difference, size)}, with gates of size {size_of_gates:g}"
+                return f"{_differs(what, formula, difference, size)}, with gates of size {size_of_gates:g}"
     return ""
 
 
@@ -192,7 +198,7 @@ def _with_tensors(mlp: Any, family: MLPFamily, tensors: Tensors, formula: Formul
         if hasattr(norm, "normalized_shape"):
             norm.normalized_shape, norm.eps = tuple(tensors.norm_weight.shape), tensors.norm_eps
         other._modules[family.norm] = norm
-    if _lacks_threshold(mlp, family):
+    if lacks_threshold(mlp, family):
         other._modules[family.activation] = FATReLU(formula.threshold)
     return other
 
@@ -221,7 +227,7 @@ def why_outside_the_contract(
             return reason
         if reason := _compare(f"sparse output of {MOST_TOKENS} tokens at once", sparse(x), moved):
             return reason
-    before = mlp if not _lacks_threshold(mlp, family) else _with_tensors(mlp, family, tensors, formula)
+    before = mlp if not lacks_threshold(mlp, family) else _with_tensors(mlp, family, tensors, formula)
     return (
         _compare("output", run(before, family, x), exact)
         or _compare("output of one token", run(before, family, x[:1]), exact.of_first(x, tensors))
@@ -274,7 +280,7 @@ def _compare(what: str, output: Tensor, of: _Exact) -> str:
     return ""
 
 
-def _lacks_threshold(mlp: nn.Module, family: MLPFamily) -> bool:
+def lacks_threshold(mlp: nn.Module, family: MLPFamily) -> bool:
     """Whether `mlp` cannot run, since its FATReLU was made for a config that names no threshold."""
     activation = getattr(mlp, family.activation, None)
     return isinstance(activation, FATReLU) and activation.threshold is None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..families import FAMILIES
 from ..formula import RELU, RELU2, Formula, check_threshold, largest_inactive, said_by
 
 _DTYPES = {
@@ -104,8 +105,9 @@ _registered = False
 def register_fatrelu() -> None:
     """Make stock Hugging Face models load a config whose `hidden_act` is ``fatrelu``.
 
-    Adds ``fatrelu`` to transformers' `ACT2FN`; each `FATReLU` then takes its threshold, `hidden_act_param`, from the config of
-    the module that it becomes a part of. Calling it again does nothing.
+    Adds ``fatrelu`` to transformers' `ACT2FN`; each `FATReLU` then takes its threshold from the config of the first module
+    that it becomes a part of and that has one: `hidden_act_param`, or what the name of the activation is with ``_param``
+    (OPT: `activation_function_param`). Calling it again does nothing.
 
     Raises
     ------
@@ -127,8 +129,13 @@ def register_fatrelu() -> None:
 
 
 def _take_threshold(module: nn.Module, name: str, submodule: Any) -> None:
-    """Where a FATReLU without a threshold is registered, give it the one of the module's config."""
-    if isinstance(submodule, FATReLU) and submodule.threshold is None:
-        _, threshold = said_by(getattr(module, "config", None))
-        if threshold is not None:
-            submodule.threshold = threshold
+    """Give FATReLUs without a threshold in what is registered the one of the module's config, which their own may not hold."""
+    config = module.__dict__.get("config")  # not by getattr: a module that is being made may not answer yet
+    if config is None or not isinstance(submodule, nn.Module):
+        return
+    keys = dict.fromkeys(key for family in FAMILIES for key in family.config_keys)
+    threshold = next((told for _, told in (said_by(config, key) for key in keys) if told is not None), None)
+    if threshold is not None:
+        for part in submodule.modules():
+            if isinstance(part, FATReLU) and part.threshold is None:
+                part.threshold = threshold

@@ -272,6 +272,9 @@ class SparseMLP(Crossover, nn.Module):
             norm = getattr(mlp, self.family.norm)
             setattr(self, self.family.norm, norm)
             self._norm_kind = type(norm)
+        for name, value in vars(mlp).items():  # sizes and the config, which code around it may read
+            if not name.startswith("_") and name != "forward" and name not in vars(self) and not hasattr(type(self), name):
+                setattr(self, name, value)
         self._replaced = (mlp,)
         pack(self.down)
         self.train(mlp.training)
@@ -585,8 +588,8 @@ class SparseGatedMLP(SparseMLP):
     def from_mlp(cls, mlp: Any, threshold: float = 0.0) -> SparseGatedMLP:
         """Of a LLaMA-like MLP: `gate_proj`, `up_proj` and `down_proj`, the activation FATReLU of `threshold`.
 
-        The three `nn.Linear` are shared with `mlp`, not copied; `down_proj.weight` changes its layout in memory, not its
-        values.
+        That is what the new module computes, whatever `mlp` does: only `patch_model` compares the two. The three `nn.Linear`
+        are shared with `mlp`, not copied; `down_proj.weight` changes its layout in memory, not its values.
         """
         d_ff, d_model = mlp.gate_proj.weight.shape
         sparse = cls(d_model, d_ff, threshold, device="meta")

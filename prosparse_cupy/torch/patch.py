@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,10 @@ from ..families import LLAMA_LIKE, MLPFamily
 from ..formats import VECTOR_BYTES
 from ..formula import ACTIVATIONS, DRELU, FATRELU, RELU, Formula, UnsupportedFormula, check_threshold, formula_of
 from ._text import table
-from .acceptance import forget_tensors, run, why_another_formula, why_outside_the_contract
+from .acceptance import forget_tensors, lacks_threshold, run, why_another_formula, why_outside_the_contract
 from .activation import FATReLU, activation_of, module_of
 from .dispatch import DTYPES, does_more
-from .families import check_module, mixtures, mlps
+from .families import check_module, check_tokens, mixtures, mlps
 from .halves import SparseDown, SparseUp
 from .linears import CompressedLinear, DecodingLinear
 from .matrices import MatrixPatch, groups_of, held_twice, put_back_matrices, replace_matrices, rows_of_report
@@ -184,11 +185,12 @@ def patch_model(
     Raises
     ------
     TypeError
-        `model` is no module.
+        `model` is no module, or `example` no tensor of token numbers.
     ValueError
-        Nothing to patch, an activation without zeros (with ``linears=False``, or with a `threshold`), a `fatrelu` config
-        without its threshold, a model that is patched already, one to be compressed whose weights are not bfloat16, or, of a
-        model in several processes, calls that differ and a group without NCCL on GPUs. Nothing has been changed.
+        An `example` of another shape, nothing to patch, an activation without zeros (with ``linears=False``, or with a
+        `threshold`), a `fatrelu` config without its threshold, a model that is patched already, one to be compressed whose
+        weights are not bfloat16, or, of a model in several processes, calls that differ and a group without NCCL on GPUs.
+        Nothing has been changed.
     RuntimeError
         Another process of a model that is in several has failed; the message is its. Or a streamer or criterion of `generate`
         called it on the model that is writing; other threads that generate with the model or patch it are waited for.
@@ -209,8 +211,8 @@ class _Asked(NamedTuple):
 
 def _patched(model: nn.Module, asked: _Asked, example: Tensor | None) -> PatchReport:
     parallel = parallel_of(model)
-    threshold, compress, linears, batch_invariant = asked
-    plan = with_all(parallel, lambda: _planned(model, threshold, compress, linears))
+    _, compress, linears, batch_invariant = asked
+    plan = with_all(parallel, lambda: _planned(model, asked, example))
     if parallel is not None:
         _check_together(parallel, model, plan, asked, example)
         plan = _agreed(parallel, plan)
@@ -271,8 +273,11 @@ class _Plan(NamedTuple):
     threshold: float | None
 
 
-def _planned(model: nn.Module, threshold: float | None, compress: bool, linears: bool) -> _Plan:
+def _planned(model: nn.Module, asked: _Asked, example: Tensor | None) -> _Plan:
     """What `patch_model` is to do; ValueError where that cannot be done."""
+    threshold, compress, linears, _ = asked
+    if example is not None:
+        check_tokens("patch_model", "example", example, model)
     found = list(mlps(model))
     mixed = list(mixtures(model))
     if not found and not (linears and any(groups_of(model))):
@@ -281,8 +286,7 @@ def _planned(model: nn.Module, threshold: float | None, compress: bool, linears:
             "projections: nothing to patch"
         )
     if found and found[0][0] == "" and not found[0][2].is_inside:
-        fix = "use SparseGatedMLP.from_mlp(mlp)" if found[0][2] == LLAMA_LIKE else "put it in a torch.nn.Sequential"
-        raise ValueError(f"patch_model: this is an MLP, not a model with some: {fix}")
+        raise ValueError("patch_model: this is an MLP, not a model with some: put it in a torch.nn.Sequential")
     if any(isinstance(m, _OURS) for m in model.modules()):
         raise ValueError("patch_model: the model is patched already: call unpatch_model(model) first")
     given = None if threshold is None else check_threshold("patch_model", threshold)
@@ -483,7 +487,7 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
     """What an MLP computes, and a note where its config says something else.
 
     The formula that its config names is believed for now if it is a known one. If it is not, the code is tried for all that are
-    known. `given` is the threshold of a config that does not say it. ValueError if the activation leaves no zeros.
+    known. `given` is the threshold that a config does not say. ValueError if the activation leaves no zeros.
     """
     mlp = _tried_in_place_of(mlp, family)
     config: Any = getattr(mlp, "config", None) or getattr(model, "config", None)
@@ -492,7 +496,7 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
     own: Any = getattr(mlp, family.activation, None)
     gated, normed = family.gated, family.norm is not None
     said = f"the config says {key}={activation!r}"
-    if activation is None:
+    if key_is_missing := activation is None:
         activation = {nn.ReLU: RELU, FATReLU: FATRELU}.get(type(own), type(own).__name__)
         said = (
             f"the config has no {key}, and {family.activation} is a {activation}"
@@ -503,7 +507,7 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
         parameter = own.threshold
     if parameter is None and activation == FATRELU and given is None:
         raise ValueError(
-            f"patch_model: {name}: {said}, but the config has no hidden_act_param, its threshold: pass "
+            f"patch_model: {name}: {said}, but the config has no {key}_param, its threshold: pass "
             "patch_model(model, threshold=T); nothing was changed"
         )
     if (known := activation_of(own)) is not None:  # it says by itself what it computes
@@ -513,22 +517,32 @@ def own_formula(model: nn.Module, name: str, mlp: Any, family: MLPFamily, given:
     try:
         formula = formula_of(activation, given if parameter is None else parameter, gated=gated, normed=normed)
     except UnsupportedFormula as error:
-        found = None if why_dense(mlp, family) else _tried(mlp, family, None)
+        is_tried = not why_dense(mlp, family)
+        found = _tried(mlp, family, None, given) if is_tried else None
         if found is None:
-            raise _NotSparse(f"patch_model: {name}: {said}: {error}; nothing was changed", f"{said}: {error}") from None
-        return found, f"{said}, its code computes {found.activation}"
+            why = f"{said}: {error}"
+            if is_tried and own is None and key_is_missing:
+                of_relu = why_another_formula(mlp, family, Formula(0.0, RELU, gated, normed))
+                why = f"{said}, and its code computes none of {', '.join(ACTIVATIONS)}: {of_relu}"
+            raise _NotSparse(f"patch_model: {name}: {why}; nothing was changed", why) from None
+        return found, f"{said}, its code computes {_called(found)}"
     if not formula.threshold and not why_dense(mlp, family) and why_another_formula(mlp, family, formula):
-        found = _tried(mlp, family, formula)
+        found = _tried(mlp, family, formula, given)
         if found is not None:
-            return found, f"{said}, its code computes {found.activation}"
+            return found, f"{said}, its code computes {_called(found)}"
     return formula, ""
 
 
-def _tried(mlp: Any, family: MLPFamily, but: Formula | None) -> Formula | None:
-    """The formula, but for one that was tried, that an MLP's code computes, if it is a known one without a threshold."""
+def _called(formula: Formula) -> str:
+    return str(formula) if formula.threshold else formula.activation
+
+
+def _tried(mlp: Any, family: MLPFamily, but: Formula | None, given: float | None) -> Formula | None:
+    """The formula, but for one that was tried, that an MLP's code computes, if it is a known one, with a threshold that is
+    given or without one."""
     names = [name for name in ACTIVATIONS if family.gated or name != DRELU]
-    for name in names:
-        formula = Formula(0.0, name, family.gated, family.norm is not None)
+    for threshold, name in product([0.0, given] if given else [0.0], names):
+        formula = Formula(threshold, name, family.gated, family.norm is not None)
         with torch.no_grad():
             if formula != but and not why_another_formula(mlp, family, formula):
                 return formula
@@ -728,7 +742,7 @@ def _replace_halves(
     if reason := why_outside_the_contract(layer, family, was, None, was, hidden):
         return reason
     if was.activation == RELU and isinstance(before, nn.Module):
-        if becomes != was:
+        if becomes != was or lacks_threshold(layer, family):
             setattr(layer, family.activation, module_of(becomes).train(before.training))
         setattr(layer, family.up, SparseUp(up, layer, family, becomes.threshold, before))
     elif becomes != was:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..families import MLPFamily
 from ._text import table
-from .families import check_module, mlps
+from .families import check_module, check_tokens, mlps
 from .linears import CompressedLinear
 from .mlp import SparseMLP, count_active
 from .parallel import as_one, is_split, local_of, parallel_of
@@ -47,22 +48,30 @@ class SparsityReport:
 
     @property
     def sparsity(self) -> float:
-        """Average over layers, 0 to 1."""
-        return sum(layer.sparsity for layer in self.layers) / len(self.layers)
+        """Average over the layers that saw a token, 0 to 1; NaN if none did."""
+        counted = self._counted
+        return sum(layer.sparsity for layer in counted) / len(counted) if counted else math.nan
+
+    @property
+    def _counted(self) -> list[LayerSparsity]:
+        """Without the layers that no token came to, such as those of a vision tower where a text was read."""
+        return [layer for layer in self.layers if layer.tokens]
 
     @property
     def weights_read(self) -> float:
         """Share of the FFN's weights that decoding must read.
 
         All of the gate, and two rows of three per active neuron; without a gate all of the up-projection, and one row of two.
-        dReLU reads some more: `up_proj` where the gate is active, though its own ReLU makes a zero there.
+        dReLU reads some more: `up_proj` where the gate is active, though its own ReLU makes a zero there. Counted are the
+        layers that saw a token; NaN if none did.
         """
-        read = sum(x.neurons * ((1 + 2 * x.active) if x.gated else (1 + x.active)) for x in self.layers)
-        return read / sum(x.neurons * (3 if x.gated else 2) for x in self.layers)
+        counted = self._counted
+        read = sum(x.neurons * ((1 + 2 * x.active) if x.gated else (1 + x.active)) for x in counted)
+        return read / sum(x.neurons * (3 if x.gated else 2) for x in counted) if counted else math.nan
 
     def __str__(self) -> str:
         title = f"average sparsity {self.sparsity:.2%}: decoding reads {self.weights_read:.0%} of the FFN's weights"
-        counted = [x for x in self.layers if x.tokens]
+        counted = self._counted
         rows = [(x.name, f"{x.active:.2%}", f"{x.sparsity:.2%}", "█" * round(30 * x.active)) for x in counted]
         heads: tuple[str, ...] = ("layer", "active", "sparsity", "")
         if not any(x.ranks for x in counted):
@@ -76,7 +85,8 @@ class SparsityReport:
 
         figure = Figure(figsize=(6, 3), layout="constrained")
         axes = figure.add_subplot()
-        axes.bar(range(len(self.layers)), [100 * layer.active for layer in self.layers], color="#0072b2")
+        counted = self._counted
+        axes.bar(range(len(counted)), [100 * layer.active for layer in counted], color="#0072b2")
         axes.axhline(100 * (1 - self.sparsity), color="#7a8594", lw=1, label=f"average {1 - self.sparsity:.1%}")
         axes.set(xlabel="layer", ylabel="active neurons, %", ylim=(0, None))
         axes.legend(frameon=False, fontsize=8)
@@ -158,7 +168,8 @@ class SparsityMeter:
             self._undo.append(partial(setattr, mlp, "counts", None))
         else:
             self._undo.append(partial(delattr, mlp, "counts"))
-            self._undo.append(down.register_forward_pre_hook(partial(_count, counts)).remove)
+            reader = down if family.norm is None else getattr(mlp, family.norm)  # of x1, before a norm's weight
+            self._undo.append(reader.register_forward_pre_hook(partial(_count, counts)).remove)
 
     def report(self) -> SparsityReport:
         """What was counted so far; waits for the GPU, and for the other processes of a model that is split."""
@@ -216,8 +227,14 @@ def measure_sparsity(model: nn.Module, input_ids: Tensor, **keywords: Any) -> Sp
     -------
     SparsityReport
         ``.sparsity`` is the average that a model card gives; ``.weights_read`` says what decoding would read.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `SparsityMeter`, or `input_ids` is no tensor of token numbers of this shape.
     """
     with as_one(model):
+        check_tokens("measure_sparsity", "input_ids", input_ids, model)
         with SparsityMeter(model) as meter, torch.inference_mode():
             model(input_ids, **keywords)
         return meter.report()
