@@ -298,6 +298,8 @@ def _call(
         addresses.append(family.address(out))
     else:
         out = views[-1]
+        if family is NUMPY and not out.flags.writeable:
+            raise ValueError(f"{signature.operator}: out is a read-only array: pass one that may be written")
     if 0 in addresses:
         _refuse_without_memory(signature, family, views)
     _check_addresses(signature, checked, tuple(addresses))

@@ -349,6 +349,10 @@ def _torch_family(torch: Any) -> _Torch:
 def family_of(kind: type) -> Family:
     """The family of an array type, or TypeError."""
     if issubclass(kind, np.ndarray):
+        if issubclass(kind, (np.matrix, np.ma.MaskedArray)):
+            raise TypeError(
+                f"{kind.__module__}.{kind.__qualname__}, which computes in its own way: pass the array that it holds"
+            )
         return NUMPY
     torch, loaded_cupy = (sys.modules.get(name) for name in ("torch", "cupy"))
     if issubclass(kind, getattr(torch, "Tensor", ())):

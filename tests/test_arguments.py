@@ -604,3 +604,24 @@ def test_a_sparse_ffn_whose_weights_have_changed_is_refused():
         ValueError, match=r"SparseFFN: its weights have changed since it was built: .*\(16, 24, .* are \(16, 48"
     ):
         ffn(arrays["x"])
+
+
+@every_operator
+def test_an_out_that_is_read_only_is_refused_before_anything_is_computed(operator):
+    arrays = _arrays()
+    out = np.array(_call(operator, arrays))
+    kept = out.copy()
+    out.flags.writeable = False
+    arrays = {name: array + array for name, array in arrays.items()}
+    with pytest.raises(ValueError, match=rf"{operator}: out is a read-only array: pass one that may be written"):
+        _call(operator, arrays, out=out)
+    assert np.array_equal(bits(out), bits(kept))
+
+
+@every_input
+@pytest.mark.parametrize("kind", [np.asmatrix, np.ma.array])
+def test_arrays_that_compute_in_their_own_way_are_refused(operator, name, kind):
+    arrays = _arrays()
+    arrays[name] = kind(arrays[name])
+    with pytest.raises(TypeError, match=rf"{operator}: {name} must be .*, got numpy\.\S+, which computes in its own way"):
+        _call(operator, arrays)

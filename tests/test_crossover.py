@@ -308,6 +308,9 @@ def test_a_sparsity_that_is_no_share_is_refused(share):
     module.sparsity = 0.5
     with pytest.raises(ValueError, match="sparsity: must be a share of neurons, 0 to 1, or None, got"):
         module.sparsity = share
+    for what in ("0.9", True, [0.9]):
+        with pytest.raises(TypeError, match="sparsity: must be a share of neurons, 0 to 1, or None, got"):
+            module.sparsity = what
     assert module.sparsity == 0.5
     module.sparsity = None
     assert module.sparsity is None and module.most_tokens == 8

@@ -717,6 +717,9 @@ def test_one_step_of_one_sequence_and_one_of_several_are_kept():
     for size in (0, 9):
         with pytest.raises(ValueError, match=f"prepare_generation: batch_size must be 1 to 8, got {size}"):
             prepare_generation(model, 64, batch_size=size)
+    for size in (2.0, "2", True):
+        with pytest.raises(TypeError, match="prepare_generation: batch_size must be an int, got"):
+            prepare_generation(model, 64, batch_size=size)
 
 
 # What transformers does instead.
@@ -755,6 +758,9 @@ FALLBACKS = {
 @pytest.mark.parametrize("what", FALLBACKS)
 def test_what_transformers_does_itself_is_said(what, small):
     make, reason = FALLBACKS[what]
+    if what == "attentions":  # transformers leaves its hooks on a model that it has shown the hidden states of
+        small = _tiny()
+        patch_model(small)
     results = []
     for write in (generate, _theirs):
         given = {"inputs": _ids(), "max_new_tokens": 12, "do_sample": False, **make()}

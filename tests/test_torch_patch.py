@@ -208,6 +208,9 @@ def test_refusals_change_nothing():
     with pytest.raises(ValueError, match="Linear has no module with gate_proj, up_proj, down_proj"):
         patch_model(nn.Linear(2, 2))
     model = _model()
+    for switch in ("compress", "linears", "batch_invariant"):
+        with pytest.raises(TypeError, match=f"patch_model: {switch} must be True or False, got 'no'"):
+            patch_model(model, **{switch: "no"})
     with pytest.raises(ValueError, match="threshold must be finite"):
         patch_model(model, -1.0)
     with pytest.raises(ValueError, match=r"not a model with some: put it in a torch\.nn\.Sequential"):

@@ -32,8 +32,9 @@ def generate(
     to eight sequences, padded on the left as ``attention_mask`` says, greedily or sampled: ``do_sample``, ``temperature``,
     ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and other processors of scores, ``min_new_tokens``, EOS lists,
     ``stop_strings``, ``max_time``, stopping criteria of your own, streamers, a `DynamicCache` of an earlier turn,
-    ``num_return_sequences`` of samples, and ``return_dict_in_generate``. Anything else (larger batches, beams, assistants,
-    scores as outputs, processors of your own, hooks) transformers' own loop does, and a warning says why.
+    ``num_return_sequences`` of samples, ``return_dict_in_generate``, and of one sequence guesses that are verified together:
+    ``prompt_lookup_num_tokens`` and ``assistant_model``. Anything else (larger batches, beams, scores as outputs, processors of
+    your own, hooks) transformers' own loop does, and a warning says why.
 
     The first call on a model compiles and captures its step, which takes seconds; it is made again when the model has changed,
     or when a longer sequence than ever or another number of sequences is asked for. Threads that generate with one model take
@@ -138,6 +139,8 @@ def prepare_generation(
         As for `generate`.
     """
     check_module("prepare_generation", model)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"prepare_generation: batch_size must be an int, got {batch_size!r:.60}")
     if not 1 <= batch_size <= MOST_TOKENS:
         raise ValueError(f"prepare_generation: batch_size must be 1 to {MOST_TOKENS}, got {batch_size}: transformers does more")
     if prompt_lookup_num_tokens is not None and (prompt_lookup_num_tokens < 1 or batch_size > 1):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +113,8 @@ class Crossover:
 
     @sparsity.setter
     def sparsity(self, share: float | None) -> None:
+        if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
+            raise TypeError(f"sparsity: must be a share of neurons, 0 to 1, or None, got {share!r:.60}")
         if share is not None and not 0 <= share <= 1:
             raise ValueError(f"sparsity: must be a share of neurons, 0 to 1, or None, got {share}")
         self._sparsity = share

@@ -185,7 +185,7 @@ def patch_model(
     Raises
     ------
     TypeError
-        `model` is no module, or `example` no tensor of token numbers.
+        `model` is no module, `example` no tensor of token numbers, or a switch no bool.
     ValueError
         An `example` of another shape, nothing to patch, an activation without zeros (with ``linears=False``, or with a
         `threshold`), a `fatrelu` config without its threshold, a model that is patched already, one to be compressed whose
@@ -276,6 +276,9 @@ class _Plan(NamedTuple):
 def _planned(model: nn.Module, asked: _Asked, example: Tensor | None) -> _Plan:
     """What `patch_model` is to do; ValueError where that cannot be done."""
     threshold, compress, linears, _ = asked
+    for switch in ("compress", "linears", "batch_invariant"):
+        if not isinstance(value := getattr(asked, switch), bool):
+            raise TypeError(f"patch_model: {switch} must be True or False, got {value!r:.60}")
     if example is not None:
         check_tokens("patch_model", "example", example, model)
     found = list(mlps(model))
