@@ -758,9 +758,6 @@ FALLBACKS = {
 @pytest.mark.parametrize("what", FALLBACKS)
 def test_what_transformers_does_itself_is_said(what, small):
     make, reason = FALLBACKS[what]
-    if what == "attentions":  # transformers leaves its hooks on a model that it has shown the hidden states of
-        small = _tiny()
-        patch_model(small)
     results = []
     for write in (generate, _theirs):
         given = {"inputs": _ids(), "max_new_tokens": 12, "do_sample": False, **make()}
@@ -777,6 +774,29 @@ def test_what_transformers_does_itself_is_said(what, small):
     if not isinstance(results[0], torch.Tensor):
         assert set(results[0].keys()) == set(results[1].keys())
         assert all(torch.equal(a, b) for a, b in zip(results[0].scores or (), results[1].scores or (), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_that_has_shown_its_hidden_states_still_has_its_step(device):
+    """transformers leaves hooks on its layers, which do nothing until they are asked again."""
+    model = _tiny(device=device)
+    patch_model(model)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    text, before = generate(model, _ids(device), **options), prepare_generation(model, 64)
+    shown = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
+    first = _theirs(model, _ids(device), **options, **shown)
+    assert any(layer._forward_hooks for layer in model.model.layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare_generation(model, 64) is before
+        release_generation(model)
+        assert torch.equal(generate(model, _ids(device), **options), text)
+        assert prepare_generation(model, 64).is_compiled == before.is_compiled
+    again = _theirs(model, _ids(device), **options, **shown)
+    assert len(again.hidden_states) == 12 and torch.equal(first.hidden_states[3][1], again.hidden_states[3][1])
+    _hooked(model)
+    with pytest.warns(UserWarning, match="has hooks"):
+        assert torch.equal(generate(model, _ids(device), **options), text)
 
 
 @pytest.mark.parametrize("device", DEVICES)

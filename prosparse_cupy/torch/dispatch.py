@@ -35,8 +35,11 @@ def forward_is_torchs() -> bool:
 
 def does_more(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says: hooks, or a `forward` of its own, as accelerate sets it."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return True
+    return bool(module._forward_hooks or module._forward_pre_hooks) or has_own_forward(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether calling a module calls another `forward` than its class's, and that does more than move inputs."""
     own = module.__dict__.get("forward")  # accelerate leaves the class's behind, bound, when its hooks are removed
     if own is None or getattr(own, "__func__", None) is type(module).forward:
         return False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..arguments import MOST_TOKENS
 from ..attention import Attention
-from .dispatch import DTYPES, does_more, forward_is_torchs
+from .dispatch import DTYPES, forward_is_torchs, has_own_forward
 from .parallel import Split, forward_is_parallel, local_of, parallel_of
 
 _PURE = {
@@ -49,7 +49,10 @@ _MODES = {  # what makes transformers run another loop, or more than a loop, and
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPES = ("dynamic", "longrope")  # whose frequencies follow the length, on the host
 _OF_TORCH = set(nn.Module().__dict__) - {"training"}
-_NOT_ASKED = _OF_TORCH | {"_packed", "_bound", "_halves", "config"}  # what modules keep of calls; configs are looked at once
+_CAPTURING = "transformers.utils.output_capturing"
+_NOT_ASKED = _OF_TORCH | {  # what modules keep of calls; configs are looked at once
+    *("_packed", "_bound", "_halves", "config", "_output_capturing_hooks_installed"),
+}
 _ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
@@ -191,7 +194,7 @@ def why_no_step(model: Any) -> str:
     if _has_windows(config) and not all(_knows_windows(layer) for layer in layers):
         return "its attention has a window that it does not say"
     for name, module in model.named_modules():
-        if (does_more(module) and not forward_is_parallel(module)) or module._backward_hooks:
+        if _is_hooked(module):
             return f"{name or 'the model'} has hooks, or a forward of its own, which a graph would not call"
     return ""
 
@@ -241,6 +244,20 @@ def _prepares_as_ever(model: Any) -> bool:
     return all(getattr(type(model), n) is getattr(mixin, n) and n not in model.__dict__ for n in names)
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a step would leave out what calling a module does beside its class's `forward`.
+
+    Where hidden states or attentions have once been asked for, transformers leaves hooks on a model that do nothing until they
+    are asked for again, which its own loop does.
+    """
+    if module._backward_hooks:
+        return True
+    if forward_is_parallel(module):
+        return False
+    others = any(getattr(hook, "__module__", None) != _CAPTURING for hook in module._forward_hooks.values())
+    return others or bool(module._forward_pre_hooks) or has_own_forward(module)
+
+
 def state_of(model: nn.Module) -> tuple[Any, ...]:
     """What a step depends on: where tensors lie, and what modules are and are set to. Another state needs another step.
 
@@ -250,8 +267,7 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
     found: list[Any] = [*settings, torch.are_deterministic_algorithms_enabled(), repr(vars(getattr(model, "config", model)))]
     for module in model.modules():
         own, kind = module.__dict__, type(module)
-        hooked = (does_more(module) and not forward_is_parallel(module)) or bool(module._backward_hooks)
-        found += kind, kind.forward, hooked
+        found += kind, kind.forward, _is_hooked(module)
         found += own["_modules"]
         for tensors in (own["_parameters"], own["_buffers"]):
             found.append(len(tensors))

@@ -14,6 +14,7 @@ import time
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -400,6 +401,7 @@ def _copied(module: nn.Module, modules: dict[int, nn.Module], configs: dict[int,
     else:
         for own in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, bound to `module`, which would then never go
             new.__dict__.pop(own, None)
+        new._forward_hooks = OrderedDict()  # there are none but transformers', which would only keep torch.compile away
     new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
     new._modules = {name: None if m is None else _copied(m, modules, configs) for name, m in module._modules.items()}
     if "_layer" in new.__dict__:  # of a half of an FFN, whose layer was copied before
