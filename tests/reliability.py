@@ -125,7 +125,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def promises() -> str:
     """A row for each promise."""
-    runs = {column: _kept(f"tests-{name}") for column, name in (("CPU", "cpu"), ("H100", "h100"))}
+    runs = {column: _kept(f"tests-{name}") for column, name in (("CPU", "cpu"), ("GPU", "gpu"))}
     rows = [
         (p.text, ", ".join(f"`test_{t}`" for t in p.tests), *(_cases(run, p.tests) for run in runs.values())) for p in PROMISES
     ]
@@ -177,6 +177,7 @@ RUNS: tuple[tuple[str, str, str, Callable[[dict[str, Any]], tuple[str, str]]], .
     ("generated cases, reference", "python -m tests.fuzz --backend numpy", "fuzz-numpy", _fuzzed),
     ("generated cases, kernels on the host", "python -m tests.fuzz --backend host", "fuzz-host", _fuzzed),
     ("generated cases, GPU", "python -m tests.fuzz --backend gpu", "fuzz-h100", _fuzzed),
+    ("generated cases, GPU", "python -m tests.fuzz --backend gpu", "fuzz-h200", _fuzzed),
     ("compute-sanitizer", "python -m tests.sanitize", "sanitize-h100", _sanitized),
     ("ten minutes of mixed work", "python -m tests.long_run", "long-run-h100", _ran_long),
     ("kernels and Python broken on purpose", "python -m tests.mutants", "mutants", _mutated),
