@@ -1680,7 +1680,7 @@ def test_the_share_of_weights_read_counts_layers_by_their_size():
     assert report.weights_read == pytest.approx((100 * 2 + 300 * 1.1) / (100 * 3 + 300 * 2))
 
 
-def test_layers_that_saw_no_token_do_not_count(tmp_path):
+def test_layers_that_saw_no_token_do_not_count():
     """As those of a vision tower where a text was read."""
     seen, unseen = LayerSparsity("a", 0.25, 1.0, True, 100), LayerSparsity("b", float("nan"), 0.0, True, 100)
     report = SparsityReport((seen, unseen))
